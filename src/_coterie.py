@@ -1,20 +1,22 @@
-"""The entry point of the ``coterie`` command, which runs before the package is imported.
+"""The entry point of the ``coterie`` command and of ``python -m coterie``.
 
-It is outside the package because importing the package imports torch, which takes seconds. Ctrl-C
-during the import must end the program without a traceback, and OpenMP reads its settings then.
+It is outside the package's command line because that imports torch, which takes seconds. Ctrl-C
+during the import must end the program without a traceback.
 """
 
 from __future__ import annotations
 
-import os
 import signal
+import sys
+
+import coterie
 
 
 def main() -> None:
     """Runs the command line; never returns."""
-    # Threads that spin while they wait take cores from the threads that they wait for: on a busy
-    # machine a forward of a small model then takes twenty times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.argv[1:] == ["--version"]:  # needs no torch
+        print(f"coterie {coterie.__version__}")
+        sys.exit()
     handler = signal.getsignal(signal.SIGINT)
     if handler is signal.default_int_handler:  # a shell may have set SIGINT to be ignored
         signal.signal(signal.SIGINT, signal.SIG_DFL)

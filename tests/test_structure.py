@@ -156,7 +156,12 @@ def test_versions_are_pinned_in_one_place() -> None:
 def test_every_import_is_a_declared_dependency() -> None:
     """At module level; inside a function, and in a part that needs one, it may be of an extra."""
     declared = {re.split(r"[>=<]", d)[0] for d in project()["project"]["dependencies"]}
-    ours = {"coterie", *sys.stdlib_module_names, *(d.replace("-", "_") for d in declared)}
+    ours = {
+        "coterie",
+        "_coterie",
+        *sys.stdlib_module_names,
+        *(d.replace("-", "_") for d in declared),
+    }
     undeclared = {
         f"{path.name}: {imported}"
         for path in SOURCES

@@ -1,5 +1,5 @@
 """``python -m coterie`` runs the command line."""
 
-from coterie.cli import main
+from _coterie import main
 
 main()

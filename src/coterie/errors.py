@@ -1,10 +1,26 @@
-"""The errors of the package. A message says what is wrong, where, and what would work."""
+"""The errors of the package. A message says what is wrong, where, and what would work.
+
+Only ``NonFiniteLogitsError`` belongs to a request: the model has no answer to it. Any other error
+of a forward, an ``OSError`` included, says nothing about the requests, and they can be repeated.
+"""
 
 from __future__ import annotations
+
+import re
+import reprlib
+
+CLIP_CHARACTERS, MESSAGE_CHARACTERS = 80, 4000
+# Everything that a terminal could obey or that reorders text, except newline and tab.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, CLIP_CHARACTERS, CLIP_CHARACTERS
 
 
 class CoterieError(ValueError):
     """Base of all errors that a caller can fix: bad input or an unmet condition, in one line."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(clip(message, MESSAGE_CHARACTERS)))
 
 
 class ConfigError(CoterieError):
@@ -28,7 +44,7 @@ class GenerationError(CoterieError):
 
 
 class NonFiniteLogitsError(GenerationError):
-    """A forward returned NaN or infinite logits.
+    """A forward returned NaN or infinite logits, or router logits.
 
     ``rows`` are the requests that shared the forward, if the engine raises: at least one of them is
     the cause.
@@ -45,3 +61,20 @@ class TaskError(CoterieError):
 
 class SpecError(CoterieError):
     """A ``name:option=value`` text has an unknown name, an unknown option or an invalid value."""
+
+
+def printable(text: str) -> str:
+    """The text with escapes such as ``\\x1b`` in place of control characters."""
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def clip(text: str, length: int = CLIP_CHARACTERS) -> str:
+    """The text, or its start and its end around "..." if it is longer than ``length``."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length - length // 4 - 3]}...{text[-(length // 4) :]}"
+
+
+def quote(value: object) -> str:
+    """The ``repr`` of a value from a file, shortened to fit into a message."""
+    return clip(_REPR.repr(value))

@@ -15,6 +15,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from coterie.checks import describe
 from coterie.errors import CheckpointError, ConfigError
 from coterie.keys import Key
 
@@ -76,6 +77,16 @@ class QTensor:
     scales: Tensor  # bf16 [.., rows, ceil(k / group)]
     format: QuantFormat
     k: int
+
+    def __post_init__(self) -> None:
+        values_shape, scales_shape = self.format.storage_shapes(self.shape)
+        if self.q.dtype is not self.format.dtype or self.q.shape != values_shape:
+            raise ValueError(f"{self.format} of {self.k} columns: values {describe(self.q)}")
+        if self.scales.dtype is not torch.bfloat16 or self.scales.shape != scales_shape:
+            raise ValueError(
+                f"{self.format} of shape {list(self.shape)}: scales {describe(self.scales)}, "
+                f"not {list(scales_shape)} bf16"
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:

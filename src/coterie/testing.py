@@ -102,8 +102,13 @@ FAMILY_CONFIGS: dict[str, dict[str, Json]] = {
 
 
 def tiny_config(family: str, **overrides: Json) -> dict[str, Json]:
-    """A small config of a key of ``FAMILY_CONFIGS``, with some keys overridden."""
-    return COMMON_CONFIG | FAMILY_CONFIGS[family] | overrides
+    """A small config of a key of ``FAMILY_CONFIGS``, with some keys overridden.
+
+    The mask token is the last of the vocabulary.
+    """
+    config = COMMON_CONFIG | FAMILY_CONFIGS[family] | overrides
+    vocabulary = config["vocab_size"]
+    return {"mask_token_id": vocabulary - 1 if isinstance(vocabulary, int) else None} | config
 
 
 def read_spec(config: Mapping[str, Json]) -> tuple[Family, ModelSpec]:

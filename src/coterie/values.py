@@ -22,16 +22,29 @@ token. Invariants, which every producer guarantees and every consumer relies on:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from coterie.checks import describe
+from coterie.errors import ConfigError
 from coterie.quantization import QTensor
+
+VoteKind: TypeAlias = Literal["topk-prob", "weight", "count", "full", "margin", "max"]
+VOTE_KINDS: tuple[VoteKind, ...] = get_args(VoteKind)  # in the order of their ids in the kernels
+PackedFormat: TypeAlias = Literal["bf16", "int8", "int4"]
+PACKED_FORMATS: tuple[PackedFormat, ...] = get_args(PackedFormat)
+
+MAX_EXPERTS = 2**16 - 1
+"""The index of an expert is the low 16 bits of a sort key."""
+
+MAX_COUNT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -126,6 +139,16 @@ class RouterSpec:
     capacity: int = 0  # experts that a block admits (LLaDA2.2); 0 = all
     block: int = 32  # positions of a block that admits experts, from multiples of it on
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.experts <= MAX_EXPERTS:
+            raise ConfigError(f"{self.k} of {self.experts} experts; at most {MAX_EXPERTS} can be")
+        if self.groups < 1 or self.experts % self.groups:
+            raise ConfigError(f"{self.experts} experts are not {self.groups} groups of one size")
+        if not 1 <= self.topk_groups <= self.groups:
+            raise ConfigError(f"{self.topk_groups} of {self.groups} groups of experts")
+        if self.activation not in ("softmax", "sigmoid"):
+            raise ConfigError(f"router activation {self.activation!r}; known: softmax, sigmoid")
+
 
 @dataclass(frozen=True)
 class DecodeProgress:
@@ -218,7 +241,7 @@ class CoresetRule:
     to those with most votes.
     """
 
-    vote: Literal["topk-prob", "weight", "count", "full", "margin", "max"] = "topk-prob"
+    vote: VoteKind = "topk-prob"
     union: int = 0
     count: int = 0
     mass: float = 0.0
@@ -227,6 +250,16 @@ class CoresetRule:
     resident_bonus: float = 0.0
     max_vote_loss: float = 0.0
     max_experts: int = 0
+
+    def __post_init__(self) -> None:
+        if self.vote not in VOTE_KINDS:
+            raise ConfigError(f"vote {self.vote!r}; known: {', '.join(VOTE_KINDS)}")
+        counts = (self.union, self.count, self.min_experts, self.protect, self.max_experts)
+        shares = (self.mass, self.resident_bonus, self.max_vote_loss)
+        if min(*counts, *shares) < 0 or max(counts) > MAX_COUNT or any(map(math.isnan, shares)):
+            raise ConfigError(f"a number of {self} is negative, too large or NaN")
+        if (self.union > 0) + (self.count > 0) + (self.mass > 0) != 1:
+            raise ConfigError(f"one of union, count and mass gives the size of a coreset: {self}")
 
 
 @dataclass(frozen=True)
@@ -248,8 +281,16 @@ class PackedExperts:
     """
 
     packed: Tensor  # [n, bytes of an expert] uint8
-    format: Literal["bf16", "int8", "int4"]
+    format: PackedFormat
     shape: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        if self.format not in PACKED_FORMATS:
+            raise ConfigError(f"format {self.format!r}; known: {', '.join(PACKED_FORMATS)}")
+        packed, experts = self.packed, self.shape[0]
+        is_rows = packed.dtype is torch.uint8 and packed.dim() == 2 and len(packed) == experts
+        if not is_rows or (packed.shape[1] > 1 and packed.stride(1) != 1) or min(self.shape) < 0:
+            raise ValueError(f"{experts} packed experts {self.shape}: {describe(packed)}, not rows")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -278,6 +319,16 @@ class PackedMatrix:
     dtype: torch.dtype
     shape: tuple[int, int]
 
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.bfloat16, torch.float32) or min(self.shape) < 0:
+            raise ValueError(f"a packed matrix {self.shape} in {self.dtype}; use bf16 or fp32")
+        # Panel pairs of 32 rows; a step of a pair holds four bytes of each row.
+        (rows, k), packed = self.shape, self.packed
+        steps = k if self.dtype is torch.float32 else -(-k // 2)
+        size = -(-rows // 32) * steps * 32 * 4
+        if packed.dtype is not torch.uint8 or packed.shape != (size,) or not packed.is_contiguous():
+            raise ValueError(f"a packed matrix {self.shape}: {describe(packed)}, not {size} bytes")
+
     @property
     def device(self) -> torch.device:
         return self.packed.device
@@ -297,6 +348,10 @@ class Slab:
     gate_up: Tensor | QTensor | PackedExperts
     down: Tensor | QTensor | PackedExperts
     slot_of: Tensor  # [E] int64, -1 = absent
+
+    def __post_init__(self) -> None:
+        if self.slot_of.dtype is not torch.int64 or self.slot_of.dim() != 1:
+            raise ValueError(f"slots of experts: {describe(self.slot_of)}, not [E] int64")
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from coterie.model.checkpoint import SINGLE_FILE, Checkpoint
 from coterie.model.moe import MoE
 from coterie.offload.resident_store import ResidentExpertStore
 from coterie.ops import cpu
-from coterie.ops.packed_layout import LAYOUT_VERSION, PACKED_FORMATS, unpack
+from coterie.ops.packed_layout import LAYOUT_VERSION, unpack
 from coterie.quantization import FORMATS, QTensor, dequantize, quantize
 from coterie.testing import write_checkpoint
-from coterie.values import PackedExperts, Slab
+from coterie.values import PACKED_FORMATS, PackedExperts, Slab
 
 FAMILIES = ("llada2", "llada-moe", "sdar-moe")
 ODD = {"hidden_size": 33, "moe_intermediate_size": 19}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import coterie
+from coterie.cli import output
 from coterie.cli.entry import run
 from coterie.errors import CoterieError
-from coterie.lab.calibration import read_calibrated_policy
+from coterie.lab.calibration import measurement, read_calibrated_policy
 from coterie.testing import write_checkpoint
 
 Capture = pytest.CaptureFixture[str]
@@ -184,7 +189,7 @@ def test_a_file_that_is_not_there_is_named(capsys: Capture, model: str, tmp_path
     for command in ("generate", "compare"):
         printed = refusal(capsys, command, "5 17 33", "-m", model, "-p", f"@{path}")
         assert printed == f"coterie: {path}: no such file; `coterie calibrate -o` writes one\n"
-    with pytest.raises(CoterieError, match=f"{tmp_path}.*Is a directory"):
+    with pytest.raises(CoterieError, match=f"{tmp_path}.*not a regular file"):
         read_calibrated_policy(tmp_path)
 
 
@@ -211,3 +216,75 @@ def test_what_cannot_be_calibrated_is_named(
 ) -> None:
     words = (*words, prompts) if words[-1] == "--prompt-file" else words
     assert message in refusal(capsys, "calibrate", *words, "-m", model, *DECODING)
+
+
+@pytest.fixture(scope="module")
+def command(model: str, prompts: str) -> list[str]:
+    return ["calibrate", "des-vote", "--prompt-file", prompts, "-m", model, *DECODING]
+
+
+@pytest.mark.parametrize("target", ["experts=6", "mass=0.8 --per-layer", "experts=6 --per-layer"])
+def test_a_stopped_calibration_goes_on_with_the_same_command(
+    target: str,
+    command: list[str],
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = [*command, "--target", *target.split()]
+    whole, path = tmp_path / "whole.json", tmp_path / "stopped.json"
+    calls = 0
+
+    def count(limit: int) -> None:
+        decode = measurement.PolicyEvaluator._decode
+
+        def counted(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > limit:
+                raise KeyboardInterrupt
+            return decode(*arguments)
+
+        monkeypatch.setattr(measurement.PolicyEvaluator, "_decode", counted)
+
+    count(1000)
+    assert run([*words, "-o", str(whole)]) == 0
+    needed, calls = calls, 0
+    monkeypatch.undo()
+    count(needed - 2)
+    with suppress(KeyboardInterrupt):
+        assert run([*words, "-o", str(path)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    calls = 0
+    monkeypatch.undo()
+    count(2)
+    assert run([*words, "-o", str(path)]) == 0
+    assert calls == 2
+    for key in ("policy", "achieved", "beyond", "decoding", "search"):
+        assert json.loads(path.read_text())[key] == json.loads(whole.read_text())[key]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["stopped.json", "whole.json"]
+
+
+def test_a_full_disk_shows_the_table_and_keeps_the_measurements(
+    command: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(descriptor: int) -> None:
+        del descriptor
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "six.json"
+    path.write_text("old")
+    words = [*command, "--target", "experts=6", "-o", str(path)]
+    write = output.print_result
+
+    def print_and_fill(*parts: Any, **options: Any) -> None:
+        write(*parts, **options)
+        monkeypatch.setattr(os, "fsync", full_disk)
+
+    monkeypatch.setattr(output, "print_result", print_and_fill)
+    assert run(words) == 2
+    shown = capsys.readouterr()
+    assert "meets experts=6" in shown.out
+    assert "six.json: cannot be written (No space left" in shown.err
+    assert path.read_text() == "old"
+    assert (tmp_path / "six.json.journal").exists()

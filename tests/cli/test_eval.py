@@ -24,7 +24,6 @@ from coterie.cli.output import format_csv
 from coterie.lab.evals.answer_log import Answer
 from coterie.lab.evals.report import summarize
 from coterie.lab.evals.run import EvalResult, Variant
-from coterie.lab.evals.summary_csv import csv_row
 
 Capture = pytest.CaptureFixture[str]
 
@@ -93,17 +92,52 @@ def test_a_stopped_run_continues_and_another_run_is_refused(
     assert names == {"items.jsonl", "run.json", f"{stem}.json", f"{stem}.csv"}
     record = json.loads((tmp_path / f"{stem}.json").read_text())
     assert [line["policy"] for line in record["facts"]["policies"]] == ["vanilla", "des-seq:k=3"]
+    assert "may be chance" not in again.err
     assert (tmp_path / f"{stem}.csv").read_text() == again.out.replace("\r\n", "\n")
     before, after = (next(csv.DictReader(io.StringIO(printed.out))) for printed in (first, again))
     assert {k: v for k, v in before.items() if k in ("policy", "right", "n", "accuracy_low")} == {
         k: v for k, v in after.items() if k in ("policy", "right", "n", "accuracy_low")
     }
     limited = refusal(capsys, *words, "--limit", "2")
-    assert "limit is not set in the folder and 2 in this run" in limited
+    assert "--limit is not set in the folder and 2 in this run" in limited
     few = refusal(capsys, *words, "--expert-dtype", "int8")
-    assert 'experts is not set in the folder and "int8 in groups of 64" in this run' in few
+    assert '--expert-dtype is not set in the folder and "int8 in groups of 64" in this run' in few
     assert run(words) == 0
     assert "all 6 answers are from an earlier run" in capsys.readouterr().err
+    record = json.loads((tmp_path / f"{stem}.json").read_text())
+    assert [line["policy"] for line in record["facts"]["policies"]] == ["vanilla", "des-seq:k=3"]
+
+
+def test_a_policy_that_joins_later_keeps_the_earlier_ones(capsys: Capture, tmp_path: Path) -> None:
+    words = [*ASKED[:3], "--num-problems", "2", "-o", str(tmp_path)]
+    for policy in ("des-seq:k=3", "topk:k=4"):
+        assert run([*words, "-p", policy]) == 0
+    assert "on 2 items a change below 65.8% may be chance" in capsys.readouterr().err
+    items = tmp_path / "items.jsonl"
+    items.write_text("".join(items.read_text().splitlines(keepends=True)[:5]))
+    assert run([*words, "--csv"]) == 0
+    printed = capsys.readouterr()
+    assert "topk:k=4 has 1 of 2 answers and is left out" in printed.err
+    rows = list(csv.DictReader(io.StringIO(printed.out)))
+    assert [row["policy"] for row in rows] == ["vanilla", "des-seq:k=3"]
+
+
+@pytest.mark.parametrize(("broken", "status"), [({0}, 1), ({0, 1}, 2)])
+def test_failures_are_counted_by_their_reason(
+    broken: set[int], status: int, capsys: Capture, tmp_path: Path
+) -> None:
+    words = [*ASKED[:3], "--num-problems", "2", "-o", str(tmp_path)]
+    assert run(words) == 0
+    items = tmp_path / "items.jsonl"
+    answers = list(map(json.loads, items.read_text().splitlines()))
+    for number in broken:
+        reason = "the head returned NaN or infinite values; no token was written"
+        answers[number] |= {"correct": False, "finish": "error", "error": reason}
+    items.write_text("".join(json.dumps(one) + "\n" for one in answers))
+    capsys.readouterr()
+    assert run(words) == status
+    err = capsys.readouterr().err
+    assert f"{len(broken)} answers failed and count as wrong: the head returned NaN" in err
 
 
 @pytest.mark.parametrize(
@@ -142,17 +176,21 @@ def test_an_interrupt_keeps_answers_and_names_the_folder(tmp_path: Path) -> None
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as child:  # fmt: skip
-        while child.poll() is None and not (items.exists() and items.stat().st_size):
+        # The answers of the first batch are reported once those of the second are written.
+        while child.poll() is None and not (
+            items.exists() and len(items.read_bytes().splitlines()) > 3
+        ):
             time.sleep(0.05)
         child.send_signal(signal.SIGINT)
         out, err = child.communicate()
     assert (child.returncode, out) == (130, "")
-    count = len(items.read_bytes().splitlines())
-    assert re.fullmatch(
-        rf"coterie: {count} of 2000 answers are in {tmp_path}; the same command continues "
-        r"from there\n",
+    hint = re.fullmatch(
+        rf"coterie: (\d+) of 2000 answers are in {tmp_path}; the same command continues from "
+        r"there\n",
         err,
-    ), err
+    )
+    assert hint is not None, err
+    assert 2 <= int(hint[1]) <= len(items.read_bytes().splitlines())
 
 
 def test_tables_fit_the_terminal_and_lose_no_number() -> None:
@@ -178,7 +216,7 @@ def test_csv_has_one_line_a_policy_with_all_digits() -> None:
     result = summarize(
         [sheet("vanilla", right), sheet("des-seq:k=3", [False, True, True])], ["quiz"]
     )
-    first, second = csv.DictReader(io.StringIO(format_csv([csv_row(line) for line in result])))
+    first, second = csv.DictReader(io.StringIO(format_csv([line.csv_row() for line in result])))
     assert (first["policy"], first["right"], first["n"], first["change"]) == (
         "vanilla",
         "2",

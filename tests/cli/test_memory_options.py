@@ -33,8 +33,8 @@ from coterie.loading.free_memory import CGROUP_V1, CGROUP_V2, cgroup_free_memory
 from coterie.loading.saved_votes import SavedVotes, read_votes, router_checksum, write_votes
 from coterie.offload.capacity import parse_bytes
 from coterie.offload.eviction import ByVotes, Lfu, Lru
-from coterie.ops.packed_layout import PackedFormat
 from coterie.testing import read_spec, tiny_config, write_checkpoint
+from coterie.values import PackedFormat
 
 WORDS = ["generate", "5 17 33", "-n", "8", "--block", "8"]
 
@@ -136,7 +136,7 @@ def test_an_option_without_effect_is_refused_with_a_remedy(
         (["--warm-start", folder], "--warm-start has no effect"),
         (["--expert-memory", "3", "--host-memory", "1GiB"], "no effect on a CPU"),
         (["--expert-memory", "3", "--eviction", "fifo"], "known: lfu, lru, votes"),
-        (["--expert-memory", "3", "--warm-start", folder], "cannot be read"),
+        (["--expert-memory", "3", "--warm-start", folder], "not a file"),
         (["--expert-memory", "3", "--warm-start", __file__], "`coterie trace` saves votes"),
         (
             ["--expert-memory", "nonsense"],

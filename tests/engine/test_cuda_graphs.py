@@ -6,6 +6,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ class Counted:
         return outcome, counted
 
 
-def told(engine: coterie.Engine, **options: object) -> list[object]:
+def told(engine: coterie.Engine, **options: Any) -> list[object]:
     """What becomes of all prompts, one after the other and then together."""
     alone = [engine.generate(prompt, **options) for prompt in PROMPTS]
     for prompt in PROMPTS:
@@ -105,7 +106,7 @@ def test_longer_sequences_attend_to_all_positions(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llada2", seed=6)
     engine = coterie.load(folder, device="cpu")
     prompts = [[3 + i % 80 for i in range(length)] for length in (20, 300, 250)]
-    options = {"max_new_tokens": 16, "block": 8}
+    options: dict[str, Any] = {"max_new_tokens": 16, "block": 8}
     expected = [engine.generate(prompt, **options).tokens for prompt in prompts]
     engine._graphs = CudaGraphs(engine.model.transformer, Counted())
     assert [engine.generate(prompt, **options).tokens for prompt in prompts] == expected

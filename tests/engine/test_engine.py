@@ -314,16 +314,20 @@ def test_interleaved_streams_get_their_own_events() -> None:
 class Refusing:
     """A policy that cannot route."""
 
+    error: Exception
+
     def eligible(self, scores: Scores, k: int) -> Tensor:
-        raise CoterieError("not today")
+        raise self.error
 
 
-def test_failed_group_does_not_stop_other_requests() -> None:
+@pytest.mark.parametrize("error", [CoterieError("not today"), OSError("no disk")])
+def test_failed_group_does_not_stop_other_requests(error: Exception) -> None:
     host = Engine(tiny(), generation=GenerationConfig().replace(block=8, max_new_tokens=12))
-    stuck, well = host.submit(PROMPT, policy=Refusing()), host.submit(PROMPT)
+    stuck, well = host.submit(PROMPT, policy=Refusing(error)), host.submit(PROMPT)
     while well in host.rows:
-        with pytest.raises(CoterieError, match="not today"):
+        with pytest.raises(type(error)) as raised:
             host.step()
+        assert raised.value is error
     host.cancel(stuck)
     (finished,) = [event for event in host.step() if isinstance(event, Finished)]
     assert known(finished.result) == known(engine().generate(PROMPT))

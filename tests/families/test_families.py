@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from released_configs import LLADA2_FLASH, LLADA2_MINI, LLADA22_MINI, LLADA_MOE, RELEASED, SDAR
+from released_configs import LLADA2_FLASH, LLADA2_MINI, LLADA_MOE, RELEASED, SDAR
 
 from coterie.checkpoints.model_info import GIB, inspect
 from coterie.errors import CoterieError
@@ -75,24 +75,44 @@ def test_the_mini_model_is_read_as_it_is() -> None:
     assert (router.experts, router.k, router.groups, router.topk_groups) == (256, 8, 8, 4)
     assert (router.activation, router.renormalise, router.scale) == ("sigmoid", True, 2.5)
     assert spec.expert_bias
-    assert spec.capacity == 0
 
 
-def test_block_routed_checkpoints_have_a_capacity() -> None:
-    assert spec_of(LLADA22_MINI).capacity == 48
+def token_ids(values: dict, vocabulary: int) -> tuple[int | None, tuple[int, ...]]:
+    config = ModelConfig(FILE, values)
+    family = detect_family(config)
+    return mask_id(config, family, vocabulary), eos_ids(config, family, vocabulary)
 
 
-def test_mask_and_end_ids_follow_config_then_family_then_vocabulary() -> None:
-    def ids(values: dict, vocabulary: int) -> tuple[int, tuple[int, ...]]:
-        config = ModelConfig(FILE, values)
-        family = detect_family(config)
-        return mask_id(config, family, vocabulary), eos_ids(config, family, vocabulary)
+def test_mask_and_end_ids_follow_config_then_family() -> None:
+    assert token_ids(LLADA2_MINI, 157184) == (156895, (156892,))
+    assert token_ids(SDAR, 151936) == (151669, (151643, 151645))
+    assert token_ids(tiny_config("llada2"), 96) == (95, (94,))
+    ids = {"mask_token_id": 7, "eos_token_id": [3, 4]}
+    assert token_ids(tiny_config("llada2") | ids, 96) == (7, (3, 4))
+    assert token_ids(tiny_config("llada2", eos_token_id=None, pad_token_id=9), 96) == (95, (9,))
 
-    assert ids(LLADA2_MINI, 157184) == (156895, (156892,))
-    assert ids(SDAR, 151936) == (151669, (151643, 151645))
-    assert ids(tiny_config("llada2"), 96) == (95, (94,))
-    assert ids(tiny_config("llada2", mask_token_id=7, eos_token_id=[3, 4]), 96) == (7, (3, 4))
-    assert ids(tiny_config("llada2", eos_token_id=None, pad_token_id=9), 96) == (95, (9,))
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_no_id_is_guessed_to_be_the_mask(family: str) -> None:
+    assert token_ids(tiny_config(family, mask_token_id=None), 96)[0] is None
+
+
+@pytest.mark.parametrize("key", ["mask_token_id", "eos_token_id"])
+@pytest.mark.parametrize("value", [True, -1, 96, 10**40, 3.0, "3", [[3]], {"id": 3}])
+def test_token_ids_are_whole_numbers_of_the_vocabulary(key: str, value: object) -> None:
+    with pytest.raises(CoterieError, match=rf"config\.json: {key} is"):
+        token_ids(tiny_config("llada2") | {key: value}, 96)
+
+
+def test_a_model_has_one_mask() -> None:
+    with pytest.raises(CoterieError, match="mask_token_id is a list"):
+        token_ids(tiny_config("llada2") | {"mask_token_id": [3, 4]}, 96)
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@given(value=st.recursive(st.text() | st.integers() | st.floats(), st.lists, max_leaves=200))
+def test_values_are_clipped_in_messages(family: str, value: object) -> None:
+    assert len(refusal(family, vocab_size=[value, "\x1b" * 999])) < 500
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -188,6 +208,7 @@ def test_sizes_and_numbers_must_be_what_they_are(family: str, key: str, value: o
         ("llada2", {"intermediate_size": None}, "intermediate_size is missing"),
         ("llada2", {"moe_shared_expert_intermediate_size": 8}, "is 8, not 16"),
         ("llada2", {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers is 1"),
+        ("llada2", {"expert_capacity": 48}, "expert_capacity is 48"),
         ("llada2", {"moe_router_enable_expert_bias": 1}, "is 1, not true or false"),
         ("llada2", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
         ("llada2", {"num_hidden_layers": 10**9}, "between 1 and 4096"),

@@ -187,7 +187,9 @@ def test_run_identity_fingerprints_the_fallback_model(tmp_path: Path) -> None:
 def test_two_folders_that_are_not_one_model_are_refused(tmp_path: Path) -> None:
     fine, coarse = folders(tmp_path / "a", ("int8", "int4"))
     other = write_checkpoint(tmp_path / "seed", "llada2", seed=1, dtype=torch.bfloat16)
-    wider = write_checkpoint(tmp_path / "b", "llada2", vocab_size=100, dtype=torch.bfloat16)
+    wider = write_checkpoint(
+        tmp_path / "b", "llada2", vocab_size=100, mask_token_id=95, dtype=torch.bfloat16
+    )
     convert(other, tmp_path / "seed-int4", ConversionTarget.parse("int4"))
     convert(wider, tmp_path / "wider-int4", ConversionTarget.parse("int4"))
     for first, second, told in (

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from coterie import ops
 from coterie.checkpoints.source import MODEL_FILES, find_folder
-from coterie.errors import CoterieError
+from coterie.engine.engine import Engine
+from coterie.errors import CoterieError, NonFiniteLogitsError
 from coterie.families.names import weight_map
 from coterie.loading.load import Model, load_model
 from coterie.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
@@ -29,6 +30,7 @@ from coterie.testing import FAMILY_CONFIGS, random_tensors, read_spec, tiny_conf
 from coterie.values import ExpertRequest, Matrix, PackedExperts, PackedMatrix, Slab
 
 GATE = "model.layers.1.mlp.gate.weight"
+DTYPES = ["float32", "bfloat16", "float16"]
 UP = "model.layers.2.mlp.experts.7.up_proj.weight"
 
 
@@ -237,6 +239,14 @@ def entry(dtype: object = "F32", shape: object = (2,), ends: object = (0, 8)) ->
         (header({"v": entry(), "w": entry(ends=[4, 12])}) + bytes(12), "w starts at"),
         (header({"w": entry(dtype="I64")}) + bytes(8), "w is I64"),
         (header({"w": entry(dtype=7)}) + bytes(8), "w is 7"),
+        (header({"w": entry(dtype=["F32"])}) + bytes(8), "w is ['F32']"),
+        (header({"w": entry(dtype={})}) + bytes(8), "w is {}"),
+        (header({"w": entry(shape=[True, 2])}) + bytes(8), "w: shape or data_offsets"),
+        (header({"w": entry(shape=[1] * 100_000)}) + bytes(8), "w: shape or data_offsets"),
+        (header({"w": entry(shape=[10**90] * 8)}) + bytes(8), "w has 8 bytes, but its shape"),
+        (header(b'{"w":{"shape":[' + b"9" * 4000 + b"]}}"), "more than 100 digits"),
+        (header({"w" * 10_000: 3}), "...wwww"),
+        (header({"\x1b]0;title\x07": 3}), "\\x1b]0;title\\x07: its header entry"),
         (
             header(b'{"w":{"dtype":"F32","shape":[0],"data_offsets":[0,0]},"w":{}}'),
             "w is listed twice",
@@ -250,6 +260,53 @@ def test_a_damaged_header_is_one_clear_line(tmp_path: Path, content: bytes, said
         read_header(file)
     assert said in str(raised.value)
     assert str(raised.value).startswith(f"{file}: ")
+    assert len(str(raised.value)) < len(str(file)) + 300
+
+
+ALL_NAMES = sorted(random_tensors(tiny_config("llada-moe"), 1))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@given(name=st.sampled_from(ALL_NAMES), index=st.integers(0, 10**6), dtype=st.sampled_from(DTYPES))
+def test_no_weight_may_be_nan_or_infinite(
+    tmp_path_factory: pytest.TempPathFactory, value: float, name: str, index: int, dtype: str
+) -> None:
+    """In queries and keys it would change the answer and leave the logits finite."""
+    tensors = random_tensors(tiny_config("llada-moe"), 1)
+    tensors[name].view(-1)[index % tensors[name].numel()] = value
+    folder = write_checkpoint(tmp_path_factory.mktemp("a"), "llada-moe", 1)
+    save_file(tensors, folder / SINGLE_FILE)
+    message = refusal(folder, dtype=dtype)
+    assert message.startswith(f"{folder / SINGLE_FILE}: {name} holds NaN or infinity")
+
+
+def test_a_weight_that_the_dtype_cannot_hold_is_an_error(tmp_path: Path) -> None:
+    change = {UP: torch.full((16, 32), 1e6)}
+    folder = rewritten(one(tmp_path), lambda t: t.update(change))
+    assert f"{UP} holds NaN or infinity in float16" in refusal(folder, dtype="float16")
+    load_model(folder, device="cpu", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [1e25, 1e30, 1e38])
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_an_overflow_is_an_error_rather_than_zeros(
+    tmp_path: Path, family: str, size: float, dtype: str
+) -> None:
+    change = {name: t.sign() * size for name, t in random_tensors(tiny_config(family), 1).items()}
+    folder = rewritten(write_checkpoint(tmp_path, family, 1), lambda t: t.update(change))
+    engine = Engine(load_model(folder, device="cpu", dtype=dtype))
+    with pytest.raises(NonFiniteLogitsError):
+        engine.generate([1, 2, 3], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("weight", ["q_proj", "k_proj"])
+def test_queries_and_keys_that_overflow_are_an_error(tmp_path: Path, weight: str) -> None:
+    folder = write_checkpoint(tmp_path, "llada-moe", 1)
+    name = f"model.layers.1.self_attn.{weight}.weight"
+    rewritten(folder, lambda t: t.update({name: t[name] * 1e30}))
+    with pytest.raises(NonFiniteLogitsError):
+        Engine(load_model(folder, device="cpu", dtype="float32")).generate([1, 2, 3])
 
 
 @given(content=st.binary(max_size=200))

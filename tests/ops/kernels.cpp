@@ -256,6 +256,8 @@ bool attention_agrees() {
                        kv_heads,
                        dim,
                        rotary_half,
+                       length,
+                       rows,
                        length};
     if (!run_ops(isa, threads, Op{&call, ATTENTION})) return std::vector<float>{NAN};
     return to_floats(out);

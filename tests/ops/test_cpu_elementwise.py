@@ -126,3 +126,17 @@ def test_non_finite_logits_make_logsumexp_non_finite(
     found = ops.summarize_logits(logits, 3)
     assert found.argmax.tolist() == [39]
     assert torch.allclose(found.logsumexp, torch.tensor([2.0]))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [1e19, 1e25, 3e38])
+def test_a_row_whose_square_overflows_becomes_nan(
+    size: float, isa: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Its inverse is 0, which would make an answer of zeros."""
+    monkeypatch.setenv("COTERIE_ISA", isa)
+    x = torch.full((2, 40), size)
+    x[1] = 1.0
+    for dtype in (torch.bfloat16, torch.float32):
+        found = ops.rms_norm(x.to(dtype), torch.ones(40, dtype=dtype), 1e-6)
+        assert found.isfinite().all(dim=1).tolist() == [False, True]

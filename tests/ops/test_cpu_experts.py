@@ -19,6 +19,7 @@ from coterie import ops
 from coterie.errors import CoterieError
 from coterie.ops import cpu
 from coterie.ops.cpu import build, library
+from coterie.ops.packed_layout import expert_bytes
 from coterie.quantization import FORMATS, QTensor, QuantFormat, dequantize, quantize
 from coterie.values import PackedExperts, Routing, Slab
 
@@ -187,7 +188,7 @@ def test_both_sides_agree_on_the_group_sizes():
 
 def test_packed_experts_have_no_overhead():
     whole = 3 * 2048 * 512
-    sizes = [cpu.expert_bytes(kind, hidden=2048, width=512) for kind in KINDS]
+    sizes = [expert_bytes(kind, hidden=2048, width=512) for kind in KINDS]
     assert sizes == [whole * 2, whole * 66 // 64, whole * 18 // 32]
 
 

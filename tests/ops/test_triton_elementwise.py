@@ -232,6 +232,16 @@ def agree(
     close(ours.values[0], wide.values[0], NEAR[dtype])
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the interpreter
+def test_a_row_whose_square_overflows_becomes_nan() -> None:
+    from coterie.ops.triton import elementwise as kernels
+
+    x = torch.full((2, 40), 1e25, device=DEVICE)
+    x[1] = 1.0
+    found = kernels.rms_norm(x, torch.ones(40, device=DEVICE), 1e-6)
+    assert found.isfinite().all(dim=1).tolist() == [False, True]
+
+
 def close(found: Tensor, expected: Tensor, near: float | None = None) -> None:
     """Distance over size."""
     near = NEAR[found.dtype] if near is None else near

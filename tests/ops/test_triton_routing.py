@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -60,7 +61,7 @@ def with_probability(
         patch.setattr(routing, "launch", watched)
         found = routing.route(scores, rule, vote_weight)
     assert found is not None
-    bits = seen[1][0] & 0x7FFFFFFF  # what the first launch left for the second
+    bits = seen[1][1] & 0x7FFFFFFF  # what the first launch left for the second
     return found, bits.view(torch.float32).view(scores.logits.shape)
 
 
@@ -131,7 +132,8 @@ def rules(draw: st.DrawFn, router: RouterSpec) -> CoresetRule | None:
     if kind == "union":
         return CoresetRule(union=draw(st.integers(1, router.k)))
     vote = draw(st.sampled_from(VOTE_NAMES))
-    rule = CoresetRule(
+    rule = partial(
+        CoresetRule,
         vote=vote,
         protect=draw(st.integers(0, min(2, router.k))),
         # Halves keep every product exact, so that sums in another order are the same.
@@ -139,9 +141,8 @@ def rules(draw: st.DrawFn, router: RouterSpec) -> CoresetRule | None:
         max_vote_loss=draw(st.sampled_from((0.0, 0.02, 0.3, 1.0))),
     )
     if kind == "count" or vote == "max":
-        return replace(rule, count=draw(st.integers(1, router.experts)))
-    return replace(
-        rule,
+        return rule(count=draw(st.integers(1, router.experts)))
+    return rule(
         mass=draw(st.sampled_from((0.3, 0.8, 1.0))),
         min_experts=draw(st.integers(1, router.experts)),
     )
@@ -312,6 +313,17 @@ def test_votes_add_up_alike_in_any_order_and_are_rounded_to_the_even() -> None:
         assert torch.equal(found.used, by_kernel(moved, CoresetRule(count=m), None).used)
         assert int(found.used.sum()) == m
     agree(scores, CoresetRule(count=5), None)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_a_token_far_from_its_coreset_weighs_by_its_logits(activation: Activation) -> None:
+    logits = torch.linspace(-1, 1, 16).repeat(1, 3, 1)
+    logits[:, 1:, 1:] -= 300
+    logits[:, :, 0] = torch.tensor([-200.0, 0.0, 0.0])
+    scores = on_device(Scores(logits, RouterSpec(16, 3, activation, True)))
+    call = (scores, CoresetRule("full", count=4), torch.tensor([[1.0, 0.0, 0.0]], device=DEVICE))
+    assert by_kernel(*call).topk_weights.isfinite().all()
+    agree(*call)
 
 
 @pytest.mark.parametrize("strange", [math.nan, math.inf, -math.inf])

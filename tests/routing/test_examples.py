@@ -102,6 +102,22 @@ def test_a_coreset_smaller_than_k_gives_ids_of_minus_one():
     assert routing.used.nonzero().flatten().tolist() == [1]
 
 
+def test_votes_that_round_to_one_number_tie_and_the_lower_expert_wins():
+    """Votes are in units of 2**-40: a token's far experts get none, whatever their order is."""
+    router = RouterSpec(4, 1, "softmax", renormalise=True)
+    scores = Scores(torch.tensor([[[0.0, -31.0, -30.0, -500.0]]]), router)
+    assert scores.probability[0, 0, 2] > scores.probability[0, 0, 1] > 0
+    policy = parse_policy("coreset:m=2,vote=full")
+    assert policy.eligible(scores, 1).tolist() == [[[True, True, False, False]]]
+
+
+def test_of_equal_votes_the_lower_expert_returns_first_and_leaves_first():
+    votes = torch.tensor([[4, 4, 4, 1, 1, 4]])
+    plain = torch.tensor([[True, True, True, False, False, False]])
+    restored = restore_votes(~plain, plain, votes, 0.25)  # 9 of 12 votes: one swap
+    assert restored.tolist() == [[True, False, False, False, True, True]]
+
+
 def test_ties_go_to_the_lower_expert():
     flat = Scores(torch.zeros(1, 2, 6), SIGMOID)
     assert ids_of("vanilla", flat) == [[0, 1], [0, 1]]

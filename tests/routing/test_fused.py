@@ -169,7 +169,9 @@ def odd_blocks(draw: st.DrawFn) -> Scores:
     shape = (draw(st.integers(1, 4)), draw(st.integers(1, 64)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     coarse = draw(st.sampled_from((0.0, 1.0, 4.0)))
-    logits = 2 * torch.randn(*shape, experts, generator=generator)
+    logits = draw(st.sampled_from((2.0, 2.0, 60.0))) * torch.randn(
+        *shape, experts, generator=generator
+    )
     bias = torch.randn(experts, generator=generator) / 4
     if coarse:
         logits, bias = (logits * coarse).round() / coarse, (bias * 4).round() / 4
@@ -247,9 +249,7 @@ def test_the_kernel_routes_like_plain_torch(scores: Scores, text: str, isa: str)
     ):
         assert torch.equal(one, other)
     assert torch.equal(result.used, expected.used)
-    torch.testing.assert_close(
-        result.topk_weights, expected.topk_weights, rtol=2e-6, atol=0, equal_nan=True
-    )
+    torch.testing.assert_close(result.topk_weights, expected.topk_weights, rtol=0, atol=0)
     assert (
         (result.coreset_reuse is None)
         == (expected.coreset_reuse is None)

@@ -198,6 +198,48 @@ GSM8K: list[tuple[str, str, bool]] = [
     ("125000", "\\boxed{1.25 \\times 10^5}", True),
     ("125000", "\\boxed{1.25 \\times 10^{6}}", False),
     ("125000", "\\boxed{125\\text{,}000}", True),
+    # hedges are wrong, whatever stands first
+    *(
+        (gold, output, False)
+        for gold in ("138", "149")
+        for output in (
+            "138 or 149",
+            "It is 138 or 149.",
+            "The answer is 138 or 149.",
+            "Answer: $138 or $149",
+            "The answer is **138** or **149**",
+            "#### 138 or 149",
+            "#### 138, 149",
+            "**138 or 149**",
+            r"\boxed{138, 149}",
+            r"\boxed{138 \text{ or } 149}",
+            r"\boxed{138 or 149 dollars}",
+            r"\boxed{138} or \boxed{149}",
+            r"$\boxed{138}$ or $\boxed{149}$",
+            r"\boxed{149 and 138}",
+            "She pays 138 dollars or 149 dollars.",
+            "<answer>138; 149</answer>",
+        )
+    ),
+    ("138", r"\boxed{138, 138.0}", True),
+    ("138", "It is $138 or 138 dollars.", True),
+    ("120", "The answer is 120 minutes or 2 hours.", True),
+    ("120", r"\boxed{120 \text{ minutes or } 2 \text{ hours}}", True),
+    ("20", "100/5 = 5A/5 or 20 = A.", True),
+    # the number of the claim
+    ("138", "the total is 138 dollars for 5 people over 3 days.", True),
+    ("138", "So the total cost is $138 for 5 people over the 3 days", True),
+    (
+        "138",
+        "They pay 46 a day.\nIn all that comes to 138 dollars for the 5 of them in 3 days.",
+        True,
+    ),
+    ("138", "In all that comes to 138 dollars in 3 days of work.", True),
+    ("3", "the total is 138 dollars for 5 people over 3 days.", False),
+    ("33", "There are 33 ounces of cereal in those 3 boxes.", True),
+    ("20", "The cost is 5 dollars for each, and for 4 it is 20 dollars.", True),
+    ("18", "She sells 9 eggs for 18", True),
+    ("15", "The total is 3 * 5 = 15", True),
 ]
 
 # gold, output, right?

@@ -71,7 +71,6 @@ LLADA21_MINI = {key: value for key, value in LLADA2_MINI.items() if key != "torc
     "sliding_window": 4096,
     "use_qk_norm": True,
 }
-LLADA22_MINI = LLADA21_MINI | {"expert_capacity": 48}
 LLADA_MOE: dict[str, Json | dict[str, str]] = {
     "architectures": ["LLaDAMoEModelLM"],
     "attention_bias": False,
@@ -164,7 +163,6 @@ RELEASED = {
     "LLaDA2.0-flash": LLADA2_FLASH,
     "LLaDA2.0-mini, experts stacked": LLADA2_MERGED,
     "LLaDA2.1-mini": LLADA21_MINI,
-    "LLaDA2.2-mini": LLADA22_MINI,
     "LLaDA-MoE-7B-A1B": LLADA_MOE,
     "SDAR-30B-A3B-Chat": SDAR,
 }

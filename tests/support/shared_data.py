@@ -41,7 +41,7 @@ def missing() -> list[str]:
         if not (SHARED / name).is_dir()
     ]
     if find_spec("lm_eval") is None:
-        absent.append("NOT TESTED: the harness's adapter (pip install 'coterie[harness]')")
+        absent.append("NOT TESTED: the harness's adapter (pip install '.[harness]')")
     if find_spec("triton") is None:
         absent.append("NOT TESTED: kernels for a GPU (triton is not installed)")
     return absent

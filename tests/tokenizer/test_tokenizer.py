@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tiny_tokenizer import write_tokenizer
 
 from coterie.errors import CoterieError, TokenizerError
 from coterie.families import FAMILIES
@@ -16,22 +18,22 @@ from coterie.tokenizer import IdTokenizer, SubwordTokenizer, load_tokenizer, rea
 
 LLADA2 = FAMILIES["LLaDA2MoeModelLM"].defaults.chat_template
 SDAR = FAMILIES["SDARMoeForCausalLM"].defaults.chat_template
-SPECIAL = ["<|mask|>", "<|endoftext|>", "<role>", "</role>", "<|role_end|>"]
-
-
-def write_tokenizer(folder: Path) -> Path:
-    """A byte-level tokenizer of 256 bytes and five special tokens, ids 256 - 260."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def change_tokenizer(folder: Path, **parts: object) -> Path:
+    """The folder, with parts of its tokenizer.json replaced."""
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    write_json(folder / "tokenizer.json", content | parts)
+    return folder
+
+
+def character_map(size: int, table: bytes = b"") -> dict[str, str]:
+    raw = size.to_bytes(4, "little") + table
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(raw).decode()}
 
 
 def subword_tokenizer(folder: Path, vocab_size: int = 300) -> SubwordTokenizer:
@@ -176,4 +178,135 @@ def test_a_tokenizer_larger_than_the_model_is_an_error(tmp_path: Path) -> None:
 def test_an_unknown_eos_token_is_an_error(tmp_path: Path) -> None:
     write_json(write_tokenizer(tmp_path) / "tokenizer_config.json", {"eos_token": "<end>"})
     with pytest.raises(TokenizerError, match="'<end>' is not in tokenizer"):
+        subword_tokenizer(tmp_path)
+
+
+TRUNCATION = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst"}
+PADDING = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0}
+SETTINGS = [
+    {"truncation": TRUNCATION | {"stride": 0}},
+    {"truncation": TRUNCATION | {"stride": 9}},
+    {"padding": PADDING | {"strategy": "BatchLongest", "pad_token": "a"}},
+    {"padding": PADDING | {"strategy": {"Fixed": 64}, "pad_token": "a"}},
+    {"padding": PADDING | {"strategy": {"Fixed": 1 << 40}, "pad_token": "a"}},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_lengths_fixed_for_training_do_not_apply(tmp_path: Path, settings: dict) -> None:
+    plain = subword_tokenizer(write_tokenizer(tmp_path))
+    changed = subword_tokenizer(change_tokenizer(tmp_path, **settings))
+    for prompt in ("", "Hi", "Tom has 3 boxes."):
+        assert changed.encode(prompt) == plain.encode(prompt)
+        assert changed.encode(prompt, raw=True) == plain.encode(prompt, raw=True)
+
+
+def replacement(pattern: dict, content: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        character_map(1 << 31),
+        character_map(0),
+        character_map(7, b"1234567"),
+        character_map(4, b"1234\xff\xff"),
+        {"type": "Precompiled", "precompiled_charsmap": "!"},
+        {"type": "Precompiled"},
+        {"type": "Sequence", "normalizers": [character_map(1 << 31)]},
+        {"type": "Sequence", "normalizers": [replacement({"Regex": "."}, "x" * 60)] * 4},
+        replacement({"Regex": "("}, ""),
+        {"type": "Unheard-of"},
+        7,
+    ],
+)
+def test_a_normalizer_that_would_end_the_process_is_refused(
+    tmp_path: Path, normalizer: object
+) -> None:
+    change_tokenizer(write_tokenizer(tmp_path), normalizer=normalizer)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: "):
+        subword_tokenizer(tmp_path)
+
+
+UNIGRAM = {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]], "byte_fallback": False}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"model": UNIGRAM, "added_tokens": []},  # an exception: an unknown letter, no unk_id
+        {"normalizer": character_map(8, b"\xff" * 8)},  # a panic: an index outside of the table
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+        {"decoder": {"type": "Strip", "content": '"', "start": 1 << 60, "stop": 1 << 60}},
+        {"post_processor": {"type": "TemplateProcessing", "pair": [], "special_tokens": {},
+                            "single": [{"Sequence": {"id": "B", "type_id": 0}}] * 2}},
+    ],
+)  # fmt: skip
+def test_every_failure_of_the_library_is_ours(tmp_path: Path, parts: dict) -> None:
+    tokenizer = subword_tokenizer(change_tokenizer(write_tokenizer(tmp_path), **parts))
+    messages = [
+        error_of(lambda: tokenizer.encode("Hello", raw=True)),
+        error_of(lambda: tokenizer.decode([1, 2, 300])),
+        error_of(lambda: tokenizer.decode_token(1)),
+    ]
+    assert any(messages)
+    start = f"{tmp_path / 'tokenizer.json'}: the tokenizer fails"
+    assert all(message.startswith(start) for message in messages if message)
+
+
+def error_of(use: Callable[[], object]) -> str:
+    """The message of a TokenizerError; empty without one."""
+    try:
+        use()
+    except TokenizerError as error:
+        return str(error)
+    return ""
+
+
+@given(token=st.integers(-(2**70), 2**70))
+def test_any_id_is_decoded_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, token: int
+) -> None:
+    tokenizer = subword_tokenizer(write_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+    for use in (lambda: tokenizer.decode([token]), lambda: tokenizer.decode_token(token)):
+        assert error_of(use) == "" or not 0 <= token < 2**32
+
+
+def test_an_interrupt_is_not_an_error_of_the_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = subword_tokenizer(write_tokenizer(tmp_path))
+
+    def interrupted(_messages: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coterie.tokenizer.tokenizer.Tokenizer.from_str", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        subword_tokenizer(tmp_path)
+    assert tokenizer.encode("a", raw=True)
+
+
+def test_a_prompt_without_end_is_an_error(tmp_path: Path) -> None:
+    tokenizer = subword_tokenizer(write_tokenizer(tmp_path))
+    with pytest.raises(TokenizerError, match="characters, too many"):
+        tokenizer.encode("x" * 5_000_000)
+
+
+@pytest.mark.parametrize("value", [True, -1, 300, 10**40, 3.0, "3", {"id": 3}, [[3]], [3, None]])
+def test_end_ids_of_a_generation_config_are_ids(tmp_path: Path, value: object) -> None:
+    write_json(write_tokenizer(tmp_path) / "generation_config.json", {"eos_token_id": value})
+    with pytest.raises(CoterieError, match=r"generation_config\.json: eos_token_id is"):
+        subword_tokenizer(tmp_path)
+
+
+def test_a_generation_config_may_name_no_end(tmp_path: Path) -> None:
+    write_json(write_tokenizer(tmp_path) / "generation_config.json", {"eos_token_id": None})
+    assert subword_tokenizer(tmp_path).eos_ids == ()
+
+
+@pytest.mark.parametrize("source", ["", " \n"])
+def test_an_empty_template_is_an_error(tmp_path: Path, source: str) -> None:
+    write_json(write_tokenizer(tmp_path) / "tokenizer_config.json", {"chat_template": source})
+    with pytest.raises(TokenizerError, match="template is empty"):
         subword_tokenizer(tmp_path)

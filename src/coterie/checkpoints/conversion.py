@@ -8,37 +8,48 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from coterie.checkpoints.fingerprint import sample_bytes
-from coterie.checkpoints.journal import (
-    ConversionJournal,
-    atomic_write,
-    atomic_write_json,
-    atomic_writer,
-    remove_partial,
-)
+from coterie.checkpoints.fingerprint import FILE_LIMIT, sample_bytes
+from coterie.checkpoints.journal import ConversionJournal
 from coterie.checkpoints.manifest import MANIFEST, Checksums
-from coterie.checkpoints.output_files import ConvertedShard, OutputFile, PackedLayer, SourceFiles
+from coterie.checkpoints.output_files import (
+    ConvertedShard,
+    OutputFile,
+    PackedLayer,
+    header,
+    total_bytes,
+)
 from coterie.checkpoints.source import MODEL_FILES, find_folder
 from coterie.errors import CheckpointError, ConfigError
 from coterie.families import ModelConfig, detect_family
 from coterie.families.common import EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY, PANEL_LAYOUT
 from coterie.families.names import is_expert, is_stacked, layer_of, packed_name, weight_map
+from coterie.files import (
+    OpenFiles,
+    atomic_write,
+    atomic_write_json,
+    atomic_writer,
+    opened,
+    read_file,
+    remove_partial,
+)
 from coterie.model.checkpoint import INDEX_FILE, Checkpoint
 from coterie.model.safetensors_file import TensorEntry
 from coterie.model.spec import ModelSpec
 from coterie.model.weights import TensorTarget
 from coterie.ops.packed_layout import LAYOUT_VERSION
 from coterie.quantization import FORMATS, QuantFormat, parse_format
+from coterie.strict_json import SMALL_FILE
 
 CONFIG_FILE = "config.json"
 BF16 = "bf16"
 PLAIN_LAYOUT = "plain"
 LAYOUTS = (PANEL_LAYOUT, PLAIN_LAYOUT)
-GIB = 1 << 30
+RESUMABLE = "; finished files are kept, and the same command resumes"
 
 ProgressCallback = Callable[[int, int], None]
 
@@ -68,10 +79,8 @@ class ConversionTarget:
         if layout not in (None, *LAYOUTS):
             raise ConfigError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
         expert_format = None if experts == BF16 else parse_format(experts, group_size)
-        can_pack = expert_format is None or FORMATS[expert_format.name] == expert_format
-        return ConversionTarget(
-            expert_format, packed=can_pack if layout is None else layout == PANEL_LAYOUT
-        )
+        packed = _can_pack(expert_format) if layout is None else layout == PANEL_LAYOUT
+        return ConversionTarget(expert_format, packed)
 
     def __post_init__(self) -> None:
         if self.expert_format is None and not self.packed:
@@ -79,11 +88,7 @@ class ConversionTarget:
                 f"`layout={PLAIN_LAYOUT}` leaves {BF16} experts unchanged; "
                 f"`layout={PANEL_LAYOUT}` packs them"
             )
-        if (
-            self.packed
-            and self.expert_format is not None
-            and FORMATS[self.expert_format.name] != self.expert_format
-        ):
+        if self.packed and not _can_pack(self.expert_format):
             supported = " and ".join(map(str, FORMATS.values()))
             raise ConfigError(
                 f"packed experts are {supported}, not {self.expert_format}; "
@@ -134,12 +139,13 @@ def convert(
     out: Path,
     target: ConversionTarget,
     on_progress: ProgressCallback | None = None,
+    on_note: Callable[[str], None] = warnings.warn,
 ) -> ConversionResult:
     """Write the model ``name`` into the folder ``out``, with its experts in the ``target`` format.
 
     Needs little memory: one shard's header, or a few experts in fp32 to pack them. ``on_progress``
-    gets (bytes read, total bytes). Raises CheckpointError if the model cannot be converted, the
-    folder is in use, or the disk is full.
+    gets (bytes read, total bytes), and ``on_note`` a line about a damaged journal. Raises
+    CheckpointError if the model cannot be converted, the folder is in use, or the disk is full.
     """
     folder = find_folder(name)
     config = ModelConfig.of(folder / CONFIG_FILE)
@@ -151,12 +157,9 @@ def convert(
     checkpoint.check(tensor_targets)
     files = list(_output_files(checkpoint, tensor_targets, spec, target))
     fingerprint = _fingerprint(config, checkpoint)
-    identity = {
-        "source": fingerprint,
-        "experts": str(target),
-        "layout": target.packed and LAYOUT_VERSION,
-    }
-    with ConversionJournal.open(out, identity) as journal:
+    layout = target.packed and LAYOUT_VERSION
+    identity = {"source": fingerprint, "experts": str(target), "layout": layout}
+    with ConversionJournal.open(out, identity, on_note) as journal:
         # Partial files of a killed run would count as used disk space.
         for file in files:
             remove_partial(out / file.name)
@@ -164,12 +167,14 @@ def convert(
         files_resumed = len(journal.finished)
         _write(out, files, journal, on_progress)
         origin = {"name": str(name), "fingerprint": fingerprint, "bytes": checkpoint.bytes}
-        _write_metadata(
-            folder, out, config, target, provenance={"source": origin}, finished=journal.finished
-        )
+        _write_metadata(config, out, target, {"source": origin}, journal.finished)
         journal.remove()
-    bytes_after = sum(file.total_bytes for file in files)
+    bytes_after = sum(map(total_bytes, files))
     return ConversionResult(out, target, checkpoint.bytes, bytes_after, len(files), files_resumed)
+
+
+def _can_pack(expert_format: QuantFormat | None) -> bool:
+    return expert_format is None or FORMATS[expert_format.name] == expert_format
 
 
 def _check_source(folder: Path, spec: ModelSpec, target: ConversionTarget) -> None:
@@ -199,8 +204,8 @@ def _output_files(
     for file, entries in checkpoint.files.items():
         other_entries = {}
         for name, entry in entries.items():
-            if is_expert(tensor_targets[name]):
-                experts[layer_of(tensor_targets[name])].append((file, entry, tensor_targets[name]))
+            if is_expert(expert_target := tensor_targets[name]):
+                experts[layer_of(expert_target)].append((file, entry, expert_target))
             else:
                 other_entries[name] = entry
         if other_entries:
@@ -212,23 +217,23 @@ def _output_files(
 
 def _fingerprint(config: ModelConfig, checkpoint: Checkpoint) -> str:
     """Identifies the source of a conversion: its config, and a sample of every tensor."""
-    digest = hashlib.sha256(config.file.read_bytes())
+    digest = hashlib.sha256(read_file(config.file, SMALL_FILE))
     for file, entries in checkpoint.files.items():
-        with file.open("rb") as handle:
+        with opened(file) as descriptor:
             for entry in entries.values():
                 digest.update(f"{file.name} {entry.name} {entry.dtype} {entry.shape}".encode())
-                digest.update(sample_bytes(handle.fileno(), entry))
+                digest.update(sample_bytes(descriptor, entry))
     return digest.hexdigest()
 
 
 def _check_disk_space(
     out: Path, files: Sequence[OutputFile], finished: Mapping[str, Checksums]
 ) -> None:
-    needed_bytes = sum(file.total_bytes for file in files if file.name not in finished)
+    needed_bytes = sum(total_bytes(file) for file in files if file.name not in finished)
     free_bytes = shutil.disk_usage(out).free
     if needed_bytes > free_bytes:
         raise CheckpointError(
-            f"{out}: needs {needed_bytes / GIB:.2f} GiB, {free_bytes / GIB:.2f} GiB are free"
+            f"{out}: needs {needed_bytes:,} bytes on the disk, {free_bytes:,} are free"
         )
 
 
@@ -238,71 +243,56 @@ def _write(
     journal: ConversionJournal,
     on_progress: ProgressCallback | None,
 ) -> None:
-    done_bytes, total_bytes = 0, sum(file.source_bytes for file in files)
+    done_bytes, source_bytes = 0, sum(file.source_bytes for file in files)
 
     def on_bytes(size: int) -> None:
         nonlocal done_bytes
         done_bytes += size
         if on_progress is not None:
-            on_progress(done_bytes, total_bytes)
+            on_progress(done_bytes, source_bytes)
 
-    with SourceFiles() as sources:
+    with OpenFiles() as sources:
         for file in files:
             path = out / file.name
-            if (
-                file.name in journal.finished
-                and path.is_file()
-                and path.stat().st_size == file.total_bytes
-            ):
+            is_finished = file.name in journal.finished and path.is_file()
+            if is_finished and path.stat().st_size == total_bytes(file):
                 on_bytes(file.source_bytes)
                 continue
-            with atomic_writer(path) as sink:
-                sink.write(file.header)
+            with atomic_writer(path, RESUMABLE) as sink:
+                sink.write(header(file))
                 checksums = file.write(sink, sources, on_bytes)
             journal.add(file.name, checksums)
 
 
 def _write_metadata(
-    folder: Path,
-    out: Path,
     config: ModelConfig,
+    out: Path,
     target: ConversionTarget,
-    *,
     provenance: Mapping[str, object],
     finished: Mapping[str, Checksums],
 ) -> None:
     """Write the small files, ``config.json`` last: a folder with one is complete."""
     for name in MODEL_FILES:
-        if (
-            "*" not in name
-            and name not in (CONFIG_FILE, INDEX_FILE, MANIFEST)
-            and (folder / name).is_file()
-        ):
-            atomic_write(out / name, (folder / name).read_bytes())
+        source = config.file.with_name(name)
+        if name not in (CONFIG_FILE, INDEX_FILE, MANIFEST) and source.is_file():
+            atomic_write(out / name, read_file(source, FILE_LIMIT))
     file_of_tensor = {tensor: file for file, checksums in finished.items() for tensor in checksums}
-    total_bytes = sum((out / file).stat().st_size for file in finished)
-    atomic_write_json(
-        out / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": file_of_tensor}
-    )
-    tensors = {
-        tensor: {"file": file, **checksum}
-        for file, checksums in finished.items()
-        for tensor, checksum in checksums.items()
-    }
-    layout = (
-        {EXPERT_LAYOUT_KEY: {"name": PANEL_LAYOUT, "version": LAYOUT_VERSION}}
-        if target.packed
-        else {}
-    )
-    content = {
+    size = sum((out / file).stat().st_size for file in finished)
+    index = {"metadata": {"total_size": size}, "weight_map": file_of_tensor}
+    atomic_write_json(out / INDEX_FILE, index)
+    layout: dict[str, object] = {}
+    if target.packed:
+        layout = {EXPERT_LAYOUT_KEY: {"name": PANEL_LAYOUT, "version": LAYOUT_VERSION}}
+    manifest = {
         "experts": target.manifest_entry,
         **layout,
         **provenance,
-        "bytes": total_bytes,
-        "tensors": tensors,
+        "bytes": size,
+        "tensors": {
+            tensor: {"file": file, **finished[file][tensor]}
+            for tensor, file in file_of_tensor.items()
+        },
     }
-    atomic_write_json(out / MANIFEST, content)
-    format_entry = (
-        {} if target.expert_format is None else {EXPERT_FORMAT_KEY: target.manifest_entry}
-    )
-    atomic_write_json(out / CONFIG_FILE, {**config.values, **format_entry, **layout})
+    atomic_write_json(out / MANIFEST, manifest)
+    form = {} if target.expert_format is None else {EXPERT_FORMAT_KEY: target.manifest_entry}
+    atomic_write_json(out / CONFIG_FILE, {**config.values, **form, **layout})

@@ -6,6 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from coterie.files import MIB, OpenFiles, read_errors, read_file
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.safetensors_file import TensorEntry
 
@@ -16,7 +17,7 @@ HASHED_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-SAMPLE_BYTES = 64
+SAMPLE_BYTES, FILE_LIMIT = 64, 256 * MIB
 NUM_DIGITS = 16
 
 
@@ -29,23 +30,18 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in HASHED_FILES:
         path = folder / name
-        content = path.read_bytes() if path.is_file() else b""
+        content = read_file(path, FILE_LIMIT) if path.is_file() else b""
         digest.update(f"{name} {len(content)}\n".encode() + content)
     tensors = {
         entry.name: (file, entry)
         for file, entries in Checkpoint.of(folder).files.items()
         for entry in entries.values()
     }
-    descriptors: dict[Path, int] = {}
-    try:
+    with OpenFiles() as files:
         for name, (file, entry) in sorted(tensors.items()):
-            if file not in descriptors:
-                descriptors[file] = os.open(file, os.O_RDONLY)
             digest.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
-            digest.update(sample_bytes(descriptors[file], entry))
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
+            with read_errors(file):
+                digest.update(sample_bytes(files.descriptor(file), entry))
     return digest.hexdigest()[:NUM_DIGITS]
 
 

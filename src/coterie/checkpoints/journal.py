@@ -1,18 +1,17 @@
-"""Output that survives a crash: files written atomically, and a journal of the finished ones."""
+"""The journal of a conversion, from which it can be resumed."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from io import BufferedWriter
 from pathlib import Path
 
 from coterie.checkpoints.manifest import MANIFEST, Checksums
 from coterie.errors import CheckpointError
+from coterie.strict_json import parse_object
 
 JOURNAL = "quantising.jsonl"
 
@@ -26,17 +25,20 @@ class ConversionJournal:
     finished: dict[str, Checksums]  # by file; ``add`` extends it
 
     @staticmethod
-    def open(out: Path, identity: Mapping[str, object]) -> ConversionJournal:
+    def open(
+        out: Path, identity: Mapping[str, object], on_note: Callable[[str], None]
+    ) -> ConversionJournal:
         """Start a journal in ``out``, or resume one with the same source and format.
 
-        Raises CheckpointError if the folder is in use, or holds anything else.
+        ``on_note`` gets a line about damage. Raises CheckpointError if the folder is in use, or
+        holds anything else.
         """
         _check_output_folder(out)
         file = out / JOURNAL
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             journal = ConversionJournal(file, descriptor, {})
-            journal._resume(identity)
+            journal._resume(identity, on_note)
         except BaseException:
             os.close(descriptor)
             raise
@@ -59,65 +61,48 @@ class ConversionJournal:
 
     def _write(self, record: Mapping[str, object]) -> None:
         unwritten = json.dumps(record).encode() + b"\n"
-        while unwritten:
-            unwritten = unwritten[os.write(self.descriptor, unwritten) :]
-        os.fsync(self.descriptor)
+        try:
+            while unwritten:
+                unwritten = unwritten[os.write(self.descriptor, unwritten) :]
+            os.fsync(self.descriptor)
+        except OSError as error:
+            raise CheckpointError(f"{self.file}: cannot be written ({error.strerror})") from None
 
-    def _resume(self, identity: Mapping[str, object]) -> None:
+    def _resume(self, identity: Mapping[str, object], on_note: Callable[[str], None]) -> None:
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CheckpointError(f"{self.file.parent}: another process is writing it") from None
-        complete, _, truncated = self.file.read_bytes().rpartition(b"\n")
-        os.ftruncate(self.descriptor, os.fstat(self.descriptor).st_size - len(truncated))
+        valid_bytes = 0
+        for number, line in enumerate(self.file.read_bytes().splitlines(keepends=True), start=1):
+            record = _parse_record(line)
+            if record is None or (number > 1 and "file" not in record):
+                if line.endswith(b"\n") or b"\0" in line:  # else a stop cut it off
+                    on_note(f"{self.file}: line {number} is damaged: redone from there on")
+                break
+            if number > 1:
+                self.finished[str(record["file"])] = record["tensors"]  # type: ignore[assignment]
+            elif record != identity:
+                raise CheckpointError(
+                    f"{self.file.parent}: holds the unfinished conversion of another model "
+                    f"({record.get('experts')}, source {str(record.get('source'))[:12]}); "
+                    "name another folder, or remove this one"
+                )
+            valid_bytes += len(line)
+        os.ftruncate(self.descriptor, valid_bytes)
         os.lseek(self.descriptor, 0, os.SEEK_END)
-        records = [json.loads(record) for record in complete.splitlines()]
-        if not records:
+        if not valid_bytes:
             self._write(identity)
-        elif records[0] != identity:
-            raise CheckpointError(
-                f"{self.file.parent}: holds the unfinished conversion of another model "
-                f"({records[0].get('experts')}, source {str(records[0].get('source'))[:12]}); "
-                "name another folder, or remove this one"
-            )
-        self.finished.update({record["file"]: record["tensors"] for record in records[1:]})
 
 
-@contextmanager
-def atomic_writer(path: Path) -> Iterator[BufferedWriter]:
-    """A file that appears under its name once it is complete and on disk, or not at all."""
-    part = _partial_path(path)
+def _parse_record(line: bytes) -> dict[str, object] | None:
+    """The record of a whole line, or None: a crash may leave part of a line, or zeros."""
     try:
-        with part.open("wb") as sink:
-            yield sink
-            sink.flush()
-            os.fsync(sink.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror}); "
-            "finished files are kept, and the same command resumes"
-        ) from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def atomic_write(path: Path, content: bytes) -> None:
-    with atomic_writer(path) as sink:
-        sink.write(content)
-
-
-def atomic_write_json(path: Path, content: Mapping[str, object]) -> None:
-    atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n")
-
-
-def remove_partial(path: Path) -> None:
-    """Remove the partial file that a killed process left."""
-    _partial_path(path).unlink(missing_ok=True)
-
-
-def _partial_path(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
+        record = parse_object(line, "a record") if line.endswith(b"\n") else {}
+    except CheckpointError:
+        return None
+    is_file = isinstance(record.get("file"), str) and isinstance(record.get("tensors"), dict)
+    return record if is_file or "source" in record else None
 
 
 def _check_output_folder(out: Path) -> None:

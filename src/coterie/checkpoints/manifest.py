@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from coterie.errors import CheckpointError
-from coterie.strict_json import read_object
+from coterie.strict_json import LISTING_FILE, read_object
 
 MANIFEST = "manifest.json"
 
@@ -19,7 +19,7 @@ def manifest_checksums(folder: Path) -> dict[str, Mapping[str, object]]:
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; `coterie quantize` writes it")
-    entries = read_object(path).get("tensors")
+    entries = read_object(path, LISTING_FILE).get("tensors")
     if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
         raise CheckpointError(f"{path}: it has no checksums of tensors")
     return entries

@@ -34,7 +34,7 @@ class ModelInfo:
     spec: ModelSpec
     size: ModelSize
     dtype: torch.dtype
-    mask_id: int
+    mask_id: int | None  # None: neither the config nor the family has one in the vocabulary
     eos_ids: tuple[int, ...]
     kv_length: int  # positions of the KV cache that ``fits`` includes, for one sequence
     fits: tuple[MemoryFit, ...]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BufferedWriter
 from math import prod
 from pathlib import Path
@@ -19,42 +18,20 @@ from torch import Tensor
 from coterie import ops
 from coterie.checkpoints.manifest import Checksums
 from coterie.checkpoints.quantization_error import ERROR_KEY, quantization_error
-from coterie.errors import CheckpointError, CoterieError
 from coterie.families.names import is_expert, quantised_targets
-from coterie.model.safetensors_file import DTYPES, TensorEntry, read_chunks, read_rows
+from coterie.files import OpenFiles, read_errors
+from coterie.model.safetensors_file import DTYPE_NAMES, TensorEntry, read_chunks, read_rows
 from coterie.model.spec import ModelSpec
 from coterie.model.weight_loader import quantise_tensor, read_tensor
 from coterie.model.weights import TensorTarget, packed_shape, quantised_parts
 from coterie.quantization import QTensor, QuantFormat, quantize
 from coterie.values import PackedExperts, Slab
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PAGE_BYTES = 4096  # alignment of packed experts in their file
-
 TensorLayout = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
 
 ByteCallback = Callable[[int], None]
 """Gets the number of source bytes that were read."""
-
-
-@dataclass(frozen=True)
-class SourceFiles:
-    """Open descriptors of the source's files."""
-
-    descriptors: dict[Path, int] = field(default_factory=dict)
-
-    def descriptor(self, file: Path) -> int:
-        if file not in self.descriptors:
-            self.descriptors[file] = os.open(file, os.O_RDONLY)
-        return self.descriptors[file]
-
-    def __enter__(self) -> SourceFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self.descriptors.values():
-            os.close(descriptor)
 
 
 class OutputFile(Protocol):
@@ -64,17 +41,19 @@ class OutputFile(Protocol):
     def name(self) -> str: ...
 
     @property
-    def header(self) -> bytes: ...
-
-    @property
-    def total_bytes(self) -> int: ...
-
-    @property
     def source_bytes(self) -> int: ...
 
-    def write(
-        self, sink: BufferedWriter, sources: SourceFiles, on_bytes: ByteCallback
-    ) -> Checksums:
+    @property
+    def alignment(self) -> int:
+        """The data starts at a multiple of so many bytes."""
+        ...
+
+    @property
+    def layouts(self) -> Mapping[str, TensorLayout]:
+        """The tensors, in the order in which they are written."""
+        ...
+
+    def write(self, sink: BufferedWriter, sources: OpenFiles, on_bytes: ByteCallback) -> Checksums:
         """Write everything after the header; returns the checksums."""
         ...
 
@@ -90,6 +69,7 @@ class ConvertedShard:
     entries: Mapping[str, TensorEntry]
     outputs: Mapping[str, Mapping[str, TensorLayout]]
     expert_format: QuantFormat | None
+    alignment: int = 8
 
     @staticmethod
     def for_source(
@@ -116,27 +96,18 @@ class ConvertedShard:
         return self.source.name
 
     @property
-    def header(self) -> bytes:
-        return safetensors_header(
-            {name: layout for outputs in self.outputs.values() for name, layout in outputs.items()}
-        )
-
-    @property
-    def total_bytes(self) -> int:
-        layouts = (layout for outputs in self.outputs.values() for layout in outputs.values())
-        return len(self.header) + sum(prod(shape) * dtype.itemsize for shape, dtype in layouts)
+    def layouts(self) -> Mapping[str, TensorLayout]:
+        return {name: layout for out in self.outputs.values() for name, layout in out.items()}
 
     @property
     def source_bytes(self) -> int:
         return sum(entry.size for entry in self.entries.values())
 
-    def write(
-        self, sink: BufferedWriter, sources: SourceFiles, on_bytes: ByteCallback
-    ) -> Checksums:
+    def write(self, sink: BufferedWriter, sources: OpenFiles, on_bytes: ByteCallback) -> Checksums:
         checksums: Checksums = {}
         for entry in self.entries.values():
             digests = {name: hashlib.sha256() for name in self.outputs[entry.name]}
-            for name, piece in _name_read_errors(self.source, entry, self._pieces(sources, entry)):
+            for name, piece in self._pieces(sources, entry):
                 content = as_bytes(piece)
                 digests[name].update(content)
                 sink.write(content)
@@ -144,18 +115,21 @@ class ConvertedShard:
             on_bytes(entry.size)
         return checksums
 
-    def _pieces(self, sources: SourceFiles, entry: TensorEntry) -> Iterator[tuple[str, Tensor]]:
+    def _pieces(self, sources: OpenFiles, entry: TensorEntry) -> Iterator[tuple[str, Tensor]]:
         """A tensor's chunks under its name, or quantized: all of its values, then its scales."""
-        names, source = tuple(self.outputs[entry.name]), sources.descriptor(self.source)
-        if self.expert_format is None or len(names) == 1:
-            yield from ((names[0], piece) for piece in read_chunks(source, entry))
-            return
-        values, scales = names
-        scale_pieces = []
-        for _, rows in read_rows(source, entry):
-            quantized = quantize(rows, self.expert_format)
-            scale_pieces.append(quantized.scales)
-            yield values, quantized.q
+        names = tuple(self.outputs[entry.name])
+        # Errors inside are those of reading: those of writing are raised in the consumer.
+        with read_errors(self.source):
+            descriptor = sources.descriptor(self.source)
+            if self.expert_format is None or len(names) == 1:
+                yield from ((names[0], piece) for piece in read_chunks(descriptor, entry))
+                return
+            values, scales = names
+            scale_pieces = []
+            for _, rows in read_rows(descriptor, entry):
+                quantized = quantize(rows, self.expert_format)
+                scale_pieces.append(quantized.scales)
+                yield values, quantized.q
         yield from ((scales, piece) for piece in scale_pieces)
 
 
@@ -167,28 +141,21 @@ class PackedLayer:
     layer: int
     converted_spec: ModelSpec
     sources: Sequence[tuple[Path, TensorEntry, TensorTarget]]
+    alignment: int = 4096  # a page: experts are read past the system's cache
 
     @property
     def name(self) -> str:
         return f"packed-experts-of-layer-{self.layer}.safetensors"
 
     @property
-    def header(self) -> bytes:
-        return safetensors_header(
-            {self.tensor: (packed_shape(self.converted_spec), torch.uint8)}, PAGE_BYTES
-        )
-
-    @property
-    def total_bytes(self) -> int:
-        return len(self.header) + prod(packed_shape(self.converted_spec))
+    def layouts(self) -> Mapping[str, TensorLayout]:
+        return {self.tensor: (packed_shape(self.converted_spec), torch.uint8)}
 
     @property
     def source_bytes(self) -> int:
         return sum(entry.size for _, entry, _ in self.sources)
 
-    def write(
-        self, sink: BufferedWriter, sources: SourceFiles, on_bytes: ByteCallback
-    ) -> Checksums:
+    def write(self, sink: BufferedWriter, sources: OpenFiles, on_bytes: ByteCallback) -> Checksums:
         """Checksums each expert separately, since experts are also read separately.
 
         Experts that are quantized here also get their quantization error.
@@ -211,7 +178,7 @@ class PackedLayer:
         return {self.tensor: {"crc32": checksums, **({ERROR_KEY: errors} if is_lossy else {})}}
 
     def _expert_slab(
-        self, expert: int, sources: SourceFiles, expert_format: QuantFormat | None
+        self, expert: int, sources: OpenFiles, expert_format: QuantFormat | None
     ) -> Slab:
         """A slab with one expert."""
         hidden, width = self.converted_spec.hidden, self.converted_spec.expert_width
@@ -220,15 +187,11 @@ class PackedLayer:
         for file, entry, target in self.sources:
             if (part := _expert_part(entry, target, expert)) is None:
                 continue
-            try:
+            with read_errors(file):
                 if part[1].weight in weights:
                     read_tensor(sources.descriptor(file), *part, weights)
                 elif expert_format is not None:
                     quantise_tensor(sources.descriptor(file), *part, weights, expert_format)
-            except OSError as error:
-                raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
-            except CoterieError as error:
-                raise CheckpointError(f"{file}: {error}") from None
         slot_of = torch.zeros(1, dtype=torch.int64)
         if expert_format is None:
             return Slab(weights["gate_up"][None], weights["down"][None], slot_of)
@@ -239,32 +202,22 @@ class PackedLayer:
         return Slab(gate_up, down, slot_of)
 
 
-def safetensors_header(layouts: Mapping[str, TensorLayout], alignment: int = 8) -> bytes:
-    """The header of a safetensors file, padded so that the data starts at ``alignment`` bytes."""
+def header(file: OutputFile) -> bytes:
+    """The header of a safetensors file, padded to the file's alignment."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, (shape, dtype) in layouts.items():
+    for name, (shape, dtype) in file.layouts.items():
         start, end = end, end + prod(shape) * dtype.itemsize
-        entries[name] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [start, end],
-        }
+        offsets = {"data_offsets": [start, end]}
+        entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), **offsets}
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % alignment)
+    text += b" " * (-(8 + len(text)) % file.alignment)
     return len(text).to_bytes(8, "little") + text
 
 
-def _name_read_errors(
-    file: Path, entry: TensorEntry, pieces: Iterator[tuple[str, Tensor]]
-) -> Iterator[tuple[str, Tensor]]:
-    """Adds the file to errors while reading, which would otherwise look like errors of writing."""
-    try:
-        yield from pieces
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
-    except CoterieError as error:
-        raise CheckpointError(f"{file}: {entry.name} {error}") from None
+def total_bytes(file: OutputFile) -> int:
+    sizes = (prod(shape) * dtype.itemsize for shape, dtype in file.layouts.values())
+    return len(header(file)) + sum(sizes)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -299,6 +252,6 @@ def _expert_part(
         )
         return (entry, part) if region == expert else None
     shape = entry.shape[1:]
-    start = entry.start + expert * prod(shape) * entry.dtype.itemsize
-    expert_entry = TensorEntry(entry.name, entry.dtype, shape, start)
-    return expert_entry, TensorTarget(name, shape, tensor_target.region[1:], tensor_target.dtype)
+    return entry.part(shape, expert), TensorTarget(
+        name, shape, tensor_target.region[1:], tensor_target.dtype
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from coterie.checkpoints.hub import hub_requests
 from coterie.checkpoints.journal import JOURNAL
 from coterie.errors import CheckpointError
 
@@ -62,9 +63,10 @@ def _is_hub_id(name: str) -> bool:
 def _download(name: str, patterns: tuple[str, ...]) -> Path:
     repository, _, revision = name.partition("@")
     try:
-        return Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns))
-        )
+        with hub_requests(name):
+            folder = snapshot_download(
+                repository, revision=revision or None, allow_patterns=list(patterns)
+            )
     # The hub's library raises its own errors, those of the network library and of the system.
     except Exception as error:
         reason = " ".join(str(error).split("\n")[0].split())
@@ -72,3 +74,4 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
             f"{name}: no such folder, and the download from the hub failed "
             f"({type(error).__name__}: {reason[:200]})"
         ) from None
+    return Path(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 
 from coterie.checkpoints.manifest import MANIFEST, manifest_checksums
 from coterie.errors import CheckpointError
+from coterie.files import opened
 from coterie.keys import Key
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.safetensors_file import TensorEntry, read_chunks
@@ -40,8 +40,7 @@ def verify(folder: Path, on_progress: Callable[[int, int], None] | None = None) 
         )
     bytes_read, experts, differences = 0, 0, []
     for file, entries in checkpoint.files.items():
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
+        with opened(file) as descriptor:
             for entry in entries.values():
                 differences += [
                     f"{file}: {difference}"
@@ -51,8 +50,6 @@ def verify(folder: Path, on_progress: Callable[[int, int], None] | None = None) 
                 bytes_read += entry.size
                 if on_progress is not None:
                     on_progress(bytes_read, checkpoint.bytes)
-        finally:
-            os.close(descriptor)
     if differences:
         more = f", nor are {len(differences) - 1} more" if len(differences) > 1 else ""
         raise CheckpointError(
@@ -77,8 +74,7 @@ def _differences(
     if len(expected) != count:
         yield f"{entry.name}: its number of experts"
     for expert, checksum in enumerate(expected[:count]):
-        row = TensorEntry(entry.name, entry.dtype, (size,), entry.start + expert * size)
-        if f"{expert_checksum(descriptor, row):08x}" != checksum:
+        if f"{expert_checksum(descriptor, entry.part((size,), expert)):08x}" != checksum:
             yield f"{entry.name}: expert {expert}"
 
 

@@ -84,6 +84,6 @@ def lm_eval(context: typer.Context) -> None:
         if (error.name or "").partition(".")[0] not in ("lm_eval", "tqdm"):
             raise
         raise ConfigError(
-            "lm-evaluation-harness is not installed: pip install 'coterie[harness]'"
+            "lm-evaluation-harness is not installed: pip install '.[harness]' in a clone of Coterie"
         ) from None
     run_harness(context.args)

@@ -21,9 +21,9 @@ from coterie.errors import ConfigError
 from coterie.lab.bench import forward as forwards
 from coterie.lab.bench import generate as answers
 from coterie.lab.bench.baselines import BASELINES, ResolvedBaseline, resolve_baselines
-from coterie.lab.bench.interleaved import BenchConfig
 from coterie.lab.bench.layer import time_layer
 from coterie.lab.bench.model import random_model
+from coterie.lab.bench.session import BenchConfig
 from coterie.lab.bench.shapes import SHAPES, find_shape
 from coterie.loading.free_memory import free_memory
 from coterie.model.weights import weight_bytes
@@ -55,8 +55,11 @@ SLOW_HELP = "Time kernels that take about a second, too."
 MEMORY_HELP = "GiB for the baselines that run together (default: what is free)."
 MODEL_SHAPE_HELP = f"Shape of a random model to use for --model. {o.one_of(SHAPES)}"
 BENCH_PROMPT_HELP = "Prompt; may be repeated (default: held-out problems)."
+CONTEXT_HELP = "Positions before the block (default: 512, or as many as the model has)."
 LENGTH_HELP = "Tokens of a random model's prompts (default 64)."
 OutputFolder = Annotated[Path, measuring("Folder for the record and its figures.", "--out", "-o")]
+Overwrite = Annotated[bool, measuring("Replace a record that exists.", "--overwrite")]
+RECORDS = Path("runs/bench")
 
 bench = typer.Typer(rich_markup_mode="rich", context_settings=o.HELP_NAMES)
 
@@ -119,7 +122,8 @@ def layer_command(
     policies: BenchPolicies = None, tokens: Tokens = DEFAULT_TOKENS, repeats: Repeats = 40,
     threads: Threads = None,
     uniform_routing: Annotated[bool, measuring(UNIFORM_HELP, "--uniform-routing")] = False,
-    baselines: BaselineOptions, out: OutputFolder = Path("results"), json: o.Json = False,
+    baselines: BaselineOptions, out: OutputFolder = RECORDS, overwrite: Overwrite = False,
+    json: o.Json = False,
 ) -> None:  # fmt: skip
     """Time one layer of experts of a published shape, a read of its bytes, and the baselines.
 
@@ -138,37 +142,40 @@ def layer_command(
         model_shape, expert_dtype, specs, tokens, repeats, num_threads, uniform_routing
     )
     resolved, skipped = baselines.resolve(expert_dtype)
-    with _progress_callback() as on_progress:
-        result = time_layer(
-            config, resolved, include_slow=baselines.include_slow, budget=baselines.budget(config),
-            on_progress=on_progress
-        )  # fmt: skip
-    result.skipped.update(skipped)
+    routing = " even" if uniform_routing else ""
+    title = f"bench layer {shape} {expert_dtype}{routing}{_tokens_suffix(tokens)}"
     facts: dict[str, object] = {
         "shape": shape, "dtype": expert_dtype, "tokens": tokens, "threads": num_threads,
         "even": uniform_routing,
-        "policies": [timing.facts() for timing in result.timings],
-        "peers": {"versions": result.versions, "errors": result.errors, "skipped": result.skipped},
-        "sittings": result.sessions,
     }  # fmt: skip
-    for name, reason in result.skipped.items():
-        print_note(f"without {name}: {reason.removeprefix(f'{name}: ')}")
-    routing = " even" if uniform_routing else ""
-    title = f"bench layer {shape} {expert_dtype}{routing}{_tokens_suffix(tokens)}"
-    measures = [measure for timing in result.timings for measure in timing.measures()]
-    table = output.layer_table(result)
-    output.report(table, out, title, measures=measures, facts=facts, json=json)
+    programs = [str(each.python) for each in resolved]
+    same = {**facts, "policies": specs, "programs": programs, "slow": baselines.include_slow}
+    with output.open_journal(out, title, same, overwrite=overwrite) as journal:
+        with _progress_callback() as on_progress:
+            result = time_layer(
+                config, resolved, include_slow=baselines.include_slow,
+                budget=baselines.budget(config), journal=journal, on_progress=on_progress,
+            )  # fmt: skip
+        result.skipped.update(skipped)
+        for name, reason in result.skipped.items():
+            print_note(f"without {name}: {reason.removeprefix(f'{name}: ')}")
+        peers = {"versions": result.versions, "errors": result.errors, "skipped": result.skipped}
+        facts |= {"policies": [timing.facts() for timing in result.timings]}
+        facts |= {"peers": peers, "sittings": result.sessions}
+        measures = [measure for timing in result.timings for measure in timing.measures()]
+        table = output.layer_table(result)
+        output.report(table, out, title, measures=measures, facts=facts, json=json)
 
 
 @bench.command("forward")
 def forward_command(
     *, shape: ShapeName = "llada2-mini", expert_dtype: ExpertFormat = "int8",
     policies: BenchPolicies = None, tokens: Tokens = DEFAULT_TOKENS,
-    context: Annotated[int, measuring("Positions before the block.", min=0)] = 512,
+    context: Annotated[int | None, measuring(CONTEXT_HELP, min=0)] = None,
     logits: Annotated[str, measuring(LOGITS_HELP, metavar="N|block")] = "block",
     layers: Layers = None, repeats: Repeats = 10, threads: Threads = None,
     seed: Annotated[int, measuring("Seed of weights and tokens.", min=0)] = 0,
-    out: OutputFolder = Path("results"), json: o.Json = False,
+    out: OutputFolder = RECORDS, overwrite: Overwrite = False, json: o.Json = False,
 ) -> None:  # fmt: skip
     """Time whole forwards of a random model of a published shape, and a read of their bytes.
 
@@ -183,25 +190,31 @@ def forward_command(
     truncated = find_shape(shape).truncate(layers)
     num_logits = _parse_num_logits(logits, tokens)
     num_threads = threads or torch.get_num_threads()
-    with _progress_callback() as on_progress:
-        on_progress(0.0, "making weights")
-        model = random_model(truncated, expert_dtype, seed=seed)
-        result = forwards.time_forward(
-            model, specs, tokens=tokens, context=context, num_logits=num_logits, repeats=repeats,
-            threads=num_threads, seed=seed + 1, on_progress=on_progress
-        )  # fmt: skip
-    model_bytes, peak_memory = weight_bytes(model.spec, model.transformer.dtype), _peak_memory()
-    facts: dict[str, object] = {
-        "shape": shape, "dtype": expert_dtype, "layers": truncated.spec.layers, "tokens": tokens,
-        "context": context, "wanted": num_logits, "logits": result.logit_counts,
-        "threads": num_threads, "weights": model_bytes, "peak_memory": peak_memory,
-        "peak_times_weights": None if peak_memory is None else peak_memory / model_bytes,
-        "policies": [timing.facts() for timing in result.timings],
-    }  # fmt: skip
     layers_suffix = "" if layers is None else f" {layers} layers"
     title = f"bench forward {shape} {expert_dtype}{layers_suffix}{_tokens_suffix(tokens)}"
-    table, measures = output.forward_table(result.timings), result.measures()
-    output.report(table, out, title, measures=measures, facts=facts, json=json)
+    facts: dict[str, object] = {
+        "shape": shape, "dtype": expert_dtype, "layers": truncated.spec.layers, "tokens": tokens,
+        "context": context, "wanted": num_logits, "threads": num_threads,
+    }  # fmt: skip
+    same = {**facts, "policies": specs, "seed": seed}
+    with output.open_journal(out, title, same, overwrite=overwrite) as journal:
+        with _progress_callback() as on_progress:
+            on_progress(0.0, "making weights")
+            model = random_model(truncated, expert_dtype, seed=seed)
+            facts["context"] = forwards.context_length(model, tokens, context)
+            result = forwards.time_forward(
+                model, specs, tokens=tokens, context=context, num_logits=num_logits,
+                repeats=repeats, threads=num_threads, seed=seed + 1, journal=journal,
+                on_progress=on_progress,
+            )  # fmt: skip
+        size, peak = weight_bytes(model.spec, model.transformer.dtype), _peak_memory()
+        facts |= {
+            "logits": result.logit_counts, "weights": size, "peak_memory": peak,
+            "peak_times_weights": None if peak is None else peak / size,
+            "policies": [timing.facts() for timing in result.timings],
+        }  # fmt: skip
+        table, measures = output.forward_table(result.timings), result.measures()
+        output.report(table, out, title, measures=measures, facts=facts, json=json)
 
 
 @dataclass(frozen=True)
@@ -241,8 +254,8 @@ def generate_command(
     *, engine_options: engines.EngineOptions, workload: WorkloadOptions,
     policies: o.PolicySpecs = None, coreset_reuse: o.CoresetReuse = None,
     tokens: Annotated[int, measuring("Maximum of new tokens of a prompt.", min=1)] = 256,
-    repeats: Repeats = 5, threads: Threads = None, out: OutputFolder = Path("results"),
-    json: o.Json = False,
+    repeats: Repeats = 5, threads: Threads = None, out: OutputFolder = RECORDS,
+    overwrite: Overwrite = False, json: o.Json = False,
 ) -> None:  # fmt: skip
     """Time whole answers under several policies: tokens a second, forwards, forwards a block.
 
@@ -272,24 +285,28 @@ def generate_command(
         dtypes = [] if dtype == "bf16" else [dtype]
         engine = _random_engine(workload.shape, dtype, workload.layers, engine_options.device)
         prompts = answers.random_prompts(count, workload.length or 64, engine.model.mask_id)
-    with _progress_callback() as on_progress:
-        timings = answers.time_generation(
-            engine, prompts, specs, num_repeats=repeats, options={"max_new_tokens": tokens},
-            policy_options=reuse_by_policy, on_progress=on_progress
-        )  # fmt: skip
     layers = None if workload.layers is None else f"{workload.layers} layers"
     model, device = engine.model, str(engine.model.transformer.device)
     parts = ("generate", Path(model.name).name, device.partition(":")[0], *dtypes, layers)
-    facts = {
+    title = " ".join(filter(None, parts))
+    facts: dict[str, object] = {
         "model": model.name, "dtype": str(model.transformer.dtype).removeprefix("torch."),
         "prompts": len(prompts),
-        "policies": {timing.policy: timing.facts(timings[0]) for timing in timings},
     }  # fmt: skip
-    device_name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    output.report(
-        output.generation_table(timings), out, " ".join(filter(None, parts)), facts=facts,
-        measures=[timing.measure() for timing in timings], json=json, device=device_name,
-    )  # fmt: skip
+    same = {**facts, "texts": prompts, "policies": reuse_by_policy, "tokens": tokens}
+    same |= {"engine": str(engine_options), "threads": torch.get_num_threads()}
+    with output.open_journal(out, title, same, overwrite=overwrite) as journal:
+        with _progress_callback() as on_progress:
+            timings = answers.time_generation(
+                engine, prompts, specs, num_repeats=repeats, options={"max_new_tokens": tokens},
+                policy_options=reuse_by_policy, journal=journal, on_progress=on_progress,
+            )  # fmt: skip
+        facts["policies"] = {timing.policy: timing.facts(timings[0]) for timing in timings}
+        device_name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+        output.report(
+            output.generation_table(timings), out, title, facts=facts,
+            measures=[timing.measure() for timing in timings], json=json, device=device_name,
+        )  # fmt: skip
 
 
 @bench.command("plot")
@@ -299,7 +316,7 @@ def plot_command(
     """Draw records again, as RECORD-light.svg and RECORD-dark.svg.
 
     \b
-    coterie bench plot results/bench-layer-llada2-mini-bf16.json
+    coterie bench plot runs/bench/bench-layer-llada2-mini-bf16.json
     """
     for path in records:
         for file in output.plot_record(path):

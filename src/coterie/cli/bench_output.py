@@ -1,30 +1,60 @@
 """The tables, records and figures of ``coterie bench``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.table import Table
 
 from coterie.cli import output
 from coterie.errors import ConfigError
-from coterie.lab.bench.forward import ForwardTiming
+from coterie.lab.bench.forward import READ, ROOFLINE, ForwardTiming
 from coterie.lab.bench.generate import GenerationTiming
-from coterie.lab.bench.interleaved import LayerBenchResult
-from coterie.lab.records import Measurement
+from coterie.lab.bench.session import LayerBenchResult
+from coterie.lab.journal import Journal
+from coterie.lab.records import (
+    Measurement,
+    git_commit,
+    machine_info,
+    package_versions,
+    record_path,
+    write_record,
+)
 from coterie.offload.capacity import format_bytes
+
+
+@contextmanager
+def open_journal(
+    out: Path, title: str, options: Mapping[str, object], *, overwrite: bool
+) -> Iterator[Journal]:
+    """The journal of a record's repeats; raises ConfigError if the record exists already.
+
+    The same command goes on from it. It is removed once the record is written.
+    """
+    record = record_path(out, title)
+    if record.exists() and not overwrite:
+        raise ConfigError(
+            f"{record}: exists already; --overwrite replaces it, --out moves the new one"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    same = {"commit": git_commit(), "machine": machine_info(), "versions": package_versions()}
+    with output.resumable(Journal(record.with_suffix(".journal"), {**options, **same})) as journal:
+        yield journal
+        journal.remove()
 
 
 def report(
     table: Table, out: Path, title: str, *, measures: Sequence[Measurement], facts: output.Document,
     json: bool, device: str = "cpu",
 ) -> None:  # fmt: skip
-    """Writes the record, and its figures where matplotlib is installed; prints it or the table."""
-    path, content = output.save_record(out, title, facts, measures, device)
+    """Prints the record or the table, then writes it, and figures where matplotlib is installed."""
+    content = output.command_record(title, facts, measures, device)
+    output.print_result(content, table, json=json)
+    path = write_record(out, content)
     try:
         output.print_note(f"{path}, {', '.join(file.name for file in plot_record(path))}")
     except ConfigError as error:
         output.print_note(f"{path}; {error}")
-    output.print_result(content, table, json=json)
 
 
 def plot_record(path: Path) -> list[Path]:
@@ -55,7 +85,7 @@ def forward_table(timings: Sequence[ForwardTiming]) -> Table:
             f"{timing.bytes / read / 1e6:.1f}",
             *(f"{t:.1f}" for t in (read, roofline, forward)),
         )
-        ratios = (f"{timing.times_read:.2f}", f"{timing.times_roofline:.2f}")
+        ratios = (f"{timing.times(READ):.2f}", f"{timing.times(ROOFLINE):.2f}")
         size = format_bytes(round(timing.bytes))
         rows.append((timing.policy, f"{timing.experts:.1f}", size, *rates, *ratios))
     return output.plain_table("policy", numbers=(*sizes, *times), rows=rows)

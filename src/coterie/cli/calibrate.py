@@ -1,5 +1,6 @@
 """``coterie calibrate``: searches for the option of a policy that meets a target."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +11,14 @@ from rich.table import Table
 from coterie.cli import options as o
 from coterie.cli import output
 from coterie.cli.engine_options import DecodeOptions, EngineOptions, check_engine
+from coterie.files import atomic_write_json
 from coterie.lab import calibration as lab
 from coterie.lab.calibration.calibration import check_target
 from coterie.lab.calibration.measurement import PolicyRun, PromptProgressCallback
 from coterie.lab.calibration.search_space import SearchFamily
 from coterie.lab.calibration.target import Estimate
+from coterie.lab.journal import Journal
+from coterie.lab.records import package_versions
 
 DEFAULT_PROBLEMS = 40  # of each task
 CONFIDENT_HELP = "Require the 95 % interval to meet the target too."
@@ -43,7 +47,8 @@ def calibrate_command(
     """Find the option of a policy that meets a target and reads as few experts as possible.
 
     The prompts are problems that no evaluation draws, a benchmark's items, or a file. Where memory
-    holds only some of the experts, the cache is emptied before each prompt.
+    holds only some of the experts, the cache is emptied before each prompt. With --out, a search
+    that was stopped goes on with the same command.
 
     \b
     coterie calibrate des-vote:voters=before-eos,protect=top1 --target drop=0.01 -o policy.json
@@ -58,16 +63,21 @@ def calibrate_command(
     batch_size = engine_options.resolve_batch_size(batch_size, o.DEFAULT_BATCH_SIZE)
     engine = engine_options.open()
     check_engine(engine, (), options)
-    with output.progress_bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
-        on_progress = _progress_callback(progress)
-        evaluator = lab.PolicyEvaluator(engine, prompt_set, options, batch_size, on_progress)
-        check_target(evaluator, search_family, parsed_target)
-        result = lab.calibrate(evaluator, search_family, parsed_target, per_layer=per_layer)
-    content = lab.calibration_record(evaluator, result, output.command_line())
-    if out is not None:
-        lab.write_calibrated_policy(out, content)
-        output.print_note(f"{out}; --policy @{out} takes it")
-    output.print_result(content, calibration_table(result), *summary_lines(result), json=json)
+    evaluator = lab.PolicyEvaluator(engine, prompt_set, options, batch_size)
+    check_target(evaluator, search_family, parsed_target)
+    file = None if out is None else out.with_name(f"{out.name}.journal")
+    conditions = {**lab.evaluation_conditions(evaluator), "versions": package_versions()}
+    with output.resumable(Journal(file, conditions)) as journal:
+        with output.progress_bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+            callback = _progress_callback(progress)
+            evaluator = replace(evaluator, on_progress=callback, journal=journal)
+            result = lab.calibrate(evaluator, search_family, parsed_target, per_layer=per_layer)
+        content = lab.calibration_record(evaluator, result, output.command_line())
+        output.print_result(content, calibration_table(result), *summary_lines(result), json=json)
+        if out is not None:
+            atomic_write_json(out, content)
+            output.print_note(f"{out}; --policy @{out} takes it")
+        journal.remove()
 
 
 def calibration_table(calibration: lab.Calibration) -> Table:

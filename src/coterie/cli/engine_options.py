@@ -21,7 +21,7 @@ from coterie.engine.engine import Engine, load
 from coterie.errors import ConfigError
 from coterie.lab.calibration import read_calibrated_policy
 from coterie.lab.replay.cache_simulation import TraceVotes
-from coterie.lab.replay.trace import is_trace, read_trace
+from coterie.lab.replay.trace_file import is_trace, read_trace
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.low_precision import LowPrecisionExperts
 from coterie.loading.saved_votes import SavedVotes, read_votes

@@ -6,11 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-import torch
 import typer
 from typer.core import TyperOption
 
 from coterie.cli.app import app
+from coterie.cli.memory_errors import is_out_of_memory, out_of_memory_message
 from coterie.cli.old_names import with_new_names
 from coterie.cli.output import print_note
 from coterie.errors import ConfigError
@@ -24,7 +24,7 @@ OTHER_FIELDS = {  # from field of the library to option
     "commit": "commit_routing", "prefill": "prefill_routing", "reuse_tolerance": "coreset_reuse",
     "drift": "coreset_reuse", "items": "num_problems", "count": "num_problems",
     "prompts": "prompt_file", "precision": "expert_dtype", "baselines": "baseline",
-    "python": "baseline_python",
+    "python": "baseline_python", "reset_every": "reset_cache_every",
 }  # fmt: skip
 
 
@@ -53,10 +53,12 @@ def run(arguments: Sequence[str]) -> int:
     except typer.TyperException as error:
         return _print_error(error.format_message())
     # The library raises a ValueError for wrong arguments; COTERIE_DEBUG shows its traceback.
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if os.environ.get("COTERIE_DEBUG"):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        is_expected = isinstance(error, ValueError | OSError) or is_out_of_memory(error)
+        if os.environ.get("COTERIE_DEBUG") or not is_expected:
             raise
-        return _print_error(name_flags(_error_message(error), command_flags(arguments)))
+        message = out_of_memory_message(error) if is_out_of_memory(error) else _error_message(error)
+        return _print_error(name_flags(message, command_flags(arguments)))
 
 
 def with_imports_first(arguments: Sequence[str]) -> list[str]:

@@ -1,11 +1,12 @@
 """``coterie eval``: benchmark accuracy under several policies."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from coterie.checkpoints.model_info import inspect
 from coterie.cli import engine_options as engines
@@ -14,14 +15,16 @@ from coterie.cli import output
 from coterie.cli.eval_output import EvalProgress, accuracy_document, accuracy_tables, live_progress
 from coterie.cli.output import print_note
 from coterie.engine.engine import Engine
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, CoterieError
+from coterie.files import atomic_write
 from coterie.lab.evals.report import PolicySummary, summarize
 from coterie.lab.evals.run import Answer, Variant, run_eval, run_identity
-from coterie.lab.evals.summary_csv import csv_row
+from coterie.lab.evals.stats import unchanged_bound
 from coterie.lab.evals.task import Task, TaskOptions
 from coterie.lab.evals.tasks import open_tasks
 from coterie.lab.problems import PROBLEM_MAKERS
 
+MAX_REASONS, ALL_FAILED = 3, 2
 TITLES = {True: "Embedded tasks by policy", False: "Accuracy by policy"}  # of all its own tasks
 PROBLEMS_HELP = f"Problems of {', '.join(PROBLEM_MAKERS)} (default {o.DEFAULT_PROBLEMS} each)."
 SEED_HELP = "Seed of the problems; with a temperature, of the sampling too."
@@ -57,11 +60,8 @@ class EvalConfig:
 
     tasks: Sequence[Task]
     variants: Sequence[Variant]
-    options: engines.GenerationOptions
-    limit: int | None
-    shuffle_seed: int | None
+    settings: Mapping[str, Any]  # of the run's identity: limit, shuffle_seed, reset_every, options
     batch_size: int
-    reset_every: int  # questions between resets of the expert cache
     output: Path | None
 
 
@@ -74,11 +74,12 @@ def evaluate(
     trust_code: o.TrustCode = False,
     out: Annotated[Path | None, o.output(OUT_HELP, "--out", "-o")] = None, json: o.Json = False,
     csv: o.Csv = False,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """Measure accuracy on a benchmark under several policies, paired by item, with their traffic.
 
     Vanilla always runs first; each policy is compared with it item by item. With -o every answer is
-    stored, and the same command continues a stopped run.
+    stored, and the same command continues a stopped run. The exit status is 1 where the logits of
+    an item were not finite, and 2 where those of all items were not, or after any other error.
 
     \b
     coterie eval --num-problems 50 -p des-vote:beta=0.3 -p random:beta=0.3
@@ -93,11 +94,14 @@ def evaluate(
     tasks = items.open(engine_options.model, trust_code=trust_code)
     variants = make_variants(policies, coreset_reuse)
     batch_size = engine_options.resolve_batch_size(batch_size, o.DEFAULT_BATCH_SIZE)
-    limit, order, reset_every = items.limit, items.shuffle_seed, reset_cache_every or 1
-    config = EvalConfig(tasks, variants, options, limit, order, batch_size, reset_every, out)
+    settings = {"limit": items.limit, "shuffle_seed": items.shuffle_seed, "options": options}
+    settings |= {"reset_every": reset_cache_every or 1}
+    config = EvalConfig(tasks, variants, settings, batch_size, out)
     engine = engine_options.open(count_vanilla=True)
     engines.check_engine(engine, policies or (), options)
-    print_results(engine, config, run_with_progress(engine, config), json=json, csv=csv)
+    summaries = run_with_progress(engine, config)
+    print_results(engine, config, summaries, json=json, csv=csv)
+    return print_failures(summaries)
 
 
 def make_variants(
@@ -110,7 +114,8 @@ def make_variants(
 
 def run_with_progress(engine: Engine, config: EvalConfig) -> list[PolicySummary]:
     """Runs all variants with live accuracy on stderr."""
-    total = len(config.variants) * sum(len(t.items()[: config.limit]) for t in config.tasks)
+    limit = config.settings["limit"]
+    total = len(config.variants) * sum(len(task.items()[:limit]) for task in config.tasks)
     progress = EvalProgress([variant.name for variant in config.variants], total)
 
     def on_answer(answer: Answer) -> None:
@@ -120,14 +125,11 @@ def run_with_progress(engine: Engine, config: EvalConfig) -> list[PolicySummary]
 
     with _resume_hint(progress, config.output), live_progress(progress):
         results = run_eval(
-            engine, config.tasks, config.variants, config.output, limit=config.limit,
-            shuffle_seed=config.shuffle_seed, batch_size=config.batch_size,
-            reset_every=config.reset_every, on_answer=on_answer, options=config.options,
+            engine, config.tasks, config.variants, config.output, batch_size=config.batch_size,
+            on_answer=on_answer, on_remark=print_note, all_variants=True, **config.settings,
         )  # fmt: skip
     if progress.resumed == progress.total:
         print_note(f"all {progress.total} answers are from an earlier run")
-    if progress.failed:
-        print_note(f"{progress.failed} items failed and count as wrong; their error says why")
     return summarize(results, [task.name for task in config.tasks])
 
 
@@ -135,18 +137,15 @@ def print_results(
     engine: Engine, config: EvalConfig, summaries: Sequence[PolicySummary], *, json: bool, csv: bool
 ) -> None:
     """Prints the results, and writes them to the folder where there is one."""
-    identity = run_identity(
-        engine, config.tasks, limit=config.limit, shuffle_seed=config.shuffle_seed,
-        reset_every=config.reset_every, options=config.options,
-    )  # fmt: skip
+    identity = run_identity(engine, config.tasks, **config.settings)
     about = {**identity, "rows": config.batch_size}
     document = accuracy_document(engine.model.name, about, summaries)
-    table = output.format_csv([csv_row(summary) for summary in summaries])
+    table = output.format_csv([summary.csv_row() for summary in summaries])
     if config.output is not None:
         title = TITLES[set(summaries[0].by_task) <= set(PROBLEM_MAKERS)]
         device = str(engine.model.transformer.device)
         path, _ = output.save_record(config.output, title, document, device=device)
-        path.with_suffix(".csv").write_text(table, encoding="utf-8")
+        atomic_write(path.with_suffix(".csv"), table.encode())
         print_note(f"{path}, {path.stem}.csv")
     if json:
         output.print_document(document)
@@ -156,17 +155,33 @@ def print_results(
         terminal = output.console()
         for number, accuracy_table in enumerate(accuracy_tables(summaries, terminal)):
             terminal.print(*([""] if number else []), accuracy_table, sep="\n")
+        if len(summaries) > 1:
+            n = summaries[0].accuracy.n
+            print_note(f"on {n} items a change below {unchanged_bound(n):.1%} may be chance")
+
+
+def print_failures(summaries: Sequence[PolicySummary]) -> int:
+    """Says how often items failed and why; returns the exit status."""
+    errors = sum((summary.result.errors for summary in summaries), Counter[str]())
+    for reason, count in errors.most_common(MAX_REASONS):
+        print_note(f"{count} answers failed and count as wrong: {reason}")
+    if len(errors) > MAX_REASONS:
+        print_note(f"and {len(errors) - MAX_REASONS} more reasons")
+    all_failed = errors.total() == sum(summary.accuracy.n for summary in summaries)
+    return ALL_FAILED if all_failed else int(bool(errors))
 
 
 @contextmanager
 def _resume_hint(progress: EvalProgress, out: Path | None) -> Iterator[None]:
-    """Says on an early end how many answers are stored."""
+    """Says on an early end how many answers are stored; an error becomes one line."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         count = f"{progress.count} of {progress.total} answers are"
         if progress.count and out is None:
             print_note(f"{count} lost; -o DIR stores them")
         elif progress.count:
             print_note(f"{count} in {out}; the same command continues from there")
+        if isinstance(error, Exception) and not isinstance(error, ValueError | OSError):
+            raise CoterieError(f"{type(error).__name__}: {error}") from error
         raise

@@ -107,7 +107,6 @@ class EvalProgress:
     variants: Sequence[str]
     total: int
     correct: dict[str, dict[tuple[str, str], bool]] = field(default_factory=dict)
-    failed: int = 0
     resumed: int = 0
     progress: Progress = field(default_factory=lambda: Progress(*PROGRESS_COLUMNS))
 
@@ -122,7 +121,6 @@ class EvalProgress:
     def add(self, answer: Answer) -> None:
         """Adds an answer; one of an earlier run does not count for the speed."""
         self.correct.setdefault(answer.variant, {})[answer.task, answer.id] = answer.correct
-        self.failed += answer.error is not None
         self.resumed += answer.from_disk
         if answer.from_disk:
             self.progress.reset(self.task_id, completed=self.count)

@@ -81,7 +81,7 @@ def print_stream(events: Iterable[Event]) -> Iterator[Event]:
     try:
         for event in events:
             if isinstance(event, Denoised) and event.text:
-                print(event.text, end="", flush=True)
+                output.print_text(event.text, end="")
                 unfinished_line = True
             yield event
     except CoterieError:
@@ -174,8 +174,7 @@ def _check_output(
         return
     if memory is None:
         raise ConfigError(f"{ALL_RESIDENT}, --simulate-expert-memory 35% simulates that")
-    if not plot.absolute().parent.is_dir():
-        raise ConfigError(f"{plot}: its folder does not exist")
+    output.check_output_file(plot.with_name(f"{plot.name}.json"))
     output.require_extra(PLOTTING, "--plot-traffic")
 
 

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from coterie.checkpoints.journal import atomic_write
 from coterie.cli import options as o
 from coterie.cli.output import check_output_file, print_note, print_text, progress_bar
 from coterie.errors import TaskError
+from coterie.files import atomic_write
 from coterie.lab.evals.grading import GradingJob, prepare_grading, read_outputs
 from coterie.lab.evals.report import proportion
 from coterie.lab.evals.task import TaskOptions

@@ -78,6 +78,7 @@ def model_rows(info: ModelInfo) -> list[tuple[str, str]]:
     by_block = (
         f", of {spec.capacity} that a block of {router.block} admits" if spec.capacity else ""
     )
+    mask = "none" if info.mask_id is None else info.mask_id
     quantised = spec.expert_storage != UNQUANTISED
     return [
         ("model", info.name),
@@ -88,7 +89,7 @@ def model_rows(info: ModelInfo) -> list[tuple[str, str]]:
         ("hidden, expert, shared", f"{spec.hidden}, {spec.expert_width}, {spec.shared_width}"),
         ("heads", f"{spec.heads} of {spec.head_dim}, {spec.kv_heads} for keys and values"),
         ("vocabulary", f"{spec.vocabulary:,}"),
-        ("mask id, end ids", f"{info.mask_id}, {' '.join(map(str, info.eos_ids)) or 'none'}"),
+        ("mask id, end ids", f"{mask}, {' '.join(map(str, info.eos_ids)) or 'none'}"),
         *([("experts stored in", spec.expert_storage)] if quantised else []),
         (f"weights in {dtype}", f"{format_bytes(size.bytes)} ({size.bytes:,} bytes)"),
         ("one expert", f"{format_bytes(size.expert_bytes)} ({size.expert_bytes:,} bytes)"),

@@ -14,6 +14,7 @@ from rich.text import Text
 from coterie.cli.output import console
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised, Event
+from coterie.errors import printable
 
 MASK_GLYPH, END_GLYPH = "▒", "∎"
 ANSWER_WIDTH, BAR_WIDTH = 64, 24  # columns of the answer and of a full bar, in a wide terminal
@@ -54,7 +55,8 @@ class LiveView:
         tokens_by_state = {"committed": event.committed, "edited": event.edited}
         for state, tokens in {**tokens_by_state, "provisional": event.provisional}.items():
             for token in tokens:
-                text = END_GLYPH if token.id in self.eos_ids else self.decode_token(token.id)
+                text = printable(self.decode_token(token.id))
+                text = END_GLYPH if token.id in self.eos_ids else text
                 self.tokens[token.position] = TokenMark(text, token.confidence, state)
         self.experts = event.experts or self.experts
         self.forwards, self.blocks = event.forward, event.block + 1

@@ -15,7 +15,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, printable
+from coterie.lab.journal import Journal
 from coterie.lab.records import Measurement, make_record, write_record
 
 Document = Mapping[str, object]
@@ -74,15 +75,18 @@ def plain_table(
     return table
 
 
-def print_text(text: str) -> None:
-    """Plain text on standard output, flushed, so that a full disk or a closed pipe is noticed."""
-    print(text, flush=True)
+def print_text(text: str, end: str = "\n") -> None:
+    """Plain text on standard output, flushed, so that a full disk or a closed pipe is noticed.
+
+    A terminal gets no control characters: they are a model's, or a file's.
+    """
+    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def print_note(note: str) -> None:
     """One line on stderr, unless the shell closed it."""
     if sys.stderr is not None:
-        print(f"coterie: {note}", file=sys.stderr, flush=True)
+        print(printable(f"coterie: {note}"), file=sys.stderr, flush=True)
 
 
 def print_document(document: Document | Sequence[object]) -> None:
@@ -124,8 +128,32 @@ def save_record(
     device: str = "cpu",
 ) -> tuple[Path, dict[str, object]]:  # fmt: skip
     """Writes the record of this command in the folder; returns its path and its content."""
-    content = make_record(title, command_line(), measures, facts=facts, device=device)
+    content = command_record(title, facts, measures, device)
     return write_record(out, content), content
+
+
+def command_record(
+    title: str, facts: Document, measures: Sequence[Measurement] = (), device: str = "cpu"
+) -> dict[str, object]:
+    """The record of this command."""
+    return make_record(title, command_line(), measures, facts=facts, device=device)
+
+
+@contextmanager
+def resumable(journal: Journal) -> Iterator[Journal]:
+    """The journal of a command; notes say what it had at the start, and has after an error."""
+    with journal:
+        if journal.path and journal.steps:
+            print_note(f"going on after the {len(journal.steps)} measurements in {journal.path}")
+        try:
+            yield journal
+        except BaseException as error:
+            count = len(journal.steps)
+            if journal.path and count:
+                print_note(f"{journal.path} keeps {count} measurements; the same command goes on")
+            elif count and isinstance(error, KeyboardInterrupt):
+                print_note(f"{count} measurements are lost; --out would keep them")
+            raise
 
 
 def command_line() -> list[str]:
@@ -139,13 +167,17 @@ def check_one_format(*, json: bool, csv: bool) -> None:
         raise ConfigError("--json and --csv both write to standard output; give one of them")
 
 
-def check_output_file(out: Path | None) -> None:
+def check_output_file(out: Path | None, *, new_folder: bool = False) -> None:
     """Raises for a file that could not be written, before hours of work."""
     if out is None:
         return
     folder = out.absolute().parent
+    if new_folder:
+        folder.mkdir(parents=True, exist_ok=True)
     if out.is_dir():
         raise ConfigError(f"{out}: a folder; name a file, such as {out / 'result.json'}")
+    if out.exists() and not out.is_file():
+        raise ConfigError(f"{out}: a device or a pipe; name a file")
     if not folder.is_dir():
         raise ConfigError(f"{out}: its folder does not exist")
     if not os.access(folder, os.W_OK):
@@ -158,5 +190,6 @@ def require_extra(module: str, purpose: str, extra: str = "lab") -> ModuleType:
         return import_module(module)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{purpose} needs {error.name}, which is not installed: pip install 'coterie[{extra}]'"
+            f"{purpose} needs {error.name}, which is not installed: "
+            f"pip install '.[{extra}]' in a clone of Coterie"
         ) from None

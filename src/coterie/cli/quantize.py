@@ -8,7 +8,7 @@ from rich.progress import DownloadColumn, TimeRemainingColumn
 
 from coterie.checkpoints import conversion as checkpoints
 from coterie.cli import options as o
-from coterie.cli.output import counted_progress, print_result
+from coterie.cli.output import counted_progress, print_note, print_result
 from coterie.offload.capacity import format_bytes
 from coterie.quantization import FORMATS
 
@@ -48,7 +48,7 @@ def quantize(
     target = checkpoints.ConversionTarget.parse(expert_dtype, group_size, stored_layout)
     columns = (DownloadColumn(binary_units=True), TimeRemainingColumn())
     with counted_progress(f"experts to {target}", *columns) as on_progress:
-        result = checkpoints.convert(model, output, target, on_progress)
+        result = checkpoints.convert(model, output, target, on_progress, print_note)
     before, after = format_bytes(result.bytes_before), format_bytes(result.bytes_after)
     line = f"{result.folder}: experts in {result.target}; {before} became {after} in "
     resumed = f", {result.files_resumed} of them finished before" if result.files_resumed else ""

@@ -15,12 +15,14 @@ from coterie.cli import options as o
 from coterie.cli import output
 from coterie.cli.engine_options import VANILLA, check_reuse, distinct_policies, load_votes
 from coterie.errors import ConfigError
+from coterie.files import atomic_write
 from coterie.lab.replay.cache_simulation import ReplayPolicy, VoteArray
 from coterie.lab.replay.hardware_model import HardwareModel, expert_sizes, parse_bandwidth
 from coterie.lab.replay.overlap import StepOverlap
 from coterie.lab.replay.replay import EVICTION_NAMES, ReplayGrid, ReplayPoint, ReplayResult, replay
 from coterie.lab.replay.replay import decoding_only as only_decoding
-from coterie.lab.replay.trace import KINDS, Trace, read_trace
+from coterie.lab.replay.trace import KINDS, Trace
+from coterie.lab.replay.trace_file import read_trace
 from coterie.offload.capacity import Capacity, format_bytes
 from coterie.routing import check_layers, parse_policy
 
@@ -81,6 +83,8 @@ def replay_command(
     coterie replay mini.trace --eviction lru,votes,belady --expert-memory 47
     """
     output.check_one_format(json=json, csv=csv)
+    if out is not None:
+        output.check_output_file(out / "replay.csv", new_folder=True)
     trace = read_trace(path)
     if trace.truncated:
         output.print_note(f"{path}: its last forward is incomplete and left out")
@@ -106,13 +110,13 @@ def replay_command(
         results = replay(trace, grid, on_progress)
     content = results_document(trace, path, results)
     table = output.format_csv([point.to_dict() for point in results.points])
-    if out is not None:
-        _save_results(out, content, table, results)
     if csv:
         sys.stdout.write(table)
     else:
         tables = (results_table(results.points), "", overlap_table(results.overlaps))
         output.print_result(content, *tables, json=json)
+    if out is not None:
+        _save_results(out, content, table, results)
 
 
 def replay_policies(
@@ -174,7 +178,7 @@ def results_document(trace: Trace, path: Path, results: ReplayResult) -> dict[st
 def _save_results(out: Path, content: output.Document, table: str, results: ReplayResult) -> None:
     """The record, the CSV, and the figures where matplotlib is installed."""
     path, _ = output.save_record(out, "Replay", content)
-    path.with_suffix(".csv").write_text(table, encoding="utf-8")
+    atomic_write(path.with_suffix(".csv"), table.encode())
     try:
         plots = output.require_extra("coterie.lab.replay.plots", "a figure")
         output.print_note(", ".join(map(str, (path, *plots.write_figures(out, results)))))

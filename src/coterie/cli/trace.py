@@ -1,5 +1,7 @@
 """``coterie trace``: records the routing of real runs, for ``coterie replay``."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,13 +14,16 @@ from coterie.lab.records import git_commit
 from coterie.lab.replay.cache_simulation import TraceVotes
 from coterie.lab.replay.recorder import bias_of, record_trace, trace_header
 from coterie.lab.replay.replay import steps_per_block
-from coterie.lab.replay.trace import KINDS, Trace, TraceWriter, read_trace
+from coterie.lab.replay.trace import KINDS, Trace
+from coterie.lab.replay.trace_file import TraceWriter, check_new_trace, read_trace
 from coterie.loading.saved_votes import SavedVotes, router_checksum, write_votes
 from coterie.offload.capacity import format_bytes
 
+COLUMNS = (MofNCompleteColumn(), TimeElapsedColumn())
 DEFAULT_PROBLEMS = 20  # of each task
 FORWARDS_HELP = "Maximum of denoising forwards of each prompt (default: no limit)."
 BATCH_HELP = "Prompts decoded together (default 1)."
+OVERWRITE_HELP = "Replace a trace that exists."
 VOTES_HELP = "File for the mean votes, which --warm-start reads."
 
 
@@ -30,12 +35,14 @@ def trace(
     decode: engines.DecodeOptions, engine_options: engines.EngineOptions,
     coreset_reuse: o.CoresetReuse = None,
     batch_size: Annotated[int | None, o.runtime(BATCH_HELP, min=1)] = None,
-    save_votes: Annotated[Path | None, o.output(VOTES_HELP)] = None, json: o.Json = False,
+    save_votes: Annotated[Path | None, o.output(VOTES_HELP)] = None,
+    overwrite: Annotated[bool, o.output(OVERWRITE_HELP, "--overwrite")] = False,
+    json: o.Json = False,
 ) -> None:  # fmt: skip
     """Record votes, routing and steps of real runs, for `coterie replay`.
 
-    A forward of 32 tokens in 19 layers of 256 experts takes at most 8 KiB. The trace of a run that
-    was killed holds all earlier forwards.
+    A forward of 32 tokens in 19 layers of 256 experts takes at most 8 KiB. The trace is FILE.part
+    until it is complete; that of a run that was stopped holds all forwards before.
 
     \b
     coterie trace -o vanilla.trace
@@ -46,6 +53,7 @@ def trace(
     options = decode.to_fields() | engines.reuse_options([spec], coreset_reuse)[spec]
     output.check_output_file(out)
     output.check_output_file(save_votes)
+    check_new_trace(out, overwrite=overwrite)
     prompt_set = prompts.load(engine_options.model, default_count=DEFAULT_PROBLEMS)
     batch_size = engine_options.resolve_batch_size(batch_size, 1)
     engine = engine_options.open()
@@ -56,10 +64,10 @@ def trace(
         prompts=prompt_set.to_dict(), provenance=provenance,
     )  # fmt: skip
     texts = [prompt.text for prompt in prompt_set.prompts]
-    with output.progress_bar(MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+    writer = TraceWriter(out, header, bias_of(engine.model), overwrite=overwrite)
+    with _note_if_stopped(writer), output.progress_bar(*COLUMNS) as progress:
         task_id = progress.add_task("tracing", total=len(texts))
-        # Each forward is in the file as soon as it is done.
-        with TraceWriter(out, header, bias_of(engine.model)) as writer:
+        with writer:
             record_trace(
                 engine, texts, writer, policy=spec, batch_size=batch_size,
                 max_forwards=max_forwards, on_result=lambda _: progress.advance(task_id), **options,
@@ -71,6 +79,15 @@ def trace(
         saved = SavedVotes.of(model.name, recorded.header.layers, mean_votes, routers)
         write_votes(save_votes, saved)
     output.print_result(trace_document(out, recorded), summary_line(out, recorded), json=json)
+
+
+@contextmanager
+def _note_if_stopped(writer: TraceWriter) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        output.print_note(f"{writer.path} is a trace of the {writer.records} forwards so far")
+        raise
 
 
 def trace_document(path: Path, recorded: Trace) -> dict[str, object]:

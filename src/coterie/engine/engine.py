@@ -168,18 +168,24 @@ class Engine:
     def step(self) -> list[Event]:
         """Run one forward for every request; requests with equal shapes and policy share it.
 
-        Returns the events of requests that no ``stream`` reads. Raises NonFiniteLogitsError after
-        all groups have run, if a group failed. The requests of that group have not advanced, and
-        the events of the other groups are returned by the next call.
+        Returns the events of requests that no ``stream`` reads. A failed group does not stop the
+        others: the error is raised after all groups have run, and the next call returns their
+        events. The requests of a failed group have not advanced. Raises NonFiniteLogitsError with
+        these requests if their logits are not finite. Every other error is raised as it is.
         """
-        reason, failed = "", []
+        errors: list[Exception] = []
+        reasons: dict[int, str] = {}  # of requests with non-finite logits
         for group in group_sequences(self._active.values()):
             try:
                 self._advance(group)
-            except CoterieError as error:
-                reason, failed = reason or str(error), failed + [active.number for active in group]
-        if failed:
-            raise NonFiniteLogitsError(reason, tuple(failed))
+            except NonFiniteLogitsError as error:
+                reasons |= {active.number: str(error) for active in group}
+            except (CoterieError, OSError) as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        if reasons:
+            raise NonFiniteLogitsError(next(iter(reasons.values())), tuple(reasons))
         events, self._events = self._events, []
         return events
 

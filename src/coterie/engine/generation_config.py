@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
@@ -77,6 +78,17 @@ class GenerationConfig:
             raise ConfigError(f"unknown option {unknown[0]!r}; known: {known_names}")
         return replace(self, **by_attribute(GenerationConfig, options))
 
+    def fit(self, prompt_tokens: int, max_length: int) -> GenerationConfig | None:
+        """The options with as many new tokens as fit beside a prompt; None if none fits."""
+
+        def length(new_tokens: int) -> int:
+            return plan.blocks(prompt_tokens, new_tokens, self.block)[-1].stop
+
+        # More tokens than positions never fit; their list of blocks could exceed memory.
+        plan, most = parse_plan(self.plan), min(self.max_new_tokens, max_length - prompt_tokens)
+        count = bisect_right(range(1, most + 1), max_length, key=length)
+        return replace(self, max_new_tokens=count) if count else None
+
     def document(self) -> dict[str, Any]:
         """All options by their keys on disk; ``replace`` accepts them."""
         return to_json(self)
@@ -102,7 +114,7 @@ def make_request(
     Raises GenerationError for an invalid prompt, or one that exceeds ``max_length`` positions, and
     ConfigError for an unmasking rule that needs ``edit_ids`` where there are none.
     """
-    _check_prompt(prompt, (mask_id, *(edit_ids or ())), vocabulary)
+    check_prompt(prompt, (mask_id, *(edit_ids or ())), vocabulary)
     plan, unmask = parse_plan(config.plan), parse_unmask(config.unmask)
     if edit_ids is None and isinstance(unmask.rule, BlockEditRule):
         raise ConfigError(f"{unmask} needs DELETE and SPLIT tokens, and this model has none")
@@ -130,8 +142,11 @@ def make_request(
     )
 
 
-def _check_prompt(prompt: Sequence[int], special_ids: tuple[int, ...], vocabulary: int) -> None:
-    """``special_ids`` are the mask, and DELETE and SPLIT where a model has them."""
+def check_prompt(prompt: Sequence[int], special_ids: tuple[int, ...], vocabulary: int) -> None:
+    """Raises GenerationError for a prompt that no request can have.
+
+    ``special_ids`` are the mask, and DELETE and SPLIT where a model has them.
+    """
     if not prompt:
         raise GenerationError("the prompt is empty")
     for token in prompt:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from coterie.errors import ConfigError
-from coterie.families.config import ModelConfig, token_ids
+from coterie.errors import quote
+from coterie.families.config import ModelConfig
 from coterie.families.family import Family, FamilyDefaults
 from coterie.families.llada2 import FAMILY as LLADA2
 from coterie.families.llada_moe import FAMILY as LLADA_MOE
 from coterie.families.sdar_moe import FAMILY as SDAR_MOE
+from coterie.tokenizer.token_ids import read_token_ids
 
 __all__ = [
     "FAMILIES",
@@ -38,45 +39,43 @@ def detect_family(config: ModelConfig) -> Family:
         or len(architectures) != 1
         or not isinstance(architectures[0], str)
     ):
-        raise config.error("architectures", f"is {architectures!r}; known: {', '.join(FAMILIES)}")
+        raise config.error(
+            "architectures", f"is {quote(architectures)}; known: {', '.join(FAMILIES)}"
+        )
     name = architectures[0]
     if name in DENSE_ARCHITECTURES:
         raise config.error("architectures", f"names {name}, a dense model: there are no experts")
     if name not in FAMILIES:
-        raise config.error("architectures", f"names {name!r}; known: {', '.join(FAMILIES)}")
+        raise config.error("architectures", f"names {quote(name)}; known: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     model_type = config.values.get("model_type", family.model_types[0])
     if model_type not in family.model_types:
         known = " or ".join(family.model_types)
-        raise config.error("model_type", f"is {model_type!r}, but {name} is {known}")
+        raise config.error("model_type", f"is {quote(model_type)}, but {name} is {known}")
     if family.read_defaults is None:
         return family
     return replace(family, defaults=family.read_defaults(config, family.defaults))
 
 
-def mask_id(config: ModelConfig, family: Family, vocabulary: int) -> int:
-    """The mask token: the config's, else the family's, else the last id of a small vocabulary."""
-    config_ids = _checked_ids(config, "mask_token_id", vocabulary)
-    if config_ids:
-        return config_ids[0]
+def mask_id(config: ModelConfig, family: Family, vocabulary: int) -> int | None:
+    """The mask token: the config's, else the family's; None if that is outside the vocabulary."""
+    if isinstance(config.values.get("mask_token_id"), list):
+        raise config.error("mask_token_id", "is a list; a model has one mask token")
     default = family.defaults.mask_id
-    return default if default < vocabulary else vocabulary - 1
+    ids = _token_ids(config, "mask_token_id", vocabulary)
+    return ids[0] if ids else default if default < vocabulary else None
 
 
 def eos_ids(config: ModelConfig, family: Family, vocabulary: int) -> tuple[int, ...]:
     """The end-of-text tokens: the config's and the family's, else the padding token."""
-    config_ids = _checked_ids(config, "eos_token_id", vocabulary)
+    config_ids = _token_ids(config, "eos_token_id", vocabulary)
     defaults = tuple(i for i in family.defaults.eos_ids if i < vocabulary)
-    return tuple(dict.fromkeys(config_ids + defaults)) or _checked_ids(
-        config, "pad_token_id", vocabulary
-    )
+    ids = tuple(dict.fromkeys(config_ids + defaults))
+    return ids or _token_ids(config, "pad_token_id", vocabulary)
 
 
-def _checked_ids(config: ModelConfig, key: str, vocabulary: int) -> tuple[int, ...]:
-    ids = token_ids(config, key)
-    if any(i >= vocabulary for i in ids):
-        raise ConfigError(f"{config.file}: {key} is {ids}, outside a vocabulary of {vocabulary}")
-    return ids
+def _token_ids(config: ModelConfig, key: str, vocabulary: int) -> tuple[int, ...]:
+    return read_token_ids(config.values, key, file=config.file, vocab_size=vocabulary)
 
 
 FAMILIES = {family.architecture: family for family in (LLADA_MOE, LLADA2, SDAR_MOE)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from coterie.errors import ConfigError, CoterieError
+from coterie.errors import ConfigError, CoterieError, quote
 from coterie.families.config import ModelConfig
 from coterie.model.spec import ModelSpec
 from coterie.ops.packed_layout import LAYOUT_VERSION
@@ -81,14 +81,14 @@ def expert_format(config: ModelConfig) -> QuantFormat | None:
     if value is None:
         return None
     if not isinstance(value, dict) or set(value) != {"format", "group"}:
-        raise config.error(EXPERT_FORMAT_KEY, f"is {value!r}, not a format and a group")
+        raise config.error(EXPERT_FORMAT_KEY, f"is {quote(value)}, not a format and a group")
     name, group = value["format"], value["group"]
     if not isinstance(name, str) or type(group) is not int:
-        raise config.error(EXPERT_FORMAT_KEY, f"is {value!r}, not a name and a whole number")
+        raise config.error(EXPERT_FORMAT_KEY, f"is {quote(value)}, not a name and a whole number")
     try:
         return parse_format(name, group)
     except CoterieError as error:
-        raise config.error(EXPERT_FORMAT_KEY, f"is {value!r}: {error}") from None
+        raise config.error(EXPERT_FORMAT_KEY, f"is {quote(value)}: {error}") from None
 
 
 def has_packed_experts(config: ModelConfig, form: QuantFormat | None) -> bool:
@@ -97,14 +97,14 @@ def has_packed_experts(config: ModelConfig, form: QuantFormat | None) -> bool:
     if value is None:
         return False
     if not isinstance(value, dict) or set(value) != {"name", "version"}:
-        raise config.error(EXPERT_LAYOUT_KEY, f"is {value!r}, not a name and a version")
+        raise config.error(EXPERT_LAYOUT_KEY, f"is {quote(value)}, not a name and a version")
     name, version = value["name"], value["version"]
     if name != PANEL_LAYOUT or type(version) is not int or version > LAYOUT_VERSION:
         raise config.error(
             EXPERT_LAYOUT_KEY,
-            f"is {value!r}, which this version of Coterie does not know (it reads {PANEL_LAYOUT!r} "
-            f"up to version {LAYOUT_VERSION}): use a newer version, or pack the original again "
-            "with `coterie quantize`",
+            f"is {quote(value)}, which this version of Coterie does not know (it reads "
+            f"{PANEL_LAYOUT!r} up to version {LAYOUT_VERSION}): use a newer version, or pack the "
+            "original again with `coterie quantize`",
         )
     if version < LAYOUT_VERSION:
         raise config.error(
@@ -123,7 +123,8 @@ def check_supported(config: ModelConfig) -> None:
     """Rejects what no family supports, such as RoPE scaling, biases and local attention."""
     dtypes = [config.values.get(key) for key in ("dtype", "torch_dtype")]
     if None not in dtypes and dtypes[0] != dtypes[1]:
-        raise config.error("dtype", f"is {dtypes[0]!r}, but torch_dtype is {dtypes[1]!r}")
+        pair = f"is {quote(dtypes[0])}, but torch_dtype is {quote(dtypes[1])}"
+        raise config.error("dtype", pair)
     for key in ("dtype", "torch_dtype"):
         config.allow_only(key, "float32", "bfloat16", "float16", None)
     config.allow_only("hidden_act", "silu")
@@ -180,7 +181,7 @@ def with_rope_parameters(config: ModelConfig) -> ModelConfig:
     if parameters is None:
         return config
     if not isinstance(parameters, dict):
-        raise config.error("rope_parameters", f"is {parameters!r}, not an object")
+        raise config.error("rope_parameters", f"is {quote(parameters)}, not an object")
     nested = ModelConfig(config.file, parameters)
     nested.allow_only("rope_type", "default")
     values = dict(config.values)
@@ -189,10 +190,12 @@ def with_rope_parameters(config: ModelConfig) -> ModelConfig:
         if value is None:
             continue
         if values.get(key) not in (None, value):
-            raise config.error(key, f"is {values[key]!r}, but rope_parameters has {value!r}")
+            raise config.error(
+                key, f"is {quote(values[key])}, but rope_parameters has {quote(value)}"
+            )
         values[key] = value
     if unknown := sorted(set(parameters) - nested.read_keys):
-        raise config.error("rope_parameters", f"has an unknown key {unknown[0]!r}")
+        raise config.error("rope_parameters", f"has an unknown key {quote(unknown[0])}")
     return replace(config, values=values)
 
 

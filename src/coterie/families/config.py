@@ -6,11 +6,11 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, clip, quote
 from coterie.strict_json import read_object
 
 MAX_SIZE = 1 << 24
@@ -68,9 +68,9 @@ class ModelConfig:
         if value is None:
             raise self.error(key, "is missing")
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(key, f"is {value!r}, not a number")
+            raise self.error(key, f"is {quote(value)}, not a number")
         if not 0 < value < math.inf:
-            raise self.error(key, f"is {value!r}; it must be finite and positive")
+            raise self.error(key, f"is {quote(value)}; it must be finite and positive")
         if value > sys.float_info.max:
             raise self.error(key, "is a number too large to calculate with")
         return float(value)
@@ -81,7 +81,7 @@ class ModelConfig:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise self.error(key, f"is {value!r}, not true or false")
+            raise self.error(key, f"is {quote(value)}, not true or false")
         return value
 
     def allow_only(self, key: str, *supported: bool | int | float | str | None) -> None:
@@ -92,7 +92,7 @@ class ModelConfig:
         same_type = (v for v in supported if type(v) is type(value) or _are_numbers(v, value))
         if not any(v == value for v in same_type):
             known = " or ".join(json.dumps(v) for v in supported)
-            raise self.error(key, f"is {json.dumps(value)}; supported: {known}")
+            raise self.error(key, f"is {clip(json.dumps(value))}; supported: {known}")
 
     def check_unknown_keys(self) -> None:
         """Raises ConfigError for keys that are neither read nor known to have no effect."""
@@ -103,31 +103,19 @@ class ModelConfig:
             )
         known = self.read_keys | IGNORED_KEYS | {"quantization_config"}
         if unknown := sorted(set(self.values) - known):
-            raise ConfigError(f"{self.file}: unknown key {', '.join(map(repr, unknown))}")
+            raise ConfigError(
+                f"{self.file}: unknown key {clip(', '.join(map(repr, unknown)), 300)}"
+            )
 
     def error(self, key: str, problem: str) -> ConfigError:
         return ConfigError(f"{self.file}: {key} {problem}")
 
     def _checked_int(self, key: str, value: object, minimum: int, maximum: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(key, f"is {value!r}, not a whole number")
+            raise self.error(key, f"is {quote(value)}, not a whole number")
         if not minimum <= value <= maximum:
-            raise self.error(key, f"is {value}; it must lie between {minimum} and {maximum}")
+            raise self.error(key, f"is {quote(value)}; it must lie between {minimum} and {maximum}")
         return value
-
-
-def token_ids(config: ModelConfig, key: str) -> tuple[int, ...]:
-    """The id or ids under ``key``, in order; empty if absent."""
-    value = config.values.get(key)
-    if value is None:
-        return ()
-    items: Iterable[object] = value if isinstance(value, list) else [value]
-    ids = []
-    for item in items:
-        if isinstance(item, bool) or not isinstance(item, int) or item < 0:
-            raise config.error(key, f"is {value!r}, not a token id")
-        ids.append(item)
-    return tuple(ids)
 
 
 def _are_numbers(left: object, right: object) -> bool:

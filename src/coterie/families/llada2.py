@@ -11,7 +11,7 @@ from coterie.families.common import (
     layer_count,
     model_spec,
 )
-from coterie.families.config import ModelConfig, token_ids
+from coterie.families.config import ModelConfig
 from coterie.families.family import Family, FamilyDefaults
 from coterie.families.names import FUSED_QKV_NAMES
 from coterie.model.spec import ModelSpec
@@ -82,14 +82,15 @@ def _router(config: ModelConfig) -> RouterSpec:
     experts = expert_count(config)
     k = experts_per_token(config, experts)
     block = block_size(config)
-    capacity = config.optional_size("expert_capacity")
+    capacity = config.optional_size("expert_capacity", minimum=0) or None
     if capacity is None:
         groups, kept_groups = _groups(config, experts, k)
     else:
         groups = kept_groups = 1  # a model that routes by block ignores them
         config.get("n_group"), config.get("topk_group")
-        if capacity < k:
-            raise config.error("expert_capacity", f"is {capacity}; a token uses {k} experts")
+        if not k <= capacity <= experts:
+            problem = f"is {capacity}, not between {k} experts per token and {experts} experts"
+            raise config.error("expert_capacity", problem)
     return RouterSpec(
         experts=experts,
         k=k,
@@ -135,7 +136,7 @@ def read_defaults(config: ModelConfig, defaults: FamilyDefaults) -> FamilyDefaul
     """The defaults of a checkpoint: one that has DELETE and SPLIT tokens edits its blocks."""
     ids = [_edit_id(config, key) for key in EDIT_IDS]
     defaults = replace(defaults, block=block_size(config))
-    if ids == [None, None] and config.get("expert_capacity") is not None:
+    if ids == [None, None] and config.get("expert_capacity"):
         ids = [i if i < config.size("vocab_size") else None for i in EDIT_IDS.values()]
     if ids == [None, None]:
         return defaults
@@ -146,11 +147,10 @@ def read_defaults(config: ModelConfig, defaults: FamilyDefaults) -> FamilyDefaul
 
 
 def _edit_id(config: ModelConfig, key: str) -> int | None:
-    config.get(key)
-    ids = token_ids(config, key)
-    if len(ids) > 1 or any(i >= config.size("vocab_size") for i in ids):
-        raise config.error(key, f"is {config.values[key]!r}, not one id of the vocabulary")
-    return ids[0] if ids else None
+    token = config.optional_size(key, minimum=0)
+    if token is not None and token >= config.size("vocab_size"):
+        raise config.error(key, f"is {token}, outside the vocabulary")
+    return token
 
 
 FAMILY = Family(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from coterie.errors import quote
 from coterie.families.common import (
     check_supported,
     expert_count,
@@ -61,7 +62,7 @@ def _moe_layers(config: ModelConfig, layers: int) -> tuple[bool, ...]:
     if not isinstance(frequencies, list) or any(
         type(x) is not int or x not in (0, 1) for x in frequencies
     ):
-        raise config.error("moe_layer_freq", f"is {frequencies!r}, not a list of 0 and 1")
+        raise config.error("moe_layer_freq", f"is {quote(frequencies)}, not a list of 0 and 1")
     if len(frequencies) != layers:
         raise config.error("moe_layer_freq", f"lists {len(frequencies)} of {layers} layers")
     return tuple(bool(x) for x in frequencies)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from coterie.errors import quote
 from coterie.families.common import (
     check_supported,
     expert_count,
@@ -48,7 +49,7 @@ def _moe_layers(config: ModelConfig, layers: int) -> tuple[bool, ...]:
     mlp_only = config.get("mlp_only_layers")
     dense = [] if mlp_only is None else mlp_only
     if not isinstance(dense, list) or any(type(layer) is not int for layer in dense):
-        raise config.error("mlp_only_layers", f"is {mlp_only!r}, not a list of layer numbers")
+        raise config.error("mlp_only_layers", f"is {quote(mlp_only)}, not a list of layer numbers")
     if out_of_range := [layer for layer in dense if not 0 <= layer < layers]:
         raise config.error("mlp_only_layers", f"names layer {out_of_range[0]} of {layers}")
     return tuple((layer + 1) % step == 0 and layer not in dense for layer in range(layers))

@@ -12,12 +12,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
+
+from coterie.files import atomic_write
 
 ColourScheme = Literal["light", "dark"]
 
@@ -217,6 +220,16 @@ def rc_params(scheme: ColourScheme) -> dict[str, object]:
         "image.cmap": "viridis",
         "svg.fonttype": "none",
     }
+
+
+def write_figure(draw: Callable[[], Figure], path: Path, *, name: str = "") -> list[Path]:
+    """Writes PATH-light.svg and PATH-dark.svg; ``name`` (default: of the path) makes ids unique."""
+    paths = []
+    for scheme in BACKGROUND:
+        paths.append(path.with_name(f"{path.name}-{scheme}.svg"))
+        svg = render_svg(draw, name=name or path.name, scheme=scheme)
+        atomic_write(paths[-1], f"{svg}\n".encode())
+    return paths
 
 
 def render_svg(draw: Callable[[], Figure], *, name: str, scheme: ColourScheme) -> str:

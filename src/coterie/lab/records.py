@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from coterie.checkpoints.journal import atomic_write
+from coterie.files import atomic_write
 
 PACKAGES = ("coterie", "torch", "triton", "numpy", "safetensors", "tokenizers")
 
@@ -88,19 +88,22 @@ def make_record(
     }
 
 
+def record_path(folder: Path, title: str) -> Path:
+    """The file of a record with this title."""
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', title.lower()).strip('-')}.json"
+
+
 def write_record(folder: Path, content: Mapping[str, object]) -> Path:
     """Writes ``<title>.json`` in ``folder`` atomically and returns its path."""
-    name = re.sub(r"[^a-z0-9]+", "-", str(content["title"]).lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    path = record_path(folder, str(content["title"]))
     write_json(path, content)
     return path
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Writes a JSON file atomically."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    atomic_write(path, text.encode())
+    atomic_write(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def git_commit(folder: Path | None = None) -> str:

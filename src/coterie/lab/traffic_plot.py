@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from coterie.lab import plotting
 from coterie.offload.simulated_store import SIMULATED_TIER
@@ -53,13 +53,7 @@ class TrafficPoint:
 
 def write_figures(name: Path, title: str, points: Sequence[TrafficPoint]) -> list[Path]:
     """Write NAME-light.svg and NAME-dark.svg; returns the paths."""
-    paths = []
-    for scheme in get_args(plotting.ColourScheme):
-        path = name.with_name(f"{name.name}-{scheme}.svg")
-        draw = partial(draw_traffic, title, points)
-        path.write_text(plotting.render_svg(draw, name="traffic", scheme=scheme), encoding="utf-8")
-        paths.append(path)
-    return paths
+    return plotting.write_figure(partial(draw_traffic, title, points), name, name="traffic")
 
 
 def draw_traffic(title: str, points: Sequence[TrafficPoint]) -> Figure:
@@ -159,7 +153,8 @@ def _draw_blocks(axes: Axes, points: Sequence[TrafficPoint], *, with_labels: boo
             axes.text(*place, label, ha="center", va="top", fontsize=8, color=colour)
     marks = [index for index, point in enumerate(points) if point.forward.kind in KV_ONLY_KINDS]
     style: dict[str, Any] = {"color": colour, "markersize": 3.5, "clip_on": False, "zorder": 5}
-    axes.plot(marks, [0.0] * len(marks), "^", transform=axes.get_xaxis_transform(), **style)
+    if marks:  # an empty line without clipping would take all of the layout
+        axes.plot(marks, [0.0] * len(marks), "^", transform=axes.get_xaxis_transform(), **style)
 
 
 def _marker(points: Sequence[object]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from coterie import ops
 from coterie.errors import OffloadError
+from coterie.files import opened
 from coterie.loading.free_memory import free_memory
 from coterie.loading.target import ModelFolder
 from coterie.model.weight_loader import map_tensor
@@ -57,11 +57,8 @@ def _mapped_slabs(model: ModelFolder) -> dict[int, Slab]:
     spec, slabs = model.spec, {}
     sizes = {"hidden": spec.hidden, "width": spec.expert_width}
     for layer, file, entry in model.packed_experts():
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
+        with opened(file) as descriptor:
             packed = map_tensor(descriptor, entry)
-        finally:
-            os.close(descriptor)
         slabs[layer] = slab_of_packed(packed, spec.panel_kind, torch.arange(len(packed)), **sizes)
     return slabs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,24 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 def free_memory(device: torch.device) -> int | None:
     """Free bytes, including file caches; None if the system does not report them.
 
-    On the host, the limit of this process's control group counts if it is lower.
+    On the host, the limits of this process and of its control group count if they are lower.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    limits = [_available_memory(Path("/proc/meminfo")), cgroup_free_memory()]
+    limits = [_available_memory(Path("/proc/meminfo")), cgroup_free_memory(), _free_addresses()]
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _free_addresses() -> int | None:
+    """Bytes that ``ulimit -v`` leaves; None without a limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        used_pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except OSError:
+        return None
+    if limit == resource.RLIM_INFINITY:
+        return None
+    return max(0, limit - used_pages * resource.getpagesize())
 
 
 def cgroup_free_memory(

@@ -9,7 +9,7 @@ import torch
 
 from coterie.checkpoints.source import EMBEDDED, find_folder
 from coterie.errors import ConfigError
-from coterie.families import Family, ModelConfig, eos_ids, mask_id
+from coterie.families import Family, eos_ids, mask_id
 from coterie.loading.disk_offload import DiskOffload
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.gpu_offload import HostOffload
@@ -23,7 +23,7 @@ from coterie.offload.resident_store import ResidentExpertStore
 from coterie.offload.store import TrackedExpertStore
 from coterie.ops import cpu
 from coterie.quantization import QuantFormat, parse_format
-from coterie.tokenizer import TextTokenizer, load_tokenizer
+from coterie.tokenizer import MASK_TOKEN, TextTokenizer, load_tokenizer
 
 DTYPES = {
     "float32": torch.float32,
@@ -57,6 +57,11 @@ class Model:
         return self.transformer.spec
 
     @property
+    def special_ids(self) -> tuple[int, ...]:
+        """The tokens that no prompt may hold: the mask, and DELETE and SPLIT of models that edit."""
+        return self.mask_id, *(self.family.defaults.edit_ids or ())
+
+    @property
     def memory_config(self) -> ExpertMemoryConfig | None:
         """The requested expert memory."""
         return None if self.placement.plan is None else self.placement.plan.config
@@ -88,18 +93,17 @@ def load_model(
     family, vocab_size = model.family, model.spec.vocabulary
     target = choose_target(model, experts=experts, dtype=dtype, device=choose_device(device))
     placement = choose_placement(target, expert_memory)
-    loaded = placement.load(target, on_progress)
     template = family.defaults.chat_template
     tokenizer = load_tokenizer(model.path, template=template, vocab_size=vocab_size)
+    mask, stop_ids = _token_ids(model, tokenizer)
+    loaded = placement.load(target, on_progress)
     return Model(
         name=EMBEDDED if name_or_path is None else str(name_or_path),
         family=family,
         transformer=build(target.spec, loaded.weights, loaded.store),
         tokenizer=tokenizer,
-        mask_id=_resolve_mask_id(
-            model.config, tokenizer, mask_id(model.config, family, vocab_size)
-        ),
-        eos_ids=tuple(dict.fromkeys(tokenizer.eos_ids + eos_ids(model.config, family, vocab_size))),
+        mask_id=mask,
+        eos_ids=stop_ids,
         folder=model.path,
         store=loaded.store,
         placement=loaded.placement,
@@ -180,12 +184,24 @@ def choose_dtype(
     return dtype
 
 
-def _resolve_mask_id(config: ModelConfig, tokenizer: TextTokenizer, default: int) -> int:
-    """The tokenizer's mask id, which must agree with the config's; without one, the default."""
-    if tokenizer.mask_id is None:
-        return default
-    if config.values.get("mask_token_id") is not None and default != tokenizer.mask_id:
+def _token_ids(model: ModelFolder, tokenizer: TextTokenizer) -> tuple[int, tuple[int, ...]]:
+    """The mask token and the end-of-text tokens, on which all files must agree.
+
+    The family's mask token is used if the vocabulary has it and no file names one.
+    """
+    config, vocabulary = model.config, model.spec.vocabulary
+    mask = mask_id(config, model.family, vocabulary)
+    if tokenizer.mask_id is not None:
+        if config.values.get("mask_token_id") is not None and mask != tokenizer.mask_id:
+            raise config.error(
+                "mask_token_id", f"is {mask}, but tokenizer.json has {tokenizer.mask_id}"
+            )
+        mask = tokenizer.mask_id
+    if mask is None:
         raise config.error(
-            "mask_token_id", f"is {default}, but tokenizer.json has {tokenizer.mask_id}"
+            "mask_token_id", f"is missing, and tokenizer.json has no {MASK_TOKEN} either"
         )
-    return tokenizer.mask_id
+    stop_ids = tokenizer.eos_ids + eos_ids(config, model.family, vocabulary)
+    if mask in stop_ids:
+        raise ConfigError(f"{model.path}: token {mask} is both the mask and an end of text")
+    return mask, tuple(dict.fromkeys(stop_ids))

@@ -12,7 +12,7 @@ from coterie.checkpoints.manifest import MANIFEST
 from coterie.checkpoints.quantization_error import quantization_errors
 from coterie.checkpoints.source import find_folder
 from coterie.checkpoints.verification import manifest_checksums
-from coterie.errors import CheckpointError, OffloadError
+from coterie.errors import CheckpointError, OffloadError, quote
 from coterie.families.common import EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY
 from coterie.loading.disk_offload import disk_store, plan_disk_offload
 from coterie.loading.expert_memory import ExpertMemoryConfig, ExpertMemoryPlan
@@ -23,7 +23,7 @@ from coterie.offload.capacity import format_bytes
 from coterie.offload.eviction import ByVotes, FloatArray
 from coterie.offload.mixed_precision_store import MixedPrecisionStore
 from coterie.offload.precision_stats import PrecisionErrors
-from coterie.strict_json import read_object
+from coterie.strict_json import LISTING_FILE, read_object
 
 UNVOTED_SCORE = 1e-9  # above 0, so that experts without votes fill the slots that are left
 PRECISION_KEYS = (EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY)  # the only keys that two configs differ in
@@ -138,8 +138,8 @@ def check_same_model(high: ModelFolder, low: ModelFolder) -> None:
     for key in sorted({*high_config, *low_config}):
         if high_config.get(key) != low_config.get(key):
             raise CheckpointError(
-                f"{low.path}: not the model of {high.path}: {key} is {low_config.get(key)!r}, "
-                f"not {high_config.get(key)!r}"
+                f"{low.path}: not the model of {high.path}: {key} is {quote(low_config.get(key))}, "
+                f"not {quote(high_config.get(key))}"
             )
     if low.spec.expert_stride >= high.spec.expert_stride:
         raise CheckpointError(
@@ -165,7 +165,7 @@ def _same_source(high: Path, low: Path) -> bool:
 
 
 def _fingerprint(folder: Path) -> object:
-    source = read_object(folder / MANIFEST).get("source")
+    source = read_object(folder / MANIFEST, LISTING_FILE).get("source")
     return source.get("fingerprint") if isinstance(source, dict) else None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.errors import ConfigError, CoterieError
+from coterie.errors import CheckpointError, ConfigError, CoterieError
+from coterie.files import atomic_write, opened
 from coterie.loading.target import ModelFolder
 from coterie.model.safetensors_file import read_chunks
 from coterie.model.spec import ModelSpec
@@ -77,13 +77,10 @@ def write_votes(path: Path, saved: SavedVotes) -> None:
         "layers": list(saved.layers),
         "votes": [list(row) for row in saved.votes],
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
+        atomic_write(path, json.dumps(content).encode() + b"\n")
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
 
 
 def read_votes(path: Path) -> SavedVotes:
@@ -119,10 +116,7 @@ def router_checksum(folder: Path) -> str:
     }
     checksum = 0
     for _, (file, entry) in sorted(gates.items()):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
+        with opened(file) as descriptor:
             for piece in read_chunks(descriptor, entry):
                 checksum = zlib.crc32(piece.numpy().data, checksum)
-        finally:
-            os.close(descriptor)
     return f"{checksum:08x}"

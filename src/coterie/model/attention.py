@@ -123,6 +123,8 @@ class Attention:
         query, key, value = heads.split([spec.heads, spec.kv_heads, spec.kv_heads], dim=2)
         query = ops.rms_norm(query, self.query_norm, spec.norm_epsilon)
         key = ops.rms_norm(key, self.key_norm, spec.norm_epsilon)
+        # PyTorch's attention gives 0 where all scores are NaN; NaN values it passes on.
+        value = value + 0 * (key + query.mean(dim=2, keepdim=True))
         rotation = (queries.cos, queries.sin)
         return rotate(query, *rotation), rotate(key, *rotation), value
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from coterie.errors import CheckpointError, CoterieError
-from coterie.model.safetensors_file import DTYPES, TensorEntry, not_float_message, read_header
+from coterie.errors import CheckpointError, clip, quote
+from coterie.files import opened
+from coterie.model.safetensors_file import DTYPE_NAMES, TensorEntry, not_float_message, read_header
 from coterie.model.weights import TensorTarget
-from coterie.strict_json import read_object
+from coterie.strict_json import LISTING_FILE, read_object
 
 TensorLoader = Callable[[int, TensorEntry, TensorTarget], None]
 """Called with an open file, one of its tensors, and the target of that tensor."""
@@ -78,18 +79,11 @@ class Checkpoint:
         """
         self.check(targets)
         for file, entries in self.files.items():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
+            with opened(file) as descriptor:
                 for entry in entries.values():
                     load_tensor(descriptor, entry, targets[entry.name])
                     if on_progress is not None:
                         on_progress(entry.size)
-            except OSError as error:
-                raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
-            except CoterieError as error:
-                raise CheckpointError(f"{file}: {error}") from None
-            finally:
-                os.close(descriptor)
 
     def _listing_file(self) -> Path:
         """The file that lists all tensors."""
@@ -98,12 +92,11 @@ class Checkpoint:
 
 
 def _dtype_problem(entry: TensorEntry, target: TensorTarget) -> str | None:
-    dtype_names = {dtype: name for name, dtype in DTYPES.items()}
+    name, dtype = clip(entry.name), DTYPE_NAMES[entry.dtype]
     if target.dtype is None and not entry.dtype.is_floating_point:
-        return not_float_message(entry.name, dtype_names[entry.dtype])
+        return not_float_message(name, dtype)
     if target.dtype not in (None, entry.dtype):
-        expected = dtype_names[target.dtype]
-        return f"{entry.name} is {dtype_names[entry.dtype]}, config.json makes it {expected}"
+        return f"{name} is {dtype}, config.json makes it {DTYPE_NAMES[target.dtype]}"
     return None
 
 
@@ -117,11 +110,13 @@ def _read_indexed_files(index: Path) -> dict[Path, dict[str, TensorEntry]]:
     for file, names in indexed_names.items():
         path = index.parent / file
         if not path.exists():
-            raise CheckpointError(f"{index}: names {file} for {min(names)}: no such file")
+            raise CheckpointError(
+                f"{index}: names {clip(file)} for {clip(min(names))}: no such file"
+            )
         headers[path] = read_header(path)
         for name in headers[path]:
             if name in file_of:
-                raise CheckpointError(f"{path}: {name} is also in {file_of[name]}")
+                raise CheckpointError(f"{path}: {clip(name)} is also in {file_of[name]}")
             file_of[name] = file
     for file, names in indexed_names.items():
         _check_index_entry(index, file, names, headers[index.parent / file], file_of)
@@ -134,19 +129,19 @@ def _check_index_entry(
     if missing := sorted(names - set(stored)):
         other_file = file_of.get(missing[0])
         hint = f"it is in {other_file}" if other_file else "it is in no file"
-        raise CheckpointError(f"{index}: maps {missing[0]} to {file}, but {hint}")
+        raise CheckpointError(f"{index}: maps {clip(missing[0])} to {file}, but {hint}")
     if unlisted := sorted(set(stored) - names):
-        raise CheckpointError(f"{index}: does not list {unlisted[0]}, which is in {file}")
+        raise CheckpointError(f"{index}: does not list {clip(unlisted[0])}, which is in {file}")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    names = read_object(index).get("weight_map")
+    names = read_object(index, LISTING_FILE).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{index}: has no weight_map from tensors to files")
     for name, file in names.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise CheckpointError(
-                f"{index}: {name} maps to {file!r}, which is not a file name in this folder"
+                f"{index}: {clip(name)} maps to {quote(file)}, not to a file name in this folder"
             )
     return names
 
@@ -170,5 +165,5 @@ def _no_weights_error(folder: Path) -> CheckpointError:
 
 def _first_of(names: list[str]) -> str:
     if len(names) == 1:
-        return f"{names[0]} is"
-    return f"{names[0]} and {len(names) - 1} more are"
+        return f"{clip(names[0])} is"
+    return f"{clip(names[0])} and {len(names) - 1} more are"

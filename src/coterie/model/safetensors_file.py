@@ -7,22 +7,24 @@ header length, a JSON header, then the tensors' bytes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from coterie.errors import CheckpointError
+from coterie.errors import CheckpointError, clip, quote
+from coterie.files import opened
 from coterie.strict_json import parse_object
 
 FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # The integer types occur only as parts of quantised weights.
 DTYPES = FLOAT_DTYPES | {"I8": torch.int8, "U8": torch.uint8}
-MAX_HEADER_BYTES = 100_000_000
-CHUNK_BYTES = 4 << 20  # bytes read at once if dtype or device differ
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES, MAX_DIMENSIONS = 100_000_000, 8
+CHUNK_BYTES = 4 << 20  # bytes read at once: the processor's caches still hold them when checked
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class TensorEntry:
     def size(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
 
+    def part(self, shape: tuple[int, ...], index: int) -> TensorEntry:
+        """Number ``index`` of the parts of this shape that follow each other in the tensor."""
+        part = replace(self, shape=shape)
+        return replace(part, start=self.start + index * part.size)
+
 
 def read_header(file: Path) -> dict[str, TensorEntry]:
     """The tensors of the file, in file order.
@@ -45,65 +52,58 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     Raises CheckpointError, with the file and if possible the tensor, if the file is missing,
     truncated, not safetensors, or has a dtype that is not in DTYPES.
     """
-    try:
-        with file.open("rb") as handle:
-            file_size = os.fstat(handle.fileno()).st_size
-            header_size = _header_size(handle.read(8), file_size, file)
-            raw = handle.read(header_size)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from None
-    listing = parse_object(raw, str(file), "a safetensors file")
-    listing.pop("__metadata__", None)
-    entries = [
-        _parse_entry(name, fields, 8 + header_size, file) for name, fields in listing.items()
-    ]
-    entries.sort(key=lambda entry: (entry.start, entry.size))
-    _check_layout(entries, 8 + header_size, file_size, file)
+    with opened(file) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as handle:
+        file_size = os.fstat(descriptor).st_size
+        header_size = _header_size(handle.read(8), file_size)
+        listing = parse_object(handle.read(header_size), "a safetensors file")
+        listing.pop("__metadata__", None)
+        entries = [_parse_entry(name, listing[name], 8 + header_size) for name in listing]
+        entries.sort(key=lambda entry: (entry.start, entry.size))
+        _check_layout(entries, 8 + header_size, file_size)
     return {entry.name: entry for entry in entries}
 
 
 def read_into(descriptor: int, entry: TensorEntry, view: Tensor) -> None:
-    """Reads the tensor into ``view``, which has its shape but may have another dtype."""
+    """Reads the tensor into ``view``, which has its shape but may have another dtype.
+
+    Raises CheckpointError for NaN and infinity: in a weight of attention, or of a router, they
+    would change an answer without a NaN in the logits.
+    """
     if not view.is_contiguous():
-        part_size = entry.size // entry.shape[0]
         for index, part in enumerate(view):
-            start = entry.start + index * part_size
-            read_into(
-                descriptor, TensorEntry(entry.name, entry.dtype, entry.shape[1:], start), part
-            )
+            read_into(descriptor, entry.part(entry.shape[1:], index), part)
         return
-    flat = view.view(-1)
-    if flat.device.type == "cpu" and flat.dtype == entry.dtype:
-        _read_exact(descriptor, flat, entry.start)
-        return
-    width = CHUNK_BYTES // entry.dtype.itemsize
-    buffer = torch.empty(min(width, flat.numel()), dtype=entry.dtype)
+    flat, width = view.view(-1), CHUNK_BYTES // entry.dtype.itemsize
+    is_direct = flat.device.type == "cpu" and flat.dtype == entry.dtype
+    buffer = flat if is_direct else torch.empty(min(width, flat.numel()), dtype=entry.dtype)
     for first in range(0, flat.numel(), width):
-        part = flat[first : first + width]
-        read = buffer[: part.numel()]
-        _read_exact(descriptor, read, entry.start + first * entry.dtype.itemsize)
-        part.copy_(read)
+        target = flat[first : first + width]
+        chunk = target if is_direct else buffer[: target.numel()]
+        _read_exact(descriptor, chunk, entry.start + first * entry.dtype.itemsize)
+        converted = chunk.to(flat.dtype)
+        if converted.is_floating_point() and not _is_finite(converted):
+            dtype = str(flat.dtype).removeprefix("torch.")
+            raise CheckpointError(f"{clip(entry.name)} holds NaN or infinity in {dtype}")
+        if not is_direct:
+            target.copy_(converted)
 
 
 def read_rows(
     descriptor: int, entry: TensorEntry
 ) -> Iterator[tuple[tuple[int | slice, ...], Tensor]]:
     """The rows of a float tensor in fp32, a few megabytes at a time, each with its index."""
-    is_stacked = len(entry.shape) > 2
-    if is_stacked:
-        part = entry.size // entry.shape[0]
-        for outer in range(entry.shape[0]):
-            start = entry.start + outer * part
-            inner_entry = TensorEntry(entry.name, entry.dtype, entry.shape[1:], start)
-            for index, rows in read_rows(descriptor, inner_entry):
+    shape: Sequence[int] = entry.shape
+    if len(shape) > 2:
+        for outer in range(shape[0]):
+            for index, rows in read_rows(descriptor, entry.part(entry.shape[1:], outer)):
                 yield (outer, *index), rows
         return
-    count, k = entry.shape
+    count, k = shape[0], shape[-1]
     step = max(1, CHUNK_BYTES // 4 // k)
     for first in range(0, count, step):
         rows = torch.empty(min(step, count - first), k)
-        start = entry.start + first * k * entry.dtype.itemsize
-        read_into(descriptor, TensorEntry(entry.name, entry.dtype, tuple(rows.shape), start), rows)
+        tail = entry.part((k,), first)
+        read_into(descriptor, replace(tail, shape=tuple(rows.shape)), rows)
         yield (slice(first, first + len(rows)),), rows
 
 
@@ -120,57 +120,61 @@ def not_float_message(name: str, dtype: str) -> str:
     return f"{name} is {dtype}; supported: {', '.join(FLOAT_DTYPES)}"
 
 
-def _header_size(prefix: bytes, file_size: int, file: Path) -> int:
+def _header_size(prefix: bytes, file_size: int) -> int:
     if len(prefix) < 8:
-        raise CheckpointError(
-            f"{file}: truncated: {file_size} bytes, too short for a safetensors file"
-        )
+        raise CheckpointError(f"truncated: {file_size} bytes, too short for a safetensors file")
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{file}: not a safetensors file (a header of {length} bytes)")
+        raise CheckpointError(f"not a safetensors file (a header of {length} bytes)")
     if 8 + length > file_size:
-        raise CheckpointError(
-            f"{file}: truncated: its header needs {8 + length} of {file_size} bytes"
-        )
+        raise CheckpointError(f"truncated: its header needs {8 + length} of {file_size} bytes")
     return length
 
 
-def _parse_entry(name: str, fields: object, offset: int, file: Path) -> TensorEntry:
+def _parse_entry(name: str, fields: object, offset: int) -> TensorEntry:
+    label = clip(name)
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{file}: {name}: its header entry is not dtype, shape, data_offsets")
-    if fields["dtype"] not in DTYPES:
-        raise CheckpointError(f"{file}: {not_float_message(name, str(fields['dtype']))}")
+        raise CheckpointError(f"{label}: its header entry is not dtype, shape, data_offsets")
+    dtype = fields["dtype"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(not_float_message(label, clip(str(dtype))))
     shape, offsets = _int_tuple(fields["shape"]), _int_tuple(fields["data_offsets"])
     if shape is None or offsets is None or len(offsets) != 2:
-        raise CheckpointError(f"{file}: {name}: shape or data_offsets are not whole numbers")
-    entry = TensorEntry(name, DTYPES[fields["dtype"]], shape, offset + offsets[0])
-    if offsets[1] - offsets[0] != entry.size:
+        raise CheckpointError(f"{label}: shape or data_offsets are not whole numbers")
+    entry, size = (
+        TensorEntry(name, DTYPES[dtype], shape, offset + offsets[0]),
+        offsets[1] - offsets[0],
+    )
+    if size != entry.size:
         raise CheckpointError(
-            f"{file}: {name} has {offsets[1] - offsets[0]} bytes, but its shape {list(shape)} "
-            f"needs {entry.size}"
+            f"{label} has {size} bytes, but its shape {quote([*shape])} needs {quote(entry.size)}"
         )
     return entry
 
 
 def _int_tuple(value: object) -> tuple[int, ...] | None:
-    if not isinstance(value, list) or any(type(x) is not int or x < 0 for x in value):
+    if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
         return None
-    return tuple(value)
+    return None if any(type(x) is not int or x < 0 for x in value) else tuple(value)
 
 
-def _check_layout(entries: list[TensorEntry], data_start: int, file_size: int, file: Path) -> None:
+def _check_layout(entries: list[TensorEntry], data_start: int, file_size: int) -> None:
     """Checks that the tensors fill the file without gap, overlap or truncation."""
     end = data_start
     for entry in entries:
+        label = clip(entry.name)
         if entry.start != end:
-            raise CheckpointError(f"{file}: {entry.name} starts at {entry.start}, expected {end}")
+            raise CheckpointError(f"{label} starts at {entry.start}, expected {end}")
         end += entry.size
         if end > file_size:
-            raise CheckpointError(
-                f"{file}: truncated: {entry.name} ends at byte {end}, the file at {file_size}"
-            )
+            raise CheckpointError(f"truncated: {label} ends at byte {end}, the file at {file_size}")
     if end != file_size:
-        raise CheckpointError(f"{file}: {file_size - end} bytes follow the last tensor")
+        raise CheckpointError(f"{file_size - end} bytes follow the last tensor")
+
+
+def _is_finite(values: Tensor) -> bool:
+    low, high = torch.aminmax(values)  # one pass; both are NaN if any value is
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _read_exact(descriptor: int, flat: Tensor, start: int) -> None:

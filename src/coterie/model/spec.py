@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coterie.ops.packed_layout import PackedFormat, expert_bytes
+from coterie.ops.packed_layout import expert_bytes
 from coterie.quantization import QuantFormat
-from coterie.values import RouterSpec
+from coterie.values import PackedFormat, RouterSpec
 
 UNQUANTISED = "whole"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,9 +13,13 @@ from coterie import ops
 from coterie.model.attention import Attention, AttentionMetadata
 from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import Dense, FeedForward, MoE
+from coterie.model.size import model_size
 from coterie.model.spec import ModelSpec
+from coterie.ops.threads import limited_threads
 from coterie.routing import needs_importance
 from coterie.values import ExpertStore, Matrix
+
+LAYER_REGIONS = 8  # parallel regions of a layer in plain torch
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,10 @@ class Transformer:
         The recorder receives every layer's output and, as layer ``spec.layers``, the normed hidden
         states [P, H] that the head reads.
         """
+        with limited_threads(self._multiplications * tokens.numel(), regions=LAYER_REGIONS):
+            return self._forward(tokens, context)
+
+    def _forward(self, tokens: Tensor, context: ForwardContext) -> Tensor:
         metadata = AttentionMetadata.of(context.window, context.cache, self.spec, self.device)
         x = self.embed(tokens) if context.embeddings is None else context.embeddings
         context.recorder.on_layer_output(-1, x)
@@ -73,6 +82,11 @@ class Transformer:
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, W] int64 -> [B, W, H]."""
         return F.embedding(tokens, self.embedding)
+
+    @cached_property
+    def _multiplications(self) -> int:
+        """Of a token in one layer, on average, without attention to other tokens."""
+        return model_size(self.spec, self.dtype).active_parameters // max(1, self.spec.layers)
 
     @property
     def device(self) -> torch.device:

@@ -14,7 +14,7 @@ from torch import Tensor
 from coterie.errors import CheckpointError, CoterieError
 from coterie.model.safetensors_file import TensorEntry, read_into, read_rows
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import PACKED_NAME, TensorTarget, is_always_fp32, is_packed
+from coterie.model.weights import PACKED_NAME, TensorTarget, is_packed
 from coterie.ops.packed_layout import unpack_expert
 from coterie.quantization import QTensor, QuantFormat, quantize
 
@@ -52,8 +52,7 @@ class WeightLoader:
         size = spec.expert_stride
         blob = torch.empty(size, dtype=torch.uint8)
         for expert in range(entry.shape[0]):
-            start = entry.start + expert * size
-            read_into(descriptor, TensorEntry(entry.name, entry.dtype, (size,), start), blob)
+            read_into(descriptor, entry.part((size,), expert), blob)
             device_blob = blob.to(next(iter(self.weights.values())).device)
             unpacked = unpack_expert(device_blob, kind, hidden=spec.hidden, width=spec.expert_width)
             for name, weight in zip(("gate_up", "down"), unpacked, strict=True):
@@ -67,16 +66,8 @@ class WeightLoader:
 def read_tensor(
     descriptor: int, entry: TensorEntry, target: TensorTarget, weights: Mapping[str, Tensor]
 ) -> None:
-    """Reads a tensor into its target.
-
-    Router weights and scales must be finite: a NaN there would change the routing without a NaN in
-    the logits.
-    """
-    view = weights[target.weight][target.region]
-    read_into(descriptor, entry, view)
-    must_be_finite = is_always_fp32(target.weight) or target.weight.endswith(".scales")
-    if must_be_finite and not bool(torch.isfinite(view).all()):
-        raise CheckpointError(f"{entry.name} holds NaN or infinity")
+    """Reads a tensor into its target."""
+    read_into(descriptor, entry, weights[target.weight][target.region])
 
 
 def quantise_tensor(

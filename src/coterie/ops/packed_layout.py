@@ -10,22 +10,21 @@ its down pairs.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from coterie.quantization import FORMATS, QTensor, QuantFormat, pack_values
-from coterie.values import PackedExperts, Slab
+from coterie.values import PackedExperts, PackedFormat, Slab
 
 LAYOUT_VERSION = 1
 """Incremented whenever the bytes of a packed weight change; ``api.hpp`` has the same number."""
 
-PackedFormat: TypeAlias = Literal["bf16", "int8", "int4"]
 UnpackedWeight: TypeAlias = Tensor | QTensor
 
-PACKED_FORMATS: tuple[PackedFormat, ...] = ("bf16", "int8", "int4")
 PANEL_ROWS = 16  # rows of a panel
 STEP_BYTES = 4  # bytes of one row per step
 EXPERT_ALIGNMENT = 64  # bytes; every expert starts at a multiple
@@ -46,6 +45,7 @@ def packed_format_of(
     return None
 
 
+@cache
 def expert_bytes(format_: PackedFormat, *, hidden: int, width: int) -> int:
     """Bytes of one packed expert, aligned."""
     gate_up_pairs, down_pairs = _pair_count(width, PANEL_ROWS), _pair_count(hidden, 2 * PANEL_ROWS)

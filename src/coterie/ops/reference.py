@@ -49,7 +49,9 @@ def top_mask(key: Tensor, k: int) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """See ``ops.rms_norm``."""
     x_fp32 = x.float()
-    x_fp32 = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + epsilon)
+    mean = x_fp32.square().mean(-1, keepdim=True)
+    # An overflow of the mean to infinity would make all features 0; the difference makes them NaN.
+    x_fp32 = x_fp32 * (torch.rsqrt(mean + epsilon) + (mean - mean))
     return weight * x_fp32.to(x.dtype)
 
 

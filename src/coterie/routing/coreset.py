@@ -131,22 +131,24 @@ def coreset_rule(
         return CoresetRule(union=size.k)
     if election.tally != "plain" or election.vote == "random":
         return None
-    rule = CoresetRule(
+    limit, protect = max_experts or 0, 1 if election.protect == "top1" else 0
+    rule = partial(
+        CoresetRule,
         vote=election.vote,
-        protect=1 if election.protect == "top1" else 0,
+        protect=protect,
         resident_bonus=election.resident_bonus,
         max_vote_loss=election.max_vote_loss,
-        max_experts=max_experts or 0,
+        max_experts=limit,
     )
     match size:
         case Union():
-            return replace(rule, union=size.k, protect=0)
+            return rule(union=size.k, protect=0)
         case Fraction() | Fixed():
             count = min(size.search_limits(experts)[0], max_experts or experts)
             # Without protected experts the count alone is the limit.
-            return replace(rule, count=count, max_experts=rule.max_experts if rule.protect else 0)
+            return rule(count=count, max_experts=limit if protect else 0)
         case Mass():
-            return replace(rule, mass=size.tau, min_experts=size.minimum(experts, k))
+            return rule(mass=size.tau, min_experts=size.minimum(experts, k))
         case _:
             return None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import runpy
 from collections.abc import Callable
-from dataclasses import is_dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -31,7 +30,8 @@ def register_policy(name: str) -> Callable[[PolicyClass], PolicyClass]:
             raise ConfigError(f"policy name {name!r} is not of the form my-vote")
         if name in POLICIES:
             raise ConfigError(f"there is a policy {name!r} already: {POLICIES[name].__name__}")
-        if not (is_dataclass(cls) and cls.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+        dataclass_params = getattr(cls, "__dataclass_params__", None)
+        if dataclass_params is None or not dataclass_params.frozen:
             raise ConfigError(f"policy {name!r}: {cls!r} is not a frozen dataclass")
         if not callable(getattr(cls, "eligible", None)):
             raise ConfigError(f"policy {name!r}: {cls.__name__} has no method `eligible`")

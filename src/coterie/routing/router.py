@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, reduce
 from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
@@ -164,11 +164,19 @@ def admitted_experts(scores: Scores) -> Tensor | None:
 
 def combine_weights(scores: Scores, ids: Tensor) -> Tensor:
     """The weights of ``ids`` [S, N, k] by the family's rule; 0 for an id of -1."""
-    router = scores.router
-    weights = scores.gate_weights.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, 0.0)
+    router, is_none = scores.router, ids < 0
+    weights = scores.gate_weights.gather(-1, ids.clamp(min=0)).masked_fill(is_none, 0.0)
     if router.renormalise:
-        weights = weights / (weights.sum(dim=-1, keepdim=True) + router.epsilon)
+        # One by one, as the kernels add: the order decides the last bit.
+        total = reduce(torch.add, weights.unbind(-1)).unsqueeze(-1) + router.epsilon
+        weights = (weights / total).where(total != 0, _logit_weights(scores, ids))
     return weights if router.scale == 1.0 else weights * router.scale
+
+
+def _logit_weights(scores: Scores, ids: Tensor) -> Tensor:
+    """The softmax of the logits of ``ids``: the weights where all probabilities are 0 in fp32."""
+    logits = scores.logits.gather(-1, ids.clamp(min=0)).masked_fill(ids < 0, -torch.inf)
+    return torch.softmax(logits, dim=-1).masked_fill(ids < 0, 0.0)
 
 
 def check_finite(scores: Scores) -> Scores:

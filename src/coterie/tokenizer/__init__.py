@@ -2,6 +2,7 @@
 
 from coterie.tokenizer.chat_template import ChatTemplate, read_template
 from coterie.tokenizer.tokenizer import (
+    MASK_TOKEN,
     IdTokenizer,
     SubwordTokenizer,
     TextTokenizer,
@@ -9,6 +10,7 @@ from coterie.tokenizer.tokenizer import (
 )
 
 __all__ = [
+    "MASK_TOKEN",
     "ChatTemplate",
     "IdTokenizer",
     "SubwordTokenizer",

@@ -1,4 +1,4 @@
-"""Chat templates, rendered in a sandbox: the checkpoint's own, else the default of its family."""
+"""Chat templates: the checkpoint's own, else the default of its family."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from coterie.errors import TokenizerError
+from coterie.errors import TokenizerError, clip
+from coterie.files import MIB, read_text
 from coterie.strict_json import read_object
+from coterie.tokenizer.template_process import RENDERER
+
+TEMPLATE_LIMIT = 4 * MIB
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,12 @@ class ChatTemplate:
 
         Raises TokenizerError that names the origin of a template that fails.
         """
+        turns = {"messages": messages, "add_generation_prompt": True}
         try:
-            template = _sandboxed_environment().from_string(self.source)
-            return template.render(
-                messages=messages, add_generation_prompt=True, **self.special_tokens
-            )
-        # A template is a program of the checkpoint: any error that it raises is bad input.
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise TokenizerError(f"{self.origin}: the chat template fails: {error}") from None
+            return RENDERER.render(self.source, {**self.special_tokens, **turns})
+        except TokenizerError as error:
+            problem = clip(str(error), 300)
+            raise TokenizerError(f"{self.origin}: the chat template fails: {problem}") from None
 
 
 def read_template(folder: Path, default: str) -> ChatTemplate:
@@ -46,15 +43,15 @@ def read_template(folder: Path, default: str) -> ChatTemplate:
     """
     config = folder / "tokenizer_config.json"
     settings = read_object(config) if os.path.lexists(config) else {}
-    tokens = special_tokens(settings)
     template_file = folder / "chat_template.jinja"
+    source, origin = default, "the family's default template"
     if os.path.lexists(template_file):
-        return ChatTemplate(_read_text(template_file), str(template_file), tokens)
-    if settings.get("chat_template") is not None:
-        return ChatTemplate(
-            _template_source(settings["chat_template"], config), str(config), tokens
-        )
-    return ChatTemplate(default, "the family's default template", tokens)
+        source, origin = read_text(template_file, TEMPLATE_LIMIT), str(template_file)
+    elif settings.get("chat_template") is not None:
+        source, origin = _template_source(settings["chat_template"], config), str(config)
+    if not source.strip():
+        raise TokenizerError(f"{origin}: the chat template is empty: every prompt would be")
+    return ChatTemplate(source, origin, special_tokens(settings))
 
 
 def special_tokens(settings: Mapping[str, object]) -> dict[str, str]:
@@ -69,30 +66,9 @@ def special_tokens(settings: Mapping[str, object]) -> dict[str, str]:
 
 def _template_source(value: object, path: Path) -> str:
     """The template, from a string or from a list of named templates."""
+    for entry in value if isinstance(value, list) else [{"name": "default", "template": value}]:
+        if isinstance(entry, dict) and entry.get("name") == "default":
+            value = entry.get("template")
     if isinstance(value, str):
         return value
-    entries = value if isinstance(value, list) else []
-    for entry in entries:
-        if isinstance(entry, dict) and entry.get("name") == "default":
-            return str(entry.get("template"))
     raise TokenizerError(f"{path}: chat_template is neither a string nor a list with a 'default'")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path}: not readable as text ({error})") from None
-
-
-def _sandboxed_environment() -> ImmutableSandboxedEnvironment:
-    """The environment that checkpoints expect: trimmed blocks, loop controls, raise_exception."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.globals["raise_exception"] = _raise_template_error
-    return environment
-
-
-def _raise_template_error(message: str) -> NoReturn:
-    raise TemplateError(message)

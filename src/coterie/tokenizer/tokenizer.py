@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from tokenizers import Tokenizer
 
-from coterie.errors import TokenizerError
+from coterie.errors import TokenizerError, clip, quote
 from coterie.strict_json import read_object
 from coterie.tokenizer.chat_template import ChatTemplate, read_template, special_tokens
+from coterie.tokenizer.token_ids import read_token_ids
+from coterie.tokenizer.tokenizer_file import read_tokenizer_json
 
 MASK_TOKEN = "<|mask|>"
+MAX_CHARACTERS = 4_000_000  # of a prompt; on lack of memory, the library ends the process
+
+T = TypeVar("T")
 
 
 class TextTokenizer(Protocol):
@@ -49,8 +54,9 @@ class TextTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class SubwordTokenizer:
-    """A ``tokenizer.json`` with its chat template."""
+    """A ``tokenizer.json`` with its chat template. Methods raise TokenizerError if it fails."""
 
+    file: Path
     tokenizer: Tokenizer
     template: ChatTemplate
     mask_id: int | None
@@ -58,17 +64,16 @@ class SubwordTokenizer:
 
     def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
         _encode_utf8(prompt)
-        if raw:
-            return self.tokenizer.encode(prompt).ids
-        text = self.template.render([{"role": "user", "content": prompt}])
-        # The template already contains every special token.
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        text = prompt if raw else self.template.render([{"role": "user", "content": prompt}])
+        # A template already contains every special token.
+        encode = self.tokenizer.encode
+        return _call(self.file, lambda: encode(text, add_special_tokens=raw).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return _call(self.file, lambda: self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def decode_token(self, token: int) -> str:
-        return self.tokenizer.decode([token], skip_special_tokens=False)
+        return _call(self.file, lambda: self.tokenizer.decode([token], skip_special_tokens=False))
 
     def prompt_note(self, prompt: str) -> str | None:
         return None
@@ -116,14 +121,29 @@ def load_tokenizer(folder: Path, *, template: str, vocab_size: int) -> TextToken
         return IdTokenizer(vocab_size)
     tokenizer = _read_tokenizer(path, vocab_size)
     return SubwordTokenizer(
+        file=path,
         tokenizer=tokenizer,
         template=read_template(folder, template),
         mask_id=tokenizer.token_to_id(MASK_TOKEN),
-        eos_ids=_read_eos_ids(folder, tokenizer),
+        eos_ids=_read_eos_ids(folder, tokenizer, vocab_size),
     )
 
 
+def _call(file: Path, use: Callable[[], T]) -> T:
+    """What the library returns; raises TokenizerError for each of its many kinds of error."""
+    try:
+        return use()
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    # It raises a bare Exception, or where its own code panics, a BaseException.
+    except BaseException as error:
+        reason = clip(str(error), 300) or type(error).__name__
+        raise TokenizerError(f"{file}: the tokenizer fails: {reason}") from None
+
+
 def _encode_utf8(prompt: str) -> bytes:
+    if len(prompt) > MAX_CHARACTERS:
+        raise TokenizerError(f"the prompt has {len(prompt):,} characters, too many for a model")
     try:
         return prompt.encode("utf-8")
     # Bytes that are not UTF-8 arrive from the command line as lone surrogates.
@@ -135,16 +155,13 @@ def _parse_ids(prompt: str) -> list[int] | None:
     """The ids in "5 17 33" (also with commas), or None for any other text."""
     parts = prompt.replace(",", " ").split()
     if parts and all(part.isascii() and part.isdigit() for part in parts):
-        return [int(part) for part in parts]
+        return [int(part[:20]) for part in parts]  # a longer number is in no vocabulary
     return None
 
 
 def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    # The library raises a bare Exception for every kind of damage.
-    except Exception as error:
-        raise TokenizerError(f"{path}: not a tokenizer ({error})") from None
+    content = read_tokenizer_json(path)
+    tokenizer = _call(path, lambda: Tokenizer.from_str(content))
     highest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if highest >= vocab_size:
         raise TokenizerError(
@@ -153,19 +170,19 @@ def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _read_eos_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+def _read_eos_ids(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
     """``eos_token`` of tokenizer_config.json and ``eos_token_id`` of generation_config.json."""
     eos_ids: set[int] = set()
-    config = folder / "tokenizer_config.json"
+    config, generation = (folder / f"{name}_config.json" for name in ("tokenizer", "generation"))
     if os.path.lexists(config):
         token = special_tokens(read_object(config)).get("eos_token")
         token_id = None if token is None else tokenizer.token_to_id(token)
         if token is not None and token_id is None:
-            raise TokenizerError(f"{config}: eos_token {token!r} is not in tokenizer.json")
+            raise TokenizerError(f"{config}: eos_token {quote(token)} is not in tokenizer.json")
         eos_ids |= set() if token_id is None else {token_id}
-    generation = folder / "generation_config.json"
     if os.path.lexists(generation):
-        configured = read_object(generation).get("eos_token_id")
-        for value in configured if isinstance(configured, list) else [configured]:
-            eos_ids |= {value} if isinstance(value, int) else set()
+        values = read_object(generation)
+        eos_ids |= set(
+            read_token_ids(values, "eos_token_id", file=generation, vocab_size=vocab_size)
+        )
     return tuple(sorted(eos_ids))

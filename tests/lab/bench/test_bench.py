@@ -5,7 +5,6 @@ No test here asserts how long anything took.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from functools import partial
@@ -14,13 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from released_configs import LLADA2_FLASH, LLADA2_MINI, LLADA_MOE
 
-from coterie.cli.entry import run
 from coterie.engine.engine import Engine
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import CoterieError
-from coterie.lab.bench import interleaved, llama, worker
+from coterie.lab.bench import llama, session, worker
 from coterie.lab.bench.bandwidth import read_rows, readable_rows, weight_buffers
 from coterie.lab.bench.baselines import (
     BASELINES,
@@ -33,125 +30,16 @@ from coterie.lab.bench.baselines import (
 from coterie.lab.bench.cost_model import compute_probe, forward_cost, roofline_seconds
 from coterie.lab.bench.forward import logits_per_forward, random_blocks, time_forward
 from coterie.lab.bench.generate import random_prompts, time_generation
-from coterie.lab.bench.interleaved import MAX_RELATIVE_ERROR, BenchConfig
 from coterie.lab.bench.layer import draw_cases, group_by_memory, make_slab, time_layer
-from coterie.lab.bench.model import random_experts, random_model, repeat_experts
-from coterie.lab.bench.plots import make_chart, plot_record
-from coterie.lab.bench.routings import find_skew
-from coterie.lab.bench.shapes import SHAPES, find_shape
+from coterie.lab.bench.model import random_model
+from coterie.lab.bench.plots import plot_record
+from coterie.lab.bench.session import MAX_RELATIVE_ERROR, BenchConfig
+from coterie.lab.bench.shapes import SHAPES
 from coterie.lab.records import make_record, write_record
-from coterie.model.forward_context import ForwardContext
 from coterie.model.weights import weight_bytes
-from coterie.ops import run_experts
-from coterie.routing import Vanilla
-from coterie.telemetry import ExpertCounter
-from coterie.testing import read_spec
-from coterie.values import PackedExperts, Routing, Window, expert_mask
 
 FAKE_BASELINE = Path(__file__).parents[2] / "support" / "fake_baseline.py"
 TINY = SHAPES["tiny"]
-
-
-# Shapes
-
-
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [("llada2-mini", LLADA2_MINI), ("llada2-flash", LLADA2_FLASH), ("llada-moe", LLADA_MOE)],
-)
-def test_a_shape_equals_the_released_config(name: str, config: dict) -> None:
-    family, spec = read_spec(config)
-    assert SHAPES[name].spec == spec
-    assert SHAPES[name].family is family
-
-
-def test_an_unknown_shape_lists_the_known_ones() -> None:
-    with pytest.raises(CoterieError, match=r"unknown shape 'llada3'; known: llada2-mini, .*tiny"):
-        find_shape("llada3")
-
-
-def test_a_truncated_shape_has_a_moe_layer() -> None:
-    assert TINY.truncate(2).spec.moe == (False, True)
-    assert TINY.truncate(None) is TINY
-    for layers in (0, 1, 4):
-        with pytest.raises(CoterieError, match=f"`layers` is {layers} for Tiny; must be 2 to 3"):
-            TINY.truncate(layers)
-
-
-def test_uncounted_routers_are_as_skewed_as_minis() -> None:
-    skew = find_skew(SHAPES["llada2-mini"].spec.router, SHAPES["llada2-mini"].unique_experts)
-    assert find_skew(
-        SHAPES["sdar-moe"].spec.router, SHAPES["sdar-moe"].unique_experts
-    ) == pytest.approx(skew, abs=0.05)
-
-
-# Random models
-
-
-@pytest.mark.parametrize("experts", ["fp32", "bf16", "int8", "int4"])
-def test_a_random_model_repeats_a_few_experts(experts: str) -> None:
-    generator = torch.Generator().manual_seed(3)
-    spec = TINY.spec
-    distinct = random_experts(spec, experts, generator, torch.device("cpu"))
-    repeated = repeat_experts(distinct, 7)
-    x = torch.randn(9, spec.hidden, generator=generator)
-    x = x if experts == "fp32" else x.bfloat16()
-    ids = torch.randint(0, 7, (9, 3), generator=generator)
-    weights = torch.rand(9, 3, generator=generator)
-
-    def routing(ids: torch.Tensor, count: int) -> Routing:
-        return Routing(ids, weights, expert_mask(ids.flatten(), count), ids)
-
-    y = run_experts(x, routing(ids, 7), repeated)
-    assert torch.allclose(y, run_experts(x, routing(ids % 2, 2), distinct), rtol=1e-5, atol=1e-7)
-    assert float(y.abs().mean()) > 0
-
-
-def test_each_copy_of_an_expert_has_its_own_memory() -> None:
-    distinct = random_experts(TINY.spec, "bf16", torch.Generator(), torch.device("cpu"))
-    repeated = repeat_experts(distinct, 32)
-    total_bytes = (
-        repeated.gate_up.packed if isinstance(repeated.gate_up, PackedExperts) else repeated.gate_up
-    )
-    assert len(total_bytes) == 32
-    assert total_bytes.stride(0) == total_bytes[0].numel()
-
-
-@pytest.mark.parametrize("name", ["tiny", "llada-moe"])
-def test_skewed_gates_use_as_many_experts_as_the_model(name: str) -> None:
-    shape = SHAPES[name]
-    if name != "tiny":
-        attention = {"heads": 2, "kv_heads": 2, "head_dim": 16, "rotary_dim": 8}
-        small = {"vocabulary": 512, "hidden": 256, "expert_width": 16, **attention}
-        shape = replace(shape, spec=replace(shape.spec, **small)).truncate(4)
-    model = random_model(shape, "bf16")
-    counter, generator = ExpertCounter(), torch.Generator().manual_seed(1)
-    for number in range(6):
-        ids = torch.randint(0, model.mask_id, (1, 32), generator=generator)
-        counter.on_forward((number,))
-        span = torch.tensor([32])
-        step = ForwardContext(Window(span * 0, 32, span), None, Vanilla(), counter)
-        model.transformer(ids, step)
-    unique_experts = sum(counter.counts(number).mean for number in range(6)) / 6
-    assert unique_experts == pytest.approx(shape.unique_experts, rel=0.12)
-
-
-def test_a_random_model_depends_on_its_seed_only() -> None:
-    first, again, other = (random_model(TINY, "int8", layers=2, seed=s) for s in (1, 1, 2))
-    options = GenerationConfig.for_family(TINY.family.defaults).replace(max_new_tokens=8, block=8)
-    texts = [
-        Engine(m, generation=options).generate("5 17 33").tokens for m in (first, again, other)
-    ]
-    assert texts[0] == texts[1] != texts[2]
-
-
-def test_a_model_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coterie.lab.bench.model.free_memory", lambda _device: 1 << 10)
-    with pytest.raises(CoterieError, match="GiB are free; reduce `layers`"):
-        random_model(TINY)
-
-
-# One layer, and baselines
 
 
 def bench_config(dtype: str = "bf16", **others: object) -> BenchConfig:
@@ -218,7 +106,7 @@ def test_a_failing_baseline_is_skipped_with_its_reason(
 ) -> None:
     if behaviour == "hangs":
         monkeypatch.setattr(
-            interleaved, "BaselineProcess", partial(BaselineProcess, answer_timeout=0.3)
+            session, "BaselineProcess", partial(BaselineProcess, answer_timeout=0.3)
         )
     result = time_layer(bench_config(), [fake_baseline(behaviour)], budget=0)
     assert result.skipped[behaviour].startswith(reason)
@@ -239,13 +127,13 @@ def test_baselines_share_a_session_if_they_fit_in_memory() -> None:
 
 
 def test_a_slow_kernel_stops_after_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interleaved, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(session, "MAX_SECONDS", 0.5)
     result = time_layer(replace(bench_config(), repeats=9), [fake_baseline("grazes")], budget=0)
     timing = result.timings[0]
     assert (
         len(timing.samples["grazes graze"])
         == len(timing.paired_samples["grazes graze"])
-        == interleaved.MIN_REPEATS
+        == session.MIN_REPEATS
     )
     assert len(timing.samples["ours"]) == 9
 
@@ -333,15 +221,15 @@ def test_forwards_are_timed_with_their_reads() -> None:
         on_progress=lambda share, _doing: progress.append(share),
     )
     timings = result.timings
-    assert (
-        [len(timing.seconds) for timing in timings]
-        == [len(timing.read_seconds) for timing in timings]
-        == [3, 3]
+    assert all(
+        {name: len(values) for name, values in timing.samples.items()}
+        == {"read": 3, "floor": 3, "forward": 3}
+        for timing in timings
     )
     assert all(
         a >= b
         for timing in timings
-        for a, b in zip(timing.roofline_seconds, timing.read_seconds, strict=True)
+        for a, b in zip(timing.samples["floor"], timing.samples["read"], strict=True)
     )
     assert timings[0].part_flops == timings[1].part_flops
     assert result.logit_counts == (32, 28, 24, 20, 16, 12, 8, 4)
@@ -415,106 +303,6 @@ def test_answers_are_timed_with_vanilla_first() -> None:
     assert counts["forwards_per_block"] == counts["forwards"] / 2
     assert timings[0].facts(timings[0])["texts_as_vanilla"] == 2
     assert len(timings[0].measure().samples) == 2
-
-
-# The command, its records and their figures
-
-
-def test_the_layer_command_writes_a_record_and_figures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["bench", "layer", "--shape", "tiny", "--baseline", "none", "--repeats", "2"]
-    assert (
-        run(
-            [*arguments, "--json", "-p", "vanilla", "-p", "des-vote:beta=0.25", "-o", str(tmp_path)]
-        )
-        == 0
-    )
-    document = json.loads(capsys.readouterr().out)
-    record = json.loads((tmp_path / "bench-layer-tiny-bf16.json").read_text())
-    assert document == {"schema": 2, **record}
-    assert [each["policy"] for each in record["facts"]["policies"]] == [
-        "vanilla",
-        "des-vote:beta=0.25",
-    ]
-    chart = make_chart(record)
-    assert set(chart.rows) == {"read", "ours"}
-    samples = {each["name"]: each["samples"] for each in record["measures"]}
-    assert chart.samples["ours", "vanilla"] == samples["vanilla ours"]
-    figure = tmp_path / "bench-layer-tiny-bf16-dark.svg"
-    before = figure.read_text()
-    figure.unlink()
-    assert run(["bench", "plot", str(tmp_path / "bench-layer-tiny-bf16.json")]) == 0
-    assert figure.read_text() == before
-    assert "des-vote:beta=0.25" in before
-
-
-def test_forward_and_generate_write_records_with_figures(tmp_path: Path) -> None:
-    options = ["--shape", "tiny", "--repeats", "1", "-o", str(tmp_path), "-p", "des-vote:beta=0.25"]
-    assert run(["bench", "forward", *options, "--layers", "2", "--context", "0"]) == 0
-    assert run(["bench", "generate", *options, "--num-prompts", "1", "--tokens", "8"]) == 0
-    forward = json.loads((tmp_path / "bench-forward-tiny-int8-2-layers.json").read_text())
-    assert set(make_chart(forward).rows) == {"read", "floor", "forward"}
-    assert forward["facts"]["wanted"] == "block"
-    generate = json.loads((tmp_path / "generate-random-tiny-cpu.json").read_text())
-    assert make_chart(generate).rows == ["vanilla", "des-vote:beta=0.25"]
-    assert len(list(tmp_path.glob("*.svg"))) == 4
-
-
-def test_other_sizes_have_other_record_names(tmp_path: Path) -> None:
-    options = ["--shape", "tiny", "--repeats", "1", "-o", str(tmp_path), "-p", "vanilla"]
-    assert run(["bench", "layer", *options, "--baseline", "none", "--tokens", "8"]) == 0
-    assert run(["bench", "forward", *options, "--tokens", "8", "--context", "0"]) == 0
-    distinct = [*options, "--num-prompts", "1", "--tokens", "8"]
-    assert run(["bench", "generate", *distinct, "--dtype", "int8", "--layers", "2"]) == 0
-    assert run(["bench", "generate", *distinct, "--dtype", "bf16"]) == 0
-    assert {path.stem for path in tmp_path.glob("*.json")} == {
-        "bench-layer-tiny-bf16-8-tokens",
-        "bench-forward-tiny-int8-8-tokens",
-        "generate-random-tiny-cpu-int8-2-layers",
-        "generate-random-tiny-cpu",
-    }
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["layer", "--shape", "llada3"], "unknown shape 'llada3'"),
-        (
-            ["layer", "--baseline", "none", "--baseline", "torch"],
-            "has no effect with --baseline none",
-        ),
-        (["layer", "--baseline", "none", "--include-slow"], "--include-slow has no effect"),
-        (
-            ["layer", "--baseline", "none", "--baseline-memory", "2"],
-            "--baseline-memory has no effect",
-        ),
-        (["layer", "--baseline-python", "zentorch"], "not NAME=PATH"),
-        (["layer", "--baseline", "torch", "--baseline-python", "zentorch=x"], "not one of torch"),
-        (["layer", "-p", "des-votes"], "unknown policy"),
-        (["forward", "--shape", "tiny", "--layers", "1"], "must be 2 to 3"),
-        (["forward", "--logits", "most"], "neither a number nor block"),
-        (["forward", "--logits", "0"], "must be 1 to 32"),
-        (["generate", "--layers", "2"], "--layers needs --shape"),
-        (["generate", "--shape", "tiny", "--expert-dtype", "int8"], "--expert-dtype has no effect"),
-        (["generate", "--shape", "tiny", "--dtype", "fp8"], "known: fp32, bf16, int8, int4"),
-        (["generate", "--prompt", "a", "--num-prompts", "3"], "--num-prompts has no effect"),
-        (["generate", "--model", "some/where"], "--model needs --prompt"),
-        (["plot", "pyproject.toml"], "not a benchmark record"),
-    ],
-)
-def test_a_refusal_is_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(["bench", *arguments]) == 2
-    stderr = capsys.readouterr().err
-    assert message in stderr
-    assert stderr.count("\n") == 1
-
-
-def test_the_command_alone_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["bench"]) == 0
-    assert "generate" in capsys.readouterr().out
 
 
 def test_another_record_has_no_figure(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import ast
 import json
 import textwrap
 import time
+import tracemalloc
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from coterie.lab.evals.task import Grade, Item, TaskOptions
 from coterie.lab.evals.tasks import TASKS, code
 from coterie.lab.evals.tasks.humaneval import HumanEval, open_humaneval
 from coterie.lab.evals.tasks.mbpp import Mbpp, open_mbpp
-from coterie.lab.sandbox import available_backend
+from coterie.lab.sandbox import require_backend
 
 HEADER = """\
 from math import sqrt
@@ -43,8 +44,17 @@ check(add)
 """
 FUNCTION = "def add(a, b):\n    return a + b"
 
+
+def has_sandbox() -> bool:
+    try:
+        require_backend()
+    except CoterieError:
+        return False
+    return True
+
+
 needs_a_sandbox = pytest.mark.skipif(
-    available_backend() is None, reason="NOT TESTED: no sandbox for generated code works here"
+    not has_sandbox(), reason="NOT TESTED: no sandbox for generated code works here"
 )
 
 
@@ -295,6 +305,34 @@ def test_extraction_from_a_long_output_is_fast(piece):
     code.extract_code(f"[BEGIN]'{piece * (40_000 // len(piece))}x", ["add"], HEADER)
     code.extract_code("\n".join([piece] * 4000), ["add"], HEADER)
     assert time.process_time() - start < 4
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["def add(a, b: return 1", "def add(a, b):\n    pass", "x = 1\nprose, prose", "  y = (1"],
+)
+@pytest.mark.parametrize("header", ["", HEADER])
+def test_extraction_takes_memory_and_parses_in_proportion(piece, header, monkeypatch):
+    parsed: list[int] = []
+    parse_code = code._parse_or_error_line
+
+    def counted(text: str) -> ast.Module | int:
+        parsed.append(len(text))
+        return parse_code(text)
+
+    monkeypatch.setattr(code, "_parse_or_error_line", counted)
+
+    def cost(count: int) -> tuple[int, int]:
+        parsed.clear()
+        tracemalloc.start()
+        code.extract_code(f"so: (\n{piece}\n" * count, ["add"], header)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak, sum(parsed)
+
+    (small_peak, small_sum), (peak, total) = cost(100), cost(400)
+    assert peak < 6 * small_peak
+    assert total < 6 * small_sum
 
 
 def test_threads_keep_the_warning_filters():

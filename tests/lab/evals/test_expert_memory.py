@@ -69,7 +69,7 @@ def complete_run(reset_every: int) -> tuple[bytes, bytes, list[dict[str, object]
         return *(file.read_bytes() for file in files), documents_of(results)  # type: ignore[return-value]
 
 
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(st.integers(0, 12), st.sampled_from((1, 4, 6)))
 def test_a_stopped_run_continues_with_the_same_cache(lines: int, reset_every: int) -> None:
     items, run_config, expected = complete_run(reset_every)
@@ -124,9 +124,9 @@ def test_a_different_stored_answer_stops_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("memory", "reset_every", "message"),
     [
-        ("6", 1, "memory.expert_memory is"),
-        ("35%", 2, "memory.lasts is 1 in the folder and 2"),
-        (None, 1, "memory is set in the folder and not set"),
+        ("6", 1, "`expert_memory` is"),
+        ("35%", 2, "`reset_every` is 1 in the folder and 2"),
+        (None, 1, "`expert_memory` is set in the folder and not set"),
     ],
 )
 def test_another_cache_is_another_run(

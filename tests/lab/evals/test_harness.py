@@ -7,20 +7,27 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 import coterie
 from coterie.cli.entry import run
+from coterie.errors import CoterieError
 from coterie.lab.problems import PROBLEM_MAKERS, Problem, draw_problem
 
 INSTALLED = find_spec("lm_eval") is not None
+ADAPTER = "coterie.lab.evals.harness.adapter"
 POLICY = "des-vote:beta=0.5"
 
 needs_harness = pytest.mark.skipif(
-    not INSTALLED, reason="lm-evaluation-harness is not installed: pip install 'coterie[harness]'"
+    not INSTALLED, reason="lm-evaluation-harness is not installed: pip install '.[harness]'"
 )
 
 
@@ -103,8 +110,8 @@ def test_likelihoods_and_unknown_arguments_are_refused_by_name(tmp_path: Path) -
     process = harness(
         tmp_path, *arguments, "--model_args", "policy=des-vote:beta=0.3,voters=before-eos"
     )
-    assert "unknown model_args 'voters'" in process.stderr
-    assert "a policy with commas needs JSON" in process.stderr
+    assert "model_args: unknown option 'voters'" in process.stderr
+    assert "a policy with commas needs model_args in JSON" in process.stderr
 
 
 @pytest.mark.slow
@@ -137,9 +144,114 @@ assert model.engine.rows == ()
     assert process.returncode == 0, process.stderr
 
 
+class StubTask:
+    """A task of the harness with one question."""
+
+    def __init__(self, output_type: str) -> None:
+        self.OUTPUT_TYPE, self.config = output_type, SimpleNamespace(task=f"my_{output_type}")
+
+    def build_all_requests(self, limit: int | None = None) -> int | None:
+        return limit
+
+
+Main = Callable[[type[StubTask]], None]
+
+
+@pytest.fixture
+def stub_harness(monkeypatch: pytest.MonkeyPatch) -> Callable[[Main], ModuleType]:
+    """The adapter, imported with stubs of the harness's modules."""
+
+    def load_adapter(main: Main) -> ModuleType:
+        class Task(StubTask):
+            build_all_requests = StubTask.build_all_requests
+
+        contents = {
+            "lm_eval": {},
+            "lm_eval.api": {},
+            "lm_eval.__main__": {"cli_evaluate": lambda: main(Task)},
+            "lm_eval.api.model": {"LM": type("LM", (), {})},
+            "lm_eval.api.registry": {"register_model": lambda _name: lambda cls: cls},
+            "lm_eval.api.task": {"Task": Task},
+            "tqdm": {"tqdm": MagicMock()},
+        }
+        for name, values in contents.items():
+            module = ModuleType(name)
+            vars(module).update(values)
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(sys, "argv", [])
+        monkeypatch.setitem(sys.modules, ADAPTER, ModuleType(ADAPTER))  # removed in the end
+        del sys.modules[ADAPTER]
+        return import_module(ADAPTER)
+
+    return load_adapter
+
+
+@pytest.mark.parametrize("output_type", ["loglikelihood", "multiple_choice"])
+def test_a_likelihood_task_is_refused_before_any_task_runs(
+    output_type: str, stub_harness: Any
+) -> None:
+    ran: list[str] = []
+
+    def main(task: type[StubTask]) -> None:
+        tasks = [task("generate_until"), task(output_type)]
+        assert tasks[0].build_all_requests(limit=3) == 3
+        tasks[1].build_all_requests()
+        ran.append("all")
+
+    adapter = stub_harness(main)
+    with pytest.raises(CoterieError, match=f"my_{output_type}.*no left-to-right likelihood"):
+        adapter.run_harness(["--model", "coterie", "--tasks", "a,b"])
+    assert ran == []
+    stub_harness(main).run_harness(["--model", "another"])
+    assert ran == ["all"]
+
+
+@pytest.mark.parametrize(("uses_template", "warnings"), [(False, 1), (True, 0)])
+def test_a_run_without_the_chat_template_warns(
+    uses_template: bool, warnings: int, stub_harness: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter = stub_harness(lambda _: None)
+    model = object.__new__(adapter.CoterieLM)
+    model.engine, model.uses_template = coterie.load(), uses_template
+    assert model.generate_until([]) == []
+    assert len(caplog.records) == warnings
+    assert all("chat template" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"voters": "before-eos"}, "unknown option 'voters'.*needs model_args in JSON"),
+        ({"expert_memory": "35%", "batch_size": 2}, "batch_size is 2"),
+        ({"batch_size": "0"}, "batch_size is 0"),
+        ({"eviction": "lfu"}, "eviction has no effect"),
+    ],
+)
+def test_bad_model_args_are_refused_before_a_model_is_loaded(
+    options: dict[str, Any], message: str, stub_harness: Any
+) -> None:
+    with pytest.raises(CoterieError, match=message):
+        stub_harness(lambda _: None).CoterieLM("/no/such/folder", **options)
+
+
+def test_answers_are_cut_at_stop_strings_and_come_in_the_order_of_the_requests(
+    stub_harness: Any,
+) -> None:
+    model = stub_harness(lambda _: None).CoterieLM(batch_size=2, device="cpu", max_gen_toks=64)
+    model.cache_hook = MagicMock()
+    question = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
+    prompt = model.apply_chat_template([{"role": "user", "content": question}])
+    stops = ([], ["####"], "12", ["no such", "5 = 7"])
+    requests = [SimpleNamespace(args=(prompt, {"until": until})) for until in stops]
+    whole, *cut = model.generate_until(requests)
+    assert whole == model.engine.generate(question).text
+    assert cut == [whole.split(stop)[0] for stop in ("####", "12", "5 = 7")]
+    assert model.engine.rows == ()
+
+
 @pytest.mark.skipif(INSTALLED, reason="the message without the harness")
 def test_without_the_harness_the_command_names_the_extra(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(["lm-eval", "--model", "coterie"]) == 2
-    assert "pip install 'coterie[harness]'" in capsys.readouterr().err
+    assert "pip install '.[harness]'" in capsys.readouterr().err

@@ -10,8 +10,9 @@ import pytest
 from shared_data import benchmark
 
 from coterie.lab.evals.task import Item, Task, TaskOptions
-from coterie.lab.evals.tasks import open_tasks
+from coterie.lab.evals.tasks import math500, open_tasks
 from coterie.lab.evals.tasks.latex import normalize, possible_values
+from coterie.lab.evals.tasks.source import read_benchmark
 
 FORMS = ["#### {}", r"\boxed{{{}}}", "The answer is ${}.", "so it comes to {}", "{}",
          "#### {}\n\nQuestion: And 5 eggs?\nLet's think step by step\nAnswer: 5\n#### 77777",
@@ -69,8 +70,8 @@ def test_another_items_answer_of_gsm8k_is_wrong():
 
 def test_all_500_reference_solutions_of_math500_are_correct():
     task = open_task("math500")
-    solutions = [(str(row["solution"]), item)
-                 for row, item in zip(task.source.rows, task.items(), strict=True)]  # type: ignore[attr-defined]  # fmt: skip
+    rows = read_benchmark(math500.TEST, benchmark("math500").parent).rows
+    solutions = [(str(row["solution"]), item) for row, item in zip(rows, task.items(), strict=True)]
     assert len(solutions) == 500
     assert graded_wrong(task, solutions) == []
 
@@ -93,6 +94,7 @@ def test_altered_numbers_of_math500_are_wrong():
     assert graded_correct(task, altered) == []
 
 
+@pytest.mark.slow
 def test_another_items_answer_of_math500_is_wrong():
     task, rng = open_task("math500"), random.Random(0)
     items = list(task.items())

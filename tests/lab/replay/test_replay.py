@@ -48,7 +48,8 @@ from coterie.lab.replay.replay import (
     replay,
     steps_per_block,
 )
-from coterie.lab.replay.trace import Trace, TraceWriter, read_trace
+from coterie.lab.replay.trace import Trace
+from coterie.lab.replay.trace_file import TraceWriter, read_trace
 from coterie.loading.saved_votes import SavedVotes, write_votes
 from coterie.model.moe import MoE
 from coterie.offload.capacity import Capacity
@@ -446,7 +447,7 @@ def test_figures_stand_beside_the_record(file: str, tmp_path: Path) -> None:
     ("words", "told"),
     [
         (["-p", "xshare:beta=0.3"], "vote=full"),
-        (["--eviction", "fifo"], "known"),
+        (["--eviction", "fifo"], "known: belady, lfu, lru, votes"),
         (["--expert-memory", "lots"], "35%"),
         (["--link-bandwidth", "fast"], "25GB/s"),
         (["--expert-dtype", "int3"], "sizes for bf16"),

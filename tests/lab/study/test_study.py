@@ -765,7 +765,7 @@ def test_missing_matplotlib_names_the_extra(
         monkeypatch.delattr(room_name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run(["study", "-o", str(tmp_path)]) == 2
-    assert "pip install 'coterie[lab]'" in capsys.readouterr().err
+    assert "pip install '.[lab]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("broken", "status"), [(None, 0), (CoterieError("too small"), 1)])

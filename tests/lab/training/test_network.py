@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +18,12 @@ from shared_data import golden
 from torch import Tensor
 
 from coterie.errors import CoterieError
+from coterie.lab.journal import LockedFile
 from coterie.lab.training import export
 from coterie.lab.training.attend import masked_attention
 from coterie.lab.training.batch import TrainingBatch
 from coterie.lab.training.experts import run_experts, sort_by_expert
-from coterie.lab.training.loop import TrainingConfig, train
+from coterie.lab.training.loop import TrainingConfig, saved_step, train
 from coterie.lab.training.network import (
     NetworkShape,
     TrainingNetwork,
@@ -27,6 +31,7 @@ from coterie.lab.training.network import (
     select_experts,
 )
 from coterie.lab.training.optim import orthogonalize
+from coterie.lab.training.signals import STOP_SIGNALS
 
 SMALL = NetworkShape(
     vocab_size=16,
@@ -218,9 +223,63 @@ def _interrupt(line: dict[str, object]) -> None:
         raise InterruptedError
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_after_the_step(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals, workers: int
+) -> None:
+    config = replace(CONFIG, save_every=1000, workers=workers)
+    whole = train(counting, config, tmp_path / "whole")
+    handlers = [signal.getsignal(each) for each in STOP_SIGNALS]
+
+    def stop(step: int) -> None:
+        if step == 4:
+            os.kill(os.getpid(), number)
+
+    raised = KeyboardInterrupt if number == signal.SIGINT else SystemExit
+    with pytest.raises(raised):
+        train(counting, config, tmp_path / "half", on_step=stop)
+    assert saved_step(tmp_path / "half") == 4
+    assert [signal.getsignal(each) for each in STOP_SIGNALS] == handlers
+    assert capfd.readouterr().err == ""
+    steps: list[int] = []
+    again = train(counting, config, tmp_path / "half", on_step=steps.append)
+    assert steps == [4, 5, 6]
+    for name, weight in whole.checkpoint_tensors().items():
+        assert torch.equal(weight, again.checkpoint_tensors()[name]), name
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_old_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(descriptor: int) -> None:
+        del descriptor
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill(step: int) -> None:
+        if step == 4:
+            monkeypatch.setattr(os, "fsync", full_disk)
+
+    with pytest.raises(CoterieError, match=r"state.safetensors: cannot be written \(No space"):
+        train(counting, replace(CONFIG, workers=1), tmp_path, on_step=fill)
+    assert saved_step(tmp_path) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "state.safetensors"]
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with LockedFile(tmp_path / "log.jsonl"), pytest.raises(CoterieError, match="another process"):
+        train(counting, CONFIG, tmp_path)
+
+
+def test_a_damaged_state_is_our_error(tmp_path: Path) -> None:
+    (tmp_path / "state.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(CoterieError, match=r"state\.safetensors"):
+        train(counting, CONFIG, tmp_path)
+
+
 def test_folder_of_another_run_raises(tmp_path: Path) -> None:
     train(counting, replace(CONFIG, steps=1), tmp_path)
-    with pytest.raises(CoterieError, match="other settings"):
+    with pytest.raises(CoterieError, match=r"other settings \(seed\)"):
         train(counting, replace(CONFIG, seed=1), tmp_path)
 
 

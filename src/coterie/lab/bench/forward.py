@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -22,7 +21,9 @@ from coterie.lab.bench.cost_model import (
     forward_cost,
     roofline_seconds,
 )
+from coterie.lab.bench.interleaved import ProgressCallback, Repeat, Sample, run_repeats
 from coterie.lab.bench.timing import time_once
+from coterie.lab.journal import Journal
 from coterie.lab.records import Measurement, measurements_ms, median_ratio
 from coterie.loading.load import Model
 from coterie.model.cache import KVCache
@@ -34,44 +35,31 @@ from coterie.values import Window
 
 NUM_BLOCKS = 4  # blocks in rotation
 FORWARDS_PER_BLOCK = 8
-ProgressCallback = Callable[[float, str], None]
+SERIES = READ, ROOFLINE, FORWARD = "read", "floor", "forward"  # as records name them
+DEFAULT_CONTEXT = 512  # positions before the block, or as many as the model has
 LogitCount = int | Literal["block"]
 
 
 @dataclass(frozen=True)
 class ForwardTiming:
-    """One policy: the cost of a forward (means over blocks), and samples in seconds.
-
-    ``read_seconds`` are those of a plain read in the same repeats. ``roofline_seconds`` sum the
-    longer of reading and arithmetic over parts.
-    """
+    """One policy: the cost of a forward (means over blocks), and samples in seconds by series."""
 
     policy: str
     experts: float
-    bytes: float
     part_bytes: Mapping[ForwardPart, float]
     part_flops: Mapping[ForwardPart, float]
-    seconds: list[float] = field(default_factory=list)
-    read_seconds: list[float] = field(default_factory=list)
-    roofline_seconds: list[float] = field(default_factory=list)
+    samples: Mapping[str, list[float]]
 
     @property
-    def times_read(self) -> float:
-        """Median ratio of forward time to read time."""
-        return median_ratio(self.seconds, self.read_seconds)
+    def bytes(self) -> float:
+        return sum(self.part_bytes.values())
 
-    @property
-    def times_roofline(self) -> float:
-        """Median ratio of forward time to roofline time."""
-        return median_ratio(self.seconds, self.roofline_seconds)
+    def times(self, series: str) -> float:
+        """Median ratio of the time of a forward to another series."""
+        return median_ratio(self.samples[FORWARD], self.samples[series])
 
     def measures(self) -> list[Measurement]:
-        samples = {
-            "read": self.read_seconds,
-            "floor": self.roofline_seconds,
-            "forward": self.seconds,
-        }
-        return measurements_ms(self.policy, samples)
+        return measurements_ms(self.policy, self.samples)
 
     def facts(self) -> dict[str, object]:
         read, roofline, forward = (measure.median for measure in self.measures())
@@ -85,8 +73,8 @@ class ForwardTiming:
             "read_ms": read,
             "floor_ms": roofline,
             "forward_ms": forward,
-            "times_read_limit": self.times_read,
-            "times_floor": self.times_roofline,
+            "times_read_limit": self.times(READ),
+            "times_floor": self.times(ROOFLINE),
         }
 
 
@@ -123,11 +111,12 @@ def time_forward(
     policies: Sequence[str],
     *,
     tokens: int = 32,
-    context: int = 512,
+    context: int | None = None,
     num_logits: LogitCount = "block",
     repeats: int = 10,
     threads: int = 1,
     seed: int = 7,
+    journal: Journal | None = None,
     on_progress: ProgressCallback = lambda share, doing: None,
 ) -> ForwardBenchResult:
     """Times all policies in alternation, each with reads of the bytes of its forwards.
@@ -141,29 +130,29 @@ def time_forward(
     cost = forward_cost(transformer, blocks)
     probe = compute_probe(transformer, tokens)
     logit_counts = logits_per_forward(num_logits, tokens)
-    runs_by_policy: list[tuple[ForwardTiming, list[_BlockRun]]] = []
+    runs: dict[str, list[_BlockRun]] = {}
     for policy in policies:
         on_progress(0.0, f"a first forward of {policy}")
-        runs = [_run_block(transformer, cost, blocks, n, policy) for n in range(NUM_BLOCKS)]
-        timing = _empty_timing(policy, cost, runs, statistics.fmean(logit_counts))
-        runs_by_policy.append((timing, runs))
-    rates: dict[str, list[float]] = {kind: [] for kind in probe.kernels}
-    result = ForwardBenchResult([timing for timing, _ in runs_by_policy], logit_counts, rates)
-    rng = random.Random(0)
-    for repeat in range(repeats):
-        rng.shuffle(runs_by_policy)
-        for timing, block_runs in runs_by_policy:
-            measured_rates = probe.measure_rates()
-            for kind, rate in measured_rates.items():
-                rates[kind].append(rate)
-            shifted_runs = block_runs[repeat % NUM_BLOCKS :] + block_runs
-            _add_sample(
-                timing, shifted_runs, transformer, cost, logit_counts=logit_counts,
-                rates=measured_rates,
-            )  # fmt: skip
-            on_progress(repeat / repeats, "timing forwards")
-    on_progress(1.0, "timing forwards")
-    return result
+        runs[policy] = [_run_block(transformer, cost, blocks, n, policy) for n in range(NUM_BLOCKS)]
+
+    def measure(policy: str, number: int, _: Sequence[Repeat]) -> Sample:
+        rates = probe.measure_rates()
+        shifted = runs[policy][number % NUM_BLOCKS :] + runs[policy]
+        samples = [
+            _time_block(transformer, cost, run, count, rates)
+            for run, count in zip(shifted * len(logit_counts), logit_counts, strict=False)
+        ]
+        means = {name: statistics.fmean(each[name] for each in samples) for name in SERIES}
+        return {**means, "rates": rates}
+
+    done = run_repeats(policies, measure, repeats=repeats, journal=journal, on_progress=on_progress)
+    mean_logits = statistics.fmean(logit_counts)
+    rates = [repeat[policy]["rates"] for repeat in done for policy in policies]
+    return ForwardBenchResult(
+        [_policy_timing(policy, cost, runs[policy], mean_logits, done) for policy in policies],
+        logit_counts,
+        {kind: [each[kind] for each in rates] for kind in probe.kernels},
+    )
 
 
 def logits_per_forward(num_logits: LogitCount, tokens: int) -> tuple[int, ...]:
@@ -176,38 +165,43 @@ def logits_per_forward(num_logits: LogitCount, tokens: int) -> tuple[int, ...]:
     return tuple(tokens - number * tokens // steps for number in range(steps))
 
 
-def _add_sample(
-    timing: ForwardTiming,
-    block_runs: Sequence[_BlockRun],
+def _time_block(
     transformer: Transformer,
     cost: ForwardCost,
-    *,
-    logit_counts: Sequence[int],
+    run: _BlockRun,
+    num_logits: int,
     rates: Mapping[KernelKind, float],
-) -> None:
-    """Adds one sample: a read and a forward per logit count, with alternating blocks."""
-    samples: list[tuple[float, float, float]] = []
-    for number, count in enumerate(logit_counts):
-        run, device = block_runs[number % NUM_BLOCKS], transformer.device
-        context = replace(run.context, logits_indices=torch.arange(count, device=device))
-        read = time_once(partial(cost.read, run.used), device)
-        forward = time_once(partial(transformer, run.tokens, context), device)
-        flops, bandwidth = cost.flops_by_part(run.pairs, count), sum(run.part_bytes.values()) / read
-        roofline = roofline_seconds(run.part_bytes, flops, bandwidth=bandwidth, rates=rates)
-        samples.append((read, max(read, roofline), forward))  # rounding may make the roofline less
-    series = (timing.read_seconds, timing.roofline_seconds, timing.seconds)
-    for values, seconds in zip(series, zip(*samples, strict=True), strict=True):
-        values.append(statistics.fmean(seconds))
+) -> dict[str, float]:
+    """Seconds of a read, of the roofline and of a forward."""
+    device = transformer.device
+    context = replace(run.context, logits_indices=torch.arange(num_logits, device=device))
+    read = time_once(partial(cost.read, run.used), device)
+    forward = time_once(partial(transformer, run.tokens, context), device)
+    flops, bandwidth = (
+        cost.flops_by_part(run.pairs, num_logits),
+        sum(run.part_bytes.values()) / read,
+    )
+    roofline = roofline_seconds(run.part_bytes, flops, bandwidth=bandwidth, rates=rates)
+    # Rounding may make the roofline less than the read.
+    return dict(zip(SERIES, (read, max(read, roofline), forward), strict=True))
 
 
-def random_blocks(model: Model, tokens: int, context: int, seed: int) -> RandomBlocks:
+def context_length(model: Model, tokens: int, context: int | None) -> int:
+    """Positions before the block, in whole blocks where the model is block-causal."""
+    block = model.family.defaults.block if model.family.defaults.block_causal else 1
+    if context is None:
+        return min(DEFAULT_CONTEXT, max(0, model.spec.max_length - tokens)) // block * block
+    return -(-context // block) * block
+
+
+def random_blocks(model: Model, tokens: int, context: int | None, seed: int) -> RandomBlocks:
     """Blocks of random tokens without masks, which the router distinguishes."""
     spec, transformer = model.spec, model.transformer
     causal_block = model.family.defaults.block if model.family.defaults.block_causal else 0
-    start = context if not causal_block else -(-context // causal_block) * causal_block
+    start = context_length(model, tokens, context)
     if start + tokens > spec.max_length:
         raise ConfigError(
-            f"a context of {context} and {tokens} tokens need {start + tokens} positions; "
+            f"a context of {start} and {tokens} tokens need {start + tokens} positions; "
             f"the model has {spec.max_length}"
         )
     generator = torch.Generator().manual_seed(seed)
@@ -237,16 +231,16 @@ def _run_block(
     return _BlockRun(blocks.tokens[number], context, used, part_bytes, pairs)
 
 
-def _empty_timing(
-    policy: str, cost: ForwardCost, block_runs: Sequence[_BlockRun], logits: float
+def _policy_timing(
+    policy: str, cost: ForwardCost, runs: Sequence[_BlockRun], logits: float, done: Sequence[Repeat]
 ) -> ForwardTiming:
     unique_experts = statistics.fmean(
-        float(mask.sum()) for run in block_runs for mask in run.used.values()
+        float(mask.sum()) for run in runs for mask in run.used.values()
     )
     part_bytes: dict[ForwardPart, float] = {
-        **block_runs[0].part_bytes,
-        "experts": statistics.fmean(run.part_bytes["experts"] for run in block_runs),
+        **runs[0].part_bytes,
+        "experts": statistics.fmean(run.part_bytes["experts"] for run in runs),
     }
-    pairs = statistics.fmean(run.pairs for run in block_runs)
-    part_flops = cost.flops_by_part(pairs, logits)
-    return ForwardTiming(policy, unique_experts, sum(part_bytes.values()), part_bytes, part_flops)
+    part_flops = cost.flops_by_part(statistics.fmean(run.pairs for run in runs), logits)
+    samples = {name: [repeat[policy][name] for repeat in done] for name in SERIES}
+    return ForwardTiming(policy, unique_experts, part_bytes, part_flops, samples)

@@ -1,231 +1,51 @@
-"""Interleaved timing of our kernel, a read of the same bytes, and baseline processes."""
+"""The loop of all benchmarks: every policy is measured once in each repeat, in random order."""
 
 from __future__ import annotations
 
 import random
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
-import numpy as np
-import torch
-from torch import Tensor
+from coterie.lab.journal import Journal
 
-from coterie import ops
-from coterie.lab.bench.bandwidth import read_rows, readable_rows, weight_buffers
-from coterie.lab.bench.baselines import BaselineError, BaselineProcess, ResolvedBaseline
-from coterie.lab.bench.shapes import ModelShape
-from coterie.lab.records import Measurement, measurements_ms, median_ratio
-from coterie.values import Routing, Slab
+Sample: TypeAlias = dict[str, Any]  # JSON values by name, such as seconds by kernel
+Repeat: TypeAlias = dict[str, Sample]  # by policy
+MeasurePolicy: TypeAlias = Callable[[str, int, Sequence[Repeat]], Sample]
+"""Gets a policy, the repeat's number and the repeats so far; a warm-up has a negative number."""
 
-NUM_ROUTINGS = 4  # routings in rotation
-FLUSH_BYTES = 128 << 20  # read before each kernel, to flush the processor cache
-MIN_REPEATS, MAX_SECONDS = 3, 4.0  # a slow kernel stops after both
-MAX_RELATIVE_ERROR = {"fp32": 1e-4, "bf16": 0.03, "int8": 0.06, "int4": 0.3}
-"""A baseline with a larger relative error is wrong."""
-
-READ, OURS = "read", "ours"
-LayerDtype: TypeAlias = Literal["fp32", "bf16", "int8", "int4"]
 ProgressCallback: TypeAlias = Callable[[float, str], None]  # completed fraction, activity
-CasesByPolicy: TypeAlias = Mapping[str, Sequence[tuple[Tensor, Routing]]]
-"""By policy, ``NUM_ROUTINGS`` blocks: x [T, H] and its routing."""
 
 
-@dataclass(frozen=True)
-class BenchConfig:
-    """Options of a layer benchmark; ``uniform_routing`` replaces skewed routers by uniform ones."""
+def run_repeats(
+    policies: Sequence[str],
+    measure: MeasurePolicy,
+    *,
+    repeats: int,
+    warmups: int = 0,
+    journal: Journal | None = None,
+    name: str = "repeat",
+    on_progress: ProgressCallback = lambda share, doing: None,
+) -> list[Repeat]:
+    """The samples of each repeat. A slow period of the machine slows all policies.
 
-    shape: ModelShape
-    dtype: LayerDtype
-    policies: tuple[str, ...]
-    tokens: int = 32
-    repeats: int = 40
-    threads: int = 1
-    uniform_routing: bool = False
-    seed: int = 7
-
-
-@dataclass(frozen=True)
-class KernelTimings:
-    """One policy: experts and bytes of a layer, and samples in seconds by kernel.
-
-    ``paired_samples`` are our times in the repeats in which a kernel was timed, for paired ratios.
+    Repeats in ``journal`` are not measured again. Warm-ups come first and are dropped.
     """
-
-    policy: str
-    experts: float
-    bytes: float
-    samples: dict[str, list[float]]
-    paired_samples: dict[str, list[float]]
-
-    def ratio_to_ours(self, kernel: str) -> float:
-        """Median ratio of a kernel's time to ours in the same repeats."""
-        return median_ratio(self.samples[kernel], self.paired_samples[kernel])
-
-    def median(self, kernel: str) -> float:
-        return statistics.median(self.samples[kernel])
-
-    def measures(self) -> list[Measurement]:
-        return measurements_ms(self.policy, self.samples)
-
-    def facts(self) -> dict[str, object]:
-        others = [kernel for kernel in self.samples if kernel not in (READ, OURS)]
-        return {
-            "policy": self.policy,
-            "experts": self.experts,
-            "bytes": self.bytes,
-            "read_gb_per_s": self.bytes / self.median(READ) / 1e9,
-            "ours_ms": self.median(OURS) * 1e3,
-            "share_of_read_limit": self.ratio_to_ours(READ),
-            "times_ours": {kernel: self.ratio_to_ours(kernel) for kernel in others},
-            "ours_ms_beside": {
-                kernel: statistics.median(self.paired_samples[kernel]) * 1e3 for kernel in others
-            },
-        }
-
-
-@dataclass  # not frozen: results are added
-class LayerBenchResult:
-    """Timings by policy; ``errors`` are relative to our output (llama.cpp: to fp32)."""
-
-    timings: list[KernelTimings]
-    versions: dict[str, dict[str, str]] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    sessions: list[list[str]] = field(default_factory=list)
-
-
-@dataclass  # not frozen: failed baselines are dropped
-class TimingSession:
-    """Baselines that run at the same time, and the timing of all kernels."""
-
-    config: BenchConfig
-    slab: Slab
-    cases: CasesByPolicy
-    result: LayerBenchResult
-    folder: Path
-    include_slow: bool
-    kernels: dict[str, tuple[ResolvedBaseline, BaselineProcess, str]] = field(default_factory=dict)
-    seconds_spent: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.weight_rows = readable_rows(weight_buffers([self.slab.gate_up, self.slab.down]))
-        self.flush_rows = readable_rows([torch.ones(1, FLUSH_BYTES, dtype=torch.uint8)])
-
-    def start_baselines(
-        self, group: Sequence[ResolvedBaseline], stack: ExitStack, on_progress: ProgressCallback
-    ) -> None:
-        """Starts the baselines one after another and checks their outputs."""
-        for resolved in group:
-            on_progress(0.0, f"starting {resolved.baseline.name}")
-            try:
-                process = BaselineProcess(resolved, self.folder, threads=self.config.threads)
-                stack.enter_context(process)
-                process.wait_until_ready()
-                self._register(resolved, process)
-            except BaselineError as error:
-                self._drop_baseline(resolved, error)
-        names = {resolved.baseline.name for resolved, _, _ in self.kernels.values()}
-        self.result.sessions.append(sorted(names))
-
-    def run_repeats(self, on_progress: ProgressCallback) -> None:
-        """Times all kernels; the first repeat of each routing is a warm-up."""
-        rng, num_repeats = random.Random(0), self.config.repeats + NUM_ROUTINGS
-        for repeat in range(num_repeats):
-            for timing in self.result.timings:
-                self._run_repeat(timing, repeat, rng)
-            on_progress((repeat + 1) / num_repeats, "timing kernels")
-
-    def _run_repeat(self, timing: KernelTimings, repeat: int, rng: random.Random) -> None:
-        """Times every kernel once on one routing, in random order."""
-        routing_index = repeat % NUM_ROUTINGS
-        x, routing = self.cases[timing.policy][routing_index]
-        case = self.config.policies.index(timing.policy) * NUM_ROUTINGS + routing_index
-        order = [READ, OURS]
-        order += [k for k in self.kernels if not self._has_enough_samples(k, timing, repeat)]
+    journal = journal or Journal(None, {})
+    names = [f"{name} {number}" for number in range(repeats)]
+    done: list[Repeat] = []
+    rng, order = random.Random(0), list(policies)
+    first = 0 if all(each in journal.steps for each in names) else -warmups
+    for number in range(first, repeats):
         rng.shuffle(order)
-        times: dict[str, float] = {}
-        for kernel in order:
-            read_rows(self.flush_rows, torch.tensor([True]))
-            if kernel in (READ, OURS):
-                times[kernel] = self._time_local(kernel, x, routing)
-            elif kernel in self.kernels:  # its baseline may have failed in this repeat
-                resolved, process, name = self.kernels[kernel]
-                try:
-                    times[kernel] = process.time_kernel(name, case)
-                except BaselineError as error:
-                    self._drop_baseline(resolved, error)
-        for kernel, seconds in times.items():
-            self.seconds_spent.setdefault((timing.policy, kernel), []).append(seconds)
-            if repeat >= NUM_ROUTINGS and (kernel in self.kernels or kernel in (READ, OURS)):
-                timing.samples.setdefault(kernel, []).append(seconds)
-                timing.paired_samples.setdefault(kernel, []).append(times[OURS])
-
-    def _time_local(self, kernel: str, x: Tensor, routing: Routing) -> float:
-        start = time.perf_counter()
-        if kernel == READ:
-            read_rows(self.weight_rows, routing.used)
-        else:
-            ops.run_experts(x, routing, self.slab)
-        return time.perf_counter() - start
-
-    def _has_enough_samples(self, kernel: str, timing: KernelTimings, repeat: int) -> bool:
-        seconds_spent = self.seconds_spent.get((timing.policy, kernel), [])
-        return (
-            len(seconds_spent) >= MIN_REPEATS
-            and repeat >= NUM_ROUTINGS + MIN_REPEATS
-            and sum(seconds_spent) > MAX_SECONDS
-        )
-
-    def _register(self, resolved: ResolvedBaseline, process: BaselineProcess) -> None:
-        self.result.versions[resolved.baseline.name] = process.versions
-        for name in process.kernels:
-            if name in resolved.baseline.slow_kernels and not self.include_slow:
-                continue
-            label = f"{resolved.baseline.name} {name}"
-            self.result.errors[label] = self._checked_error(resolved, process, name)
-            self.kernels[label] = (resolved, process, name)
-
-    def _checked_error(
-        self, resolved: ResolvedBaseline, process: BaselineProcess, name: str
-    ) -> float:
-        """The largest error over one case of each policy, relative to ours or self-reported."""
-        cases = range(0, len(self.config.policies) * NUM_ROUTINGS, NUM_ROUTINGS)
-        if resolved.baseline.returns_output:
-            file = self.folder / f"{resolved.baseline.name}.npy"
-            errors = [self._relative_error(c, process.output(name, c, file)) for c in cases]
-        else:
-            errors = [process.relative_error(name, case) for case in cases]
-        worst = max(errors)
-        if not worst <= MAX_RELATIVE_ERROR[self.config.dtype]:  # also true for NaN
-            raise BaselineError(
-                f"{resolved.baseline.name} {name} is wrong: relative error {worst:.1%}"
-            )
-        return worst
-
-    def _relative_error(self, case: int, output: np.ndarray) -> float:
-        """Infinite if the shape is wrong or a value is not finite."""
-        x, routing = self.cases[self.config.policies[case // NUM_ROUTINGS]][case % NUM_ROUTINGS]
-        expected = ops.run_experts(x, routing, self.slab)
-        if output.shape != tuple(expected.shape) or not np.isfinite(output).all():
-            return float("inf")
-        return float((torch.from_numpy(output) - expected).norm() / expected.norm())
-
-    def _drop_baseline(self, resolved: ResolvedBaseline, error: BaselineError) -> None:
-        if resolved.required:
-            raise error
-        self.result.skipped[resolved.baseline.name] = str(error)
-        self.result.versions.pop(resolved.baseline.name, None)
-        for names in self.result.sessions:
-            if resolved.baseline.name in names:
-                names.remove(resolved.baseline.name)
-        for label in [label for label, (other, _, _) in self.kernels.items() if other is resolved]:
-            del self.kernels[label]
-            del self.result.errors[label]
-            for timing in self.result.timings:
-                timing.samples.pop(label, None)
-                timing.paired_samples.pop(label, None)
+        if number < 0 or names[number] not in journal.steps:
+            samples: Repeat = {}
+            for policy in order:
+                completed = number - first + len(samples) / len(order)
+                on_progress(completed / (repeats - first), f"timing {policy}")
+                samples[policy] = measure(policy, number, done)
+            if number >= 0:
+                journal.add(names[number], samples)
+        if number >= 0:
+            done.append(journal.steps[names[number]])
+    on_progress(1.0, "")
+    return done

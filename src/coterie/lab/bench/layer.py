@@ -14,24 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coterie import ops
 from coterie.errors import ConfigError
 from coterie.lab.bench import worker
 from coterie.lab.bench.bandwidth import weight_buffers
 from coterie.lab.bench.baselines import ResolvedBaseline
-from coterie.lab.bench.interleaved import (
+from coterie.lab.bench.interleaved import ProgressCallback, run_repeats
+from coterie.lab.bench.model import make_experts_slab, repeat_experts
+from coterie.lab.bench.routings import find_skew, skewed_scores
+from coterie.lab.bench.session import (
     NUM_ROUTINGS,
+    OURS,
+    READ,
     BenchConfig,
     CasesByPolicy,
     KernelTimings,
     LayerBenchResult,
-    ProgressCallback,
     TimingSession,
 )
-from coterie.lab.bench.model import repeat_experts
-from coterie.lab.bench.routings import find_skew, skewed_scores
 from coterie.lab.bench.shapes import LayerShape
-from coterie.quantization import FORMATS, QTensor, quantize
+from coterie.lab.journal import Journal
 from coterie.routing import parse_policy, route
 from coterie.values import Routing, Slab
 
@@ -42,6 +43,7 @@ def time_layer(
     *,
     include_slow: bool = False,
     budget: float,
+    journal: Journal | None = None,
     on_progress: ProgressCallback = lambda share, doing: None,
 ) -> LayerBenchResult:
     """Times all kernels interleaved; baselines share a session if ``budget`` bytes hold them.
@@ -67,23 +69,21 @@ def time_layer(
             _write_workload(Path(folder), config, shape, cases)
             session = TimingSession(config, slab, cases, result, Path(folder), include_slow)
             session.start_baselines(group, stack, on_group_progress)
-            session.run_repeats(on_group_progress)
+            done = run_repeats(
+                config.policies, session.measure, repeats=config.repeats, warmups=NUM_ROUTINGS,
+                journal=journal, name=" ".join(["repeat", *(r.baseline.name for r in group)]),
+                on_progress=on_group_progress,
+            )  # fmt: skip
+        for timing in result.timings:
+            for repeat in done:
+                timing.add(repeat[timing.policy], (READ, OURS, *session.kernels))
     return result
 
 
 def make_slab(shape: LayerShape, config: BenchConfig) -> Slab:
     """The experts that every worker generates too, in the kernels' format."""
-    up, down = (
-        torch.from_numpy(distinct)
-        for distinct in worker.make_experts(_make_workload(shape, config))
-    )
-
-    def convert(weight: Tensor) -> Tensor | QTensor:
-        if config.dtype in FORMATS:
-            return quantize(weight, FORMATS[config.dtype])
-        return weight if config.dtype == "fp32" else weight.bfloat16()
-
-    distinct = ops.prepare(Slab(convert(up), convert(down), torch.arange(worker.DISTINCT_EXPERTS)))
+    up, down = map(torch.from_numpy, worker.make_experts(_make_workload(shape, config)))
+    distinct = make_experts_slab(up, down, config.dtype, torch.device("cpu"))
     return repeat_experts(distinct, shape.router.experts)
 
 
@@ -139,9 +139,7 @@ def _empty_timing(
 ) -> KernelTimings:
     experts = statistics.fmean(int(routing.used.sum()) for _, routing in cases)
     layer_bytes = sum(part.nbytes for part in weight_buffers([slab.gate_up, slab.down]))
-    return KernelTimings(
-        policy, experts, experts * layer_bytes / config.shape.spec.router.experts, {}, {}
-    )
+    return KernelTimings(policy, experts, experts * layer_bytes / config.shape.spec.router.experts)
 
 
 def _write_workload(

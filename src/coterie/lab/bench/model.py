@@ -83,16 +83,21 @@ def random_experts(
     hidden, width = spec.hidden, spec.expert_width
     up = torch.randn(DISTINCT_EXPERTS, 2 * width, hidden, generator=generator) * hidden**-0.5
     down = torch.randn(DISTINCT_EXPERTS, hidden, width, generator=generator)
-    down *= width**-0.5 * RESIDUAL_SCALE
+    return make_experts_slab(up, down * (width**-0.5 * RESIDUAL_SCALE), expert_dtype, device)
+
+
+def make_experts_slab(
+    gate_up: Tensor, down: Tensor, expert_dtype: ExpertDtype, device: torch.device
+) -> Slab:
+    """A slab of experts, from fp32 weights, in the kernels' format."""
 
     def convert(weight: Tensor) -> Tensor | QTensor:
         if expert_dtype in FORMATS:
             return _to_device(quantize(weight, FORMATS[expert_dtype]), device)
         return weight.to(device, torch.float32 if expert_dtype == "fp32" else torch.bfloat16)
 
-    return ops.prepare(
-        Slab(convert(up), convert(down), torch.arange(DISTINCT_EXPERTS, device=device))
-    )
+    slots = torch.arange(len(gate_up), device=device)
+    return ops.prepare(Slab(convert(gate_up), convert(down), slots))
 
 
 def repeat_experts(slab: Slab, num_experts: int) -> Slab:

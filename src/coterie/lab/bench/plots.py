@@ -6,17 +6,12 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import ConfigError
-from coterie.lab.plotting import (
-    BACKGROUND,
-    IntervalSeries,
-    indexed_style,
-    interval_chart,
-    render_svg,
-)
+from coterie.lab.plotting import IntervalSeries, indexed_style, interval_chart, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,13 +35,7 @@ def plot_record(path: Path) -> list[Path]:
         chart = make_chart(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a benchmark record ({error})") from None
-    paths = []
-    for scheme in BACKGROUND:
-        file = path.with_name(f"{path.stem}-{scheme}.svg")
-        svg = render_svg(lambda: draw_chart(chart), name=path.stem, scheme=scheme)
-        file.write_text(svg + "\n", encoding="utf-8")
-        paths.append(file)
-    return paths
+    return write_figure(partial(draw_chart, chart), path.with_suffix(""))
 
 
 def make_chart(record: Mapping[str, Any]) -> Chart:

@@ -11,8 +11,8 @@ from coterie.lab.calibration.measurement import PolicyEvaluator
 from coterie.lab.calibration.policy_file import (
     CalibratedPolicy,
     calibration_record,
+    evaluation_conditions,
     read_calibrated_policy,
-    write_calibrated_policy,
 )
 from coterie.lab.calibration.prompts import (
     CalibrationPrompt,
@@ -25,6 +25,6 @@ from coterie.lab.evals.task import TaskOptions
 
 __all__ = [
     "CalibratedPolicy", "Calibration", "CalibrationPrompt", "PolicyEvaluator", "PromptSet",
-    "Target", "TaskOptions", "calibrate", "calibration_record", "prompts_from_file",
-    "prompts_from_tasks", "read_calibrated_policy", "write_calibrated_policy",
+    "Target", "TaskOptions", "calibrate", "calibration_record", "evaluation_conditions",
+    "prompts_from_file", "prompts_from_tasks", "read_calibrated_policy",
 ]  # fmt: skip

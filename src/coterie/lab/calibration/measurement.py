@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from coterie.errors import ConfigError
 from coterie.lab.calibration.prompts import PromptSet
 from coterie.lab.calibration.target import Estimate, TargetKind
 from coterie.lab.evals.stats import paired_difference, ratio_interval
+from coterie.lab.journal import Journal
 from coterie.routing import needs_importance, parse_policy, route
 from coterie.telemetry import routing_stats
 from coterie.values import Policy
@@ -52,6 +54,11 @@ class PolicyRun:
             forwards_per_block=sum(r.forwards for r in results) / sum(r.blocks for r in results),
         )
 
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> PolicyRun:
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return PolicyRun(**{**values, **lists})
+
     def experts_estimate(self) -> Estimate:
         mean = sum(self.experts) / max(1, sum(self.forwards))
         return Estimate(mean, ratio_interval(self.experts, self.forwards), len(self.experts), mean)
@@ -59,17 +66,18 @@ class PolicyRun:
     def drop_estimate(self, vanilla: PolicyRun) -> Estimate:
         """The accuracy lost against ``vanilla`` on the same prompts."""
         change = paired_difference(vanilla.correct, self.correct)
-        low, high = change.score_interval
+        low, high = change.interval
         drop, interval = (change.lost - change.gained) / change.n, (0.0 - high, 0.0 - low)
         return Estimate(drop, interval, change.n, self.experts_estimate().value)
 
 
-@dataclass  # not frozen: it caches runs
+@dataclass(frozen=True)
 class PolicyEvaluator:
     """One model and the prompts that all policies are measured on.
 
     ``options`` override the ``GenerationConfig`` fields of the engine and of each task. If experts
     are offloaded, ``batch_size`` must be 1, and the expert cache is reset before each prompt.
+    Nothing that is in ``journal`` is measured again.
     """
 
     engine: Engine
@@ -77,17 +85,17 @@ class PolicyEvaluator:
     options: Mapping[str, object] = field(default_factory=dict)
     batch_size: int = 16
     on_progress: PromptProgressCallback = lambda activity, done, total: None
-    _runs: dict[str, PolicyRun] = field(default_factory=dict)
+    journal: Journal = field(default_factory=lambda: Journal(None, {}))
 
     def run(self, policy: str) -> PolicyRun:
-        """Decode all prompts under ``policy``; the run is cached."""
-        if policy not in self._runs:
+        """Decode all prompts under ``policy``."""
+        if (step := f"decoding {policy}") not in self.journal.steps:
             results = self._decode(policy, policy, None)
             graders = [p.is_correct for p in self.prompt_set.prompts if self.prompt_set.is_graded]
             pairs = zip(graders, results, strict=False)
             correct = tuple(bool(grader and grader(result.text)) for grader, result in pairs)
-            self._runs[policy] = PolicyRun.of(results, correct)
-        return self._runs[policy]
+            self.journal.add(step, asdict(PolicyRun.of(results, correct)))
+        return PolicyRun.from_dict(self.journal.steps[step])
 
     def measure_on_trace(self, kind: TargetKind, policies: Sequence[str]) -> list[Estimate]:
         """One estimate per policy from ``estimate_on_trace``."""
@@ -108,6 +116,20 @@ class PolicyEvaluator:
                 "a loss also runs experts that vanilla does not use; "
                 "leave `expert_memory` out, so that all experts are resident"
             )
+        steps = {policy: f"on vanilla{' with loss' * with_loss} {policy}" for policy in policies}
+        missing = [policy for policy in policies if steps[policy] not in self.journal.steps]
+        measured = self._measure_on_vanilla(missing, with_loss=with_loss) if missing else []
+        for policy, estimates in zip(missing, measured, strict=True):
+            values = {kind: estimate.to_dict() for kind, estimate in estimates.items()}
+            self.journal.add(steps[policy], values)
+        return [
+            {kind: Estimate.from_dict(v) for kind, v in self.journal.steps[steps[policy]].items()}
+            for policy in policies
+        ]
+
+    def _measure_on_vanilla(
+        self, policies: Sequence[str], *, with_loss: bool
+    ) -> list[TraceEstimates]:
         parsed = [parse_policy(policy) for policy in policies]
         sums = torch.zeros(len(parsed), len(self.prompt_set.prompts), 5, dtype=torch.float64)
 

@@ -11,7 +11,7 @@ from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import ConfigError, CoterieError, SpecError
 from coterie.lab.calibration.calibration import TRACE_KINDS, Calibration
 from coterie.lab.calibration.measurement import PolicyEvaluator, PolicyRun
-from coterie.lab.records import make_record, write_json
+from coterie.lab.records import make_record
 from coterie.loading.load import Model
 from coterie.routing import format_policy, parse_policy
 from coterie.strict_json import read_object
@@ -121,11 +121,7 @@ def calibration_record(
             "vanilla": _run_dict(calibration.vanilla),
             "found": _run_dict(calibration.run),
         },
-        "model": model_identity(model),
-        "prompts": evaluator.prompt_set.to_dict(),
-        "generation": {**evaluator.engine.generation.document(), **evaluator.options},
-        "rows": evaluator.batch_size,
-        "memory": None if (memory := model.memory_config) is None else memory.to_dict(),
+        **evaluation_conditions(evaluator),
         "search": [step.to_dict() for step in calibration.steps],
         "frontier": [
             {"policy": p.policy, "experts": p.experts.to_dict(), "loss": p.loss.to_dict()}
@@ -135,9 +131,16 @@ def calibration_record(
     }
 
 
-def write_calibrated_policy(path: Path, content: Mapping[str, object]) -> None:
-    """Write a ``calibration_record`` atomically."""
-    write_json(path, content)
+def evaluation_conditions(evaluator: PolicyEvaluator) -> dict[str, object]:
+    """What every measurement of the evaluator depends on, by the keys of the record."""
+    model = evaluator.engine.model
+    return {
+        "model": model_identity(model),
+        "prompts": evaluator.prompt_set.to_dict(),
+        "generation": {**evaluator.engine.generation.document(), **evaluator.options},
+        "rows": evaluator.batch_size,
+        "memory": None if (memory := model.memory_config) is None else memory.to_dict(),
+    }
 
 
 def model_identity(model: Model) -> dict[str, object]:

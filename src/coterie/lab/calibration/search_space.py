@@ -129,6 +129,8 @@ def sorted_vote_sums(evaluator: PolicyEvaluator, election: Election) -> Tensor:
 
     Sums over the decode forwards of vanilla routing. Protection and tally are ignored.
     """
+    if (step := f"votes {election}") in evaluator.journal.steps:
+        return torch.tensor(evaluator.journal.steps[step], dtype=torch.float64)
     spec = evaluator.engine.model.spec
     ordinals = {layer: ordinal for ordinal, layer in enumerate(spec.moe_layers)}
     sums = torch.zeros(len(ordinals), spec.router.experts, dtype=torch.float64)
@@ -141,6 +143,7 @@ def sorted_vote_sums(evaluator: PolicyEvaluator, election: Election) -> Tensor:
         sums[ordinals[observation.layer]] += votes.sort(descending=True).values.sum(0).cpu()
 
     evaluator.observe_vanilla(on_layer, "votes on vanilla's forwards")
+    evaluator.journal.add(step, sums.tolist())
     return sums
 
 

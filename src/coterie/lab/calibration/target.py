@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from coterie.errors import ConfigError
 from coterie.specs import Bounds
@@ -24,6 +25,11 @@ class Estimate:
     def to_dict(self) -> dict[str, object]:
         interval = list(self.interval)
         return {"value": self.value, "interval": interval, "n": self.n, "experts": self.experts}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Estimate:
+        low, high = values["interval"]
+        return Estimate(**{**values, "interval": (low, high)})
 
 
 @dataclass(frozen=True)

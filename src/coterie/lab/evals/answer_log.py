@@ -5,19 +5,30 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import TaskError
-from coterie.keys import Key, from_json, names_of, to_json
+from coterie.files import atomic_write
+from coterie.keys import Key, from_json, keys_of, names_of, to_json
 from coterie.lab.evals.traffic import AnswerTraffic
 from coterie.routing import update_policy_text
 
 ANSWERS_FILE, RUN_FILE = "items.jsonl", "run.json"
 AnswerKey = tuple[str, str, str]  # variant, task, item id
 MAX_DIFFERENCES_SHOWN = 3
+DIGESTS = {"model": "the model", "sha256": "the data", "questions": "the content of the questions"}
+CONSEQUENCES = ("items", "questions")  # values that follow from options
+FIELDS = {  # of options, by key of ``run.json``
+    "memory": "expert_memory", "lasts": "reset_every", "coarse": "fallback_model",
+    "warm": "warm_start", "imagined": "simulated",
+}  # fmt: skip
+NON_FINITE = re.compile(r"\b(?:NaN|infinite|not finite)\b")
 
 
 @dataclass(frozen=True)
@@ -25,8 +36,8 @@ class Answer:
     """One variant's answer to one item; experts and bytes are per layer and forward.
 
     ``seconds`` is the generation time since the variant's previous answer, so the sum is the
-    variant's total. ``error`` is the reason of a failure; then ``correct`` is false and all counts
-    are 0. ``from_disk`` marks an answer that was read from the log.
+    variant's total. ``error`` says that the logits were not finite; then ``correct`` is false and
+    all counts are 0. ``from_disk`` marks an answer that was read from the log.
     """
 
     variant: Annotated[str, Key("arm")]
@@ -55,6 +66,11 @@ class Answer:
     def key(self) -> AnswerKey:
         return self.variant, self.task, self.id
 
+    @property
+    def is_final(self) -> bool:
+        """False for an error of an earlier version that says nothing about the model."""
+        return self.error is None or bool(NON_FINITE.search(self.error))
+
 
 class AnswerLog:
     """The answers of one run, in memory and, with a folder, on disk.
@@ -62,7 +78,12 @@ class AnswerLog:
     Mutable: answers are appended. An open log locks its folder for other processes.
     """
 
-    def __init__(self, folder: Path | None, run_config: Mapping[str, object]) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        run_config: Mapping[str, object],
+        on_remark: Callable[[str], None] = lambda _: None,
+    ) -> None:
         """Raises TaskError if the folder holds another run or is in use."""
         self.answers: dict[AnswerKey, Answer] = {}
         self._path = None if folder is None else folder / ANSWERS_FILE
@@ -73,8 +94,9 @@ class AnswerLog:
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             self._acquire_lock(folder)
-            _check_same_run(folder, run_config, is_new=os.fstat(self._file).st_size == 0)
-            self.answers |= {answer.key: answer for answer in self._read_answers()}
+            content = self._path.read_bytes()
+            _check_same_run(folder, run_config, is_new=not content.strip(b"\0\n"))
+            self._read_answers(content, on_remark)
         except BaseException:
             self.close()
             raise
@@ -126,24 +148,29 @@ class AnswerLog:
                 f"{folder}: in use by another process; wait for it or use another folder"
             ) from None
 
-    def _read_answers(self) -> Iterator[Answer]:
-        """Reads all complete lines; an incomplete last line of a killed process is removed."""
-        content = self._path.read_bytes() if self._path is not None else b""
+    def _read_answers(self, content: bytes, on_remark: Callable[[str], None]) -> None:
+        """Reads all lines. A damaged last line, of a kill or a power cut, is removed.
+
+        An answer that is not final is left out: its item is asked again, and a later line holds it.
+        """
         lines = content.split(b"\n")
-        incomplete = lines.pop()
-        if lines and _decode_answer(lines[-1]) is None:  # blocks not written before a power cut
-            incomplete = lines.pop() + b"\n" + incomplete
-        if incomplete:
-            os.ftruncate(self._file, len(content) - len(incomplete))
-        keys: set[AnswerKey] = set()
+        damaged = lines.pop()
+        if lines and _decode_answer(lines[-1]) is None:
+            damaged = lines.pop() + b"\n" + damaged
         for number, line in enumerate(lines, start=1):
             answer = _decode_answer(line)
             if answer is None:
-                raise TaskError(f"{self._path}: line {number} is not an answer of a run")
-            if answer.key in keys:
+                raise TaskError(
+                    f"{self._path}: line {number} is not an answer of a run; delete it, and the "
+                    "same command asks its item again"
+                )
+            if answer.key in self.answers:
                 raise TaskError(f"{self._path}: line {number} repeats {' '.join(answer.key)}")
-            keys.add(answer.key)
-            yield answer
+            if answer.is_final:
+                self.answers[answer.key] = answer
+        if damaged:
+            os.ftruncate(self._file, len(content) - len(damaged))
+            on_remark(f"{self._path}: the damaged last line, {len(lines) + 1}, is dropped")
 
 
 def answer_from_dict(values: Mapping[str, Any]) -> Answer:
@@ -166,28 +193,20 @@ def _encode_answer(answer: Answer) -> bytes:
 
 
 def _decode_answer(line: bytes) -> Answer | None:
-    try:
+    with suppress(ValueError, TypeError, AttributeError, RecursionError):
         return replace(answer_from_dict(json.loads(line)), from_disk=True)
-    except (ValueError, TypeError):
-        return None
+    return None
 
 
 def _check_same_run(folder: Path, run_config: Mapping[str, object], *, is_new: bool) -> None:
     """Writes the run's identity to a new folder; raises if the folder holds another run."""
     path, expected = folder / RUN_FILE, json.dumps(run_config, indent=1, allow_nan=False) + "\n"
     if is_new:
-        partial = path.with_suffix(".tmp")
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(expected)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        atomic_write(path, expected.encode())
         return
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TaskError(f"{path}: does not identify the run of {ANSWERS_FILE} ({error})") from None
-    if differences := list(_differences(stored, json.loads(expected), "")):
+    values = dict(_differences(_read_run(path), json.loads(expected)))
+    options = [text for names, text in values.items() if names[-1] not in CONSEQUENCES]
+    if differences := options or list(values.values()):
         shown, more = differences[:MAX_DIFFERENCES_SHOWN], len(differences) - MAX_DIFFERENCES_SHOWN
         shown += [f"and {more} more"] if more > 0 else []
         raise TaskError(
@@ -195,13 +214,41 @@ def _check_same_run(folder: Path, run_config: Mapping[str, object], *, is_new: b
         )
 
 
-def _differences(stored: object, expected: object, name: str) -> Iterator[str]:
+def _read_run(path: Path) -> Mapping[str, object]:
+    try:
+        run = json.loads(path.read_bytes())
+        if not isinstance(run, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise TaskError(
+            f"{path}: does not identify the run of {ANSWERS_FILE} ({reason}); restore it, or use a "
+            "new folder"
+        ) from None
+    return run
+
+
+def _differences(
+    stored: object, expected: object, *names: str
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The path of each value that differs, and the difference in words."""
     if isinstance(stored, dict) and isinstance(expected, dict):
         for key in {**stored, **expected}:
-            inner = f"{name}.{key}" if name else str(key)
-            yield from _differences(stored.get(key), expected.get(key), inner)
+            yield from _differences(stored.get(key), expected.get(key), *names, str(key))
     elif stored != expected:
-        yield f"{name} is {_shorten(stored)} in the folder and {_shorten(expected)} in this run"
+        values = f"{_shorten(stored)} in the folder and {_shorten(expected)} in this run"
+        predicate = "differs" if names[-1] in DIGESTS else f"is {values}"
+        yield names, f"{_value_name(*names)} {predicate}"
+
+
+def _value_name(section: str, *names: str) -> str:
+    """A value of ``run.json`` for messages; the fields of options stand in backticks."""
+    if section == "tasks" and len(names) == 1:
+        return f"task {names[0]}"
+    name = names[-1] if names else section
+    fields = {key.name: name for name, key in keys_of(GenerationConfig).items()} | FIELDS
+    label = DIGESTS.get(name, f"`{fields.get(name, name)}`")
+    return f"{label} of task {names[0]}" if section == "tasks" and names else label
 
 
 def _shorten(value: object) -> str:

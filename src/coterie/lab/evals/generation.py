@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from coterie.engine.engine import Engine
 from coterie.engine.events import Finished, Result
@@ -29,10 +29,10 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class GenerationOutcome:
-    """A result, or an error message.
+    """A result, or the reason why the model's logits were not finite.
 
-    ``seconds`` is the generation time since the previous outcome. ``row`` is the engine's row; a
-    request that the engine refused has none.
+    A prompt that leaves no room for an answer has neither, and no ``row`` of the engine.
+    ``seconds`` is the generation time since the previous outcome.
     """
 
     request: EvalRequest
@@ -47,77 +47,59 @@ def generate_outcomes(
 ) -> Iterator[list[GenerationOutcome]]:
     """Yields the outcomes of each step that has any; ``seconds`` excludes the caller's work.
 
-    Closing the iterator cancels its rows.
+    ``max_new_tokens`` is cut to what fits beside the prompt. Closing the iterator cancels its rows.
+    Raises every error of the engine but non-finite logits.
     """
-    batch, seconds = _RequestBatch(engine, policy, batch_size, deque(requests)), 0.0
+    waiting, active, seconds = deque(requests), dict[int, EvalRequest](), 0.0
+    retries = deque[EvalRequest]()
     try:
-        while batch.has_work:
+        while waiting or active or retries:
             start = time.perf_counter()
-            finished = [*batch.admit(), *batch.step()]
+            outcomes = list[GenerationOutcome]()
+            # Requests that shared a forward with NaN logits are retried last and one at a time,
+            # which isolates the request at fault.
+            queue, room = (waiting, batch_size) if waiting or active else (retries, 1)
+            while queue and len(active) < room:
+                request = queue.popleft()
+                number = _submit(engine, request, policy)
+                if number is None:
+                    outcomes.append(GenerationOutcome(request, None, None))
+                else:
+                    active[number] = request
+            if active:
+                outcomes += _step(engine, active, retries)
             seconds += time.perf_counter() - start
-            if finished:
+            if outcomes:
                 # The first outcome of a step carries its time, so that the sum is right.
-                yield [replace(finished[0], seconds=seconds), *finished[1:]]
+                yield [replace(outcomes[0], seconds=seconds), *outcomes[1:]]
                 seconds = 0.0
     finally:
-        batch.cancel_all()
+        for row in set(active) & set(engine.rows):
+            engine.cancel(row)
 
 
-@dataclass  # not frozen: holds the requests in progress
-class _RequestBatch:
-    engine: Engine
-    policy: str | Policy
-    batch_size: int
-    waiting: deque[EvalRequest]
-    retries: list[EvalRequest] = field(default_factory=list)
-    active: dict[int, EvalRequest] = field(default_factory=dict)
+def _submit(engine: Engine, request: EvalRequest, policy: str | Policy) -> int | None:
+    """The engine's row; None for a prompt that leaves no room for an answer."""
+    ids = engine.model.tokenizer.encode(request.task.prompt(request.item))
+    generation = request.generation.fit(len(ids), engine.model.spec.max_length)
+    if generation is None:
+        return None
+    return engine.submit(ids, policy=policy, **generation.document())
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self.waiting or self.active or self.retries)
 
-    def admit(self) -> Iterator[GenerationOutcome]:
-        """Submits requests up to the batch size; yields those that the engine refuses.
-
-        Requests that shared a forward with NaN logits are retried last and one at a time, which
-        isolates the request at fault.
-        """
-        if not self.waiting and not self.active and self.retries:
-            yield from self._submit(self.retries.pop(0))
-        while self.waiting and len(self.active) < self.batch_size:
-            yield from self._submit(self.waiting.popleft())
-
-    def step(self) -> Iterator[GenerationOutcome]:
-        if not self.active:
-            return
-        try:
-            events = self.engine.step()
-        except NonFiniteLogitsError as error:
-            yield from self._isolate_failure(error)
-            return
-        for event in events:
-            if isinstance(event, Finished) and event.row in self.active:
-                request = self.active.pop(event.row)
-                yield GenerationOutcome(request, event.result, None, row=event.row)
-
-    def cancel_all(self) -> None:
-        for row in set(self.active) & set(self.engine.rows):
-            self.engine.cancel(row)
-
-    def _submit(self, request: EvalRequest) -> Iterator[GenerationOutcome]:
-        options = request.generation.document()
-        try:
-            prompt = request.task.prompt(request.item)
-            self.active[self.engine.submit(prompt, policy=self.policy, **options)] = request
-        # A prompt that the tokenizer or the engine refuses is a failure of this item only.
-        except ValueError as error:
-            yield GenerationOutcome(request, None, str(error))
-
-    def _isolate_failure(self, error: NonFiniteLogitsError) -> Iterator[GenerationOutcome]:
+def _step(
+    engine: Engine, active: dict[int, EvalRequest], retries: deque[EvalRequest]
+) -> list[GenerationOutcome]:
+    """The finished requests, removed from ``active``; those of a failed group go to ``retries``."""
+    try:
+        events = engine.step()
+    except NonFiniteLogitsError as error:
         for row in error.rows:
-            self.engine.cancel(row)
-            request = self.active.pop(row)
-            if len(error.rows) == 1:
-                yield GenerationOutcome(request, None, str(error), row=row)
-            else:
-                self.retries.append(request)
+            engine.cancel(row)
+        requests = [active.pop(row) for row in error.rows]
+        if len(requests) == 1:
+            return [GenerationOutcome(requests[0], None, str(error), row=error.rows[0])]
+        retries += requests
+        return []
+    finished = [e for e in events if isinstance(e, Finished) and e.row in active]
+    return [GenerationOutcome(active.pop(e.row), e.result, None, row=e.row) for e in finished]

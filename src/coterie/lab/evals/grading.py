@@ -19,6 +19,11 @@ from coterie.lab.problems import PROBLEM_MAKERS
 MAX_GENERATED = 100_000  # items of one seed
 MAX_IDS_SHOWN = 3
 EXPECTED_LINE = "a line has id, output and gold"
+OUTPUT_KINDS = {
+    "id": (str | int, "neither a string nor an integer"),
+    "output": (str, "not a string"),
+    "gold": (str | int | float | None, "neither a string nor a number"),
+}
 
 
 @dataclass(frozen=True)
@@ -105,17 +110,13 @@ def _parse_output(number: int, line: str, source: str) -> OutputToGrade:
         raise TaskError(f"{position}: invalid or truncated JSON ({error})") from None
     if not isinstance(row, dict):
         raise TaskError(f"{position}: not an object; {EXPECTED_LINE}")
-    for key in ("id", "output"):
-        if key not in row:
+    for key, (kind, message) in OUTPUT_KINDS.items():
+        if key not in row and key != "gold":
             raise TaskError(f"{position}: {key!r} is missing; {EXPECTED_LINE}")
-    id, output, gold = row["id"], row["output"], row.get("gold")
-    if isinstance(id, bool) or not isinstance(id, str | int):
-        raise TaskError(f"{position}: 'id' is neither a string nor an integer")
-    if not isinstance(output, str):
-        raise TaskError(f"{position}: 'output' is not a string")
-    if isinstance(gold, bool) or not isinstance(gold, str | int | float | None):
-        raise TaskError(f"{position}: 'gold' is neither a string nor a number")
-    return OutputToGrade(number, id, output, None if gold is None else str(gold))
+        if isinstance(row.get(key), bool) or not isinstance(row.get(key), kind):
+            raise TaskError(f"{position}: {key!r} is {message}")
+    gold = row.get("gold")
+    return OutputToGrade(number, row["id"], row["output"], None if gold is None else str(gold))
 
 
 def _check_gold(gold_grader: GoldGrader, output: OutputToGrade, source: str) -> None:

@@ -1,4 +1,4 @@
-"""Summaries of evaluation results, one per variant, for tables and JSON."""
+"""Summaries of evaluation results, one per variant, for tables, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from dataclasses import dataclass, replace
 from coterie.keys import to_json
 from coterie.lab.evals.results import EvalResult
 from coterie.lab.evals.stats import PairedDifference, Proportion, holm_adjust, paired_difference
-from coterie.lab.evals.traffic import AnswerTraffic, TrafficSavings, traffic_savings
+from coterie.lab.evals.traffic import TrafficSavings, traffic_savings
+
+RUN_FIGURES = (
+    *("experts", "expert_bytes", "vote_mass_kept", "forwards_per_block"),
+    *("new_tokens", "tokens_per_second", "seconds"),
+)  # counts, means and times of an ``EvalResult``
 
 
 @dataclass(frozen=True)
@@ -31,50 +36,56 @@ class PolicySummary:
 
     def to_dict(self) -> dict[str, object]:
         """The summary as JSON values; experts and bytes are per layer and decoding forward."""
-        result = self.result
         return {
-            "policy": result.policy,
+            "policy": self.result.policy,
             "accuracy": _proportion_dict(self.accuracy),
-            "by_task": _proportion_dicts(self.by_task),
-            "also": _proportion_dicts(self.other_metrics),
+            "by_task": {name: _proportion_dict(share) for name, share in self.by_task.items()},
+            "also": {name: _proportion_dict(share) for name, share in self.other_metrics.items()},
             "change": None if self.change is None else _change_dict(self.change, self.p_holm),
             "relative_accuracy": self.relative_accuracy,
-            **run_figures(result),
+            **_run_figures(self.result),
             **_traffic_dict(self),
         }
 
-
-def run_figures(result: EvalResult) -> dict[str, object]:
-    """Counts, means and times of a variant, by JSON key."""
-    return {
-        "failed": result.num_failed,
-        "experts": result.experts,
-        "expert_bytes": result.expert_bytes,
-        "vote_mass_kept": result.vote_mass_kept,
-        "forwards_per_block": result.forwards_per_block,
-        "new_tokens": result.new_tokens,
-        "tokens_per_second": result.tokens_per_second,
-        "seconds": result.seconds,
-    }
+    def csv_row(self) -> dict[str, object]:
+        """The row of a CSV, with all digits; the first policy has no change."""
+        change, accuracy = self.change, self.accuracy
+        metrics = {**self.by_task, **self.other_metrics}
+        return {
+            "policy": self.result.policy,
+            "right": accuracy.successes,
+            "n": accuracy.n,
+            **_with_ends("accuracy", accuracy.value, accuracy.interval),
+            **{f"accuracy {name}": share.value for name, share in metrics.items()},
+            **_with_ends("change", change and change.difference, change and change.interval),
+            "gained": change and change.gained,
+            "lost": change and change.lost,
+            "p": change and change.p_value,
+            "p_holm": self.p_holm,
+            "relative_accuracy": self.relative_accuracy,
+            **_run_figures(self.result),
+            **_traffic_columns(self),
+        }
 
 
 def summarize(results: Sequence[EvalResult], tasks: Sequence[str]) -> list[PolicySummary]:
     """One summary per result; each is compared with the first."""
-    first, summaries = results[0], [_summary(result, tasks) for result in results]
-    baseline = summaries[0].accuracy.value
-    changes = [paired_difference(first.correct(), result.correct()) for result in results[1:]]
+    first, *others = [_summary(result, tasks) for result in results]
+    baseline, traffic = first.accuracy.value, [answer.traffic for answer in first.result.answers]
+    correct = first.result.correct()
+    changes = [paired_difference(correct, other.result.correct()) for other in others]
     adjusted = holm_adjust([change.p_value for change in changes])
     compared = [
         replace(
-            summary,
+            other,
             change=change,
             p_holm=p,
-            relative_accuracy=summary.accuracy.value / baseline if baseline else None,
-            savings=traffic_savings(_answer_traffic(first), _answer_traffic(summary.result)),
+            relative_accuracy=other.accuracy.value / baseline if baseline else None,
+            savings=traffic_savings(traffic, [answer.traffic for answer in other.result.answers]),
         )
-        for summary, change, p in zip(summaries[1:], changes, adjusted, strict=True)
+        for other, change, p in zip(others, changes, adjusted, strict=True)
     ]
-    return [summaries[0], *compared]
+    return [first, *compared]
 
 
 def proportion(correct: Sequence[bool]) -> Proportion:
@@ -92,8 +103,8 @@ def _summary(result: EvalResult, tasks: Sequence[str]) -> PolicySummary:
     return PolicySummary(result, proportion(result.correct()), by_task, other_metrics)
 
 
-def _answer_traffic(result: EvalResult) -> list[AnswerTraffic | None]:
-    return [answer.traffic for answer in result.answers]
+def _run_figures(result: EvalResult) -> dict[str, object]:
+    return {"failed": result.num_failed, **{name: getattr(result, name) for name in RUN_FIGURES}}
 
 
 def _traffic_dict(summary: PolicySummary) -> dict[str, object]:
@@ -106,14 +117,34 @@ def _traffic_dict(summary: PolicySummary) -> dict[str, object]:
         "hit_rate": traffic.hit_rate,
         "moved_a_forward": summary.result.bytes_per_forward,
         "saved_on_same_forwards": traffic.saved_vs_vanilla,
-        "saved": None if savings is None else savings.value,
-        "saved_interval": None if savings is None else list(savings.interval),
+        "saved": savings and savings.value,
+        "saved_interval": savings and list(savings.interval),
     }
     return {"expert_traffic": fields}
 
 
-def _proportion_dicts(proportions: Mapping[str, Proportion]) -> dict[str, object]:
-    return {name: _proportion_dict(accuracy) for name, accuracy in proportions.items()}
+def _traffic_columns(summary: PolicySummary) -> Mapping[str, object]:
+    """Empty if all experts are in memory."""
+    traffic, savings = summary.result.traffic, summary.savings
+    if traffic is None:
+        return {}
+    return {
+        "experts_used": traffic.used,
+        "hit_rate": traffic.hit_rate,
+        "bytes_moved": traffic.bytes_moved,
+        "bytes_without_cache": traffic.bytes_without_cache,
+        "bytes_of_vanilla_on_same_forwards": traffic.bytes_vanilla,
+        "moved_a_forward": summary.result.bytes_per_forward,
+        **_with_ends("saved", savings and savings.value, savings and savings.interval),
+        "stall_seconds": traffic.wait_seconds,
+    }
+
+
+def _with_ends(
+    name: str, value: float | None, interval: tuple[float, float] | None
+) -> dict[str, object]:
+    low, high = interval or (None, None)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def _proportion_dict(accuracy: Proportion) -> dict[str, object]:

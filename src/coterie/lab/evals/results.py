@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -20,6 +21,12 @@ class Variant:
     policy: str
     generation: Mapping[str, object] = field(default_factory=dict)
 
+    @staticmethod
+    def parse(name: str) -> Variant:
+        """The variant with this name; values of the overrides stay texts."""
+        policy, *options = name.split(" ")
+        return Variant(policy, dict(option.split("=", 1) for option in options))
+
     @property
     def name(self) -> str:
         """The policy, then the overrides: ``des-vote:beta=0.3 block=16``."""
@@ -33,7 +40,7 @@ class EvalResult:
     """All answers of one variant, in the order of the items.
 
     Means over forwards weight each answer by its counted decoding forwards. Failed answers
-    (``Answer.error``) count as wrong and are left out of these means.
+    (``Answer.error``: the logits were not finite) count as wrong and are left out of these means.
     """
 
     variant: Variant
@@ -62,8 +69,13 @@ class EvalResult:
 
     @property
     def num_failed(self) -> int:
-        """Items without an output: NaN logits, or a prompt that does not fit."""
-        return sum(answer.error is not None for answer in self.answers)
+        """Items with non-finite logits."""
+        return self.errors.total()
+
+    @property
+    def errors(self) -> Counter[str]:
+        """How often each reason of a failure occurs."""
+        return Counter(answer.error for answer in self.answers if answer.error is not None)
 
     @property
     def experts(self) -> float:

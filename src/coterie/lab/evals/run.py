@@ -7,6 +7,9 @@ With a cache of experts an answer may depend on the cache's content, and so on e
 items are generated one by one, and the cache is emptied before every ``reset_every`` of them. No
 answer depends on items before its segment or on other variants. A run that stopped within a segment
 repeats it from its start and compares the repeated answers with the stored ones.
+
+An error is not an answer, except non-finite logits. Any other error ends the run, and a repeated
+call continues from the stored answers. The files of the model must stay as they were loaded.
 """
 
 from __future__ import annotations
@@ -15,22 +18,26 @@ import hashlib
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 from coterie.checkpoints.fingerprint import fingerprint
 from coterie.checkpoints.source import find_folder
 from coterie.engine.engine import Engine
-from coterie.engine.generation_config import GenerationConfig
+from coterie.engine.generation_config import GenerationConfig, check_prompt
 from coterie.errors import TaskError
 from coterie.lab.evals.answer_log import Answer, AnswerKey, AnswerLog
 from coterie.lab.evals.generation import EvalRequest, GenerationOutcome, generate_outcomes
+from coterie.lab.evals.model_files import ModelFiles
 from coterie.lab.evals.results import EvalResult, Variant
 from coterie.lab.evals.task import Grade, Item, Task
 from coterie.lab.evals.traffic import AnswerTraffic
+from coterie.loading.load import Model
 
 __all__ = ["Answer", "AnswerCallback", "EvalResult", "Variant", "run_eval"]
 
@@ -43,6 +50,7 @@ RESULT_FIELDS = (
 )  # fields that an answer takes from its result
 
 AnswerCallback = Callable[[Answer], None]
+RemarkCallback = Callable[[str], None]
 
 
 def run_eval(
@@ -56,39 +64,49 @@ def run_eval(
     batch_size: int = 16,
     reset_every: int = 1,
     on_answer: AnswerCallback = lambda _: None,
+    on_remark: RemarkCallback = lambda _: None,
     options: Mapping[str, object] = NO_OPTIONS,
+    all_variants: bool = False,
 ) -> list[EvalResult]:
     """Answers every item of every task under every variant; one result per variant, in order.
 
     ``limit`` selects each task's first items, after a shuffle if ``shuffle_seed`` is set.
     Generation options are the engine's, overridden by the task's, then by ``options``, then by the
-    variant's. ``on_answer`` receives every answer; those read from ``folder`` come first. A failed
-    item (NaN logits, a prompt that does not fit) becomes an answer with an ``error``. Variants may
-    be added to a folder later. With a cache of experts ``batch_size`` must be 1.
+    variant's. ``on_answer`` receives every answer; those read from ``folder`` come first. An item
+    with non-finite logits becomes an answer with an ``error``. Variants may be added to a folder
+    later; ``all_variants`` adds the results of earlier ones. With a cache of experts
+    ``batch_size`` must be 1.
 
-    Raises TaskError if the folder holds another run, and an error for a variant that this model
-    cannot run, before anything is written.
+    Raises TaskError if the folder holds another run, and an error for a variant or a prompt that
+    this model cannot run, before anything is written.
     """
     by_name = {variant.name: variant for variant in variants}
-    requests = _make_requests(engine, tasks, limit, shuffle_seed, options)
-    _check_run(engine, tasks, requests, by_name.values(), folder, batch_size=batch_size)
+    requests = [
+        EvalRequest(task, item, _default_generation(engine, task, options))
+        for task in tasks
+        for item in _select_items(task, limit, shuffle_seed)
+    ]
+    if not tasks or not variants:
+        raise TaskError("an evaluation needs at least one task and one variant")
+    _check_run(engine, tasks, requests, folder, batch_size=batch_size)
+    for remark in _check_lengths(engine, requests, by_name.values(), options):
+        on_remark(remark)
     run_config = run_identity(
         engine, tasks, limit=limit, shuffle_seed=shuffle_seed, reset_every=reset_every,
         options=options,
     )  # fmt: skip
-    scheduler = _Scheduler(engine, batch_size, reset_every)
-    with AnswerLog(folder, run_config) as log, _grader_pool() as graders:
-        keys = {name: [_answer_key(name, request) for request in requests] for name in by_name}
-        for key in (key for names in keys.values() for key in names if key in log.answers):
-            on_answer(log.answers[key])
-        for chunk in scheduler.chunks(requests):
-            for variant in by_name.values():
-                for answers in scheduler.answers(variant, chunk, log.answers, graders):
-                    log.add(answers)
-                    for answer in answers:
-                        on_answer(answer)
+    with AnswerLog(folder, run_config, on_remark) as log, _grader_pool() as graders:
+        for key in (_answer_key(name, request) for name in by_name for request in requests):
+            if key in log.answers:
+                on_answer(log.answers[key])
+        scheduler = _Scheduler(engine, batch_size, reset_every, graders)
+        for answers in scheduler.run(by_name.values(), requests, log):
+            for answer in answers:
+                on_answer(answer)
+        if all_variants:
+            by_name = _with_stored(by_name, requests, log.answers, on_remark)
         return [
-            EvalResult(variant, tuple(log.answers[key] for key in keys[name]))
+            EvalResult(variant, tuple(log.answers[_answer_key(name, r)] for r in requests))
             for name, variant in by_name.items()
         ]
 
@@ -137,7 +155,8 @@ def make_answer(variant: str, outcome: GenerationOutcome, grade: Grade) -> Answe
         dict(grade.other_metrics), seconds=outcome.seconds, error=outcome.error,
     )  # fmt: skip
     if result is None:
-        return answer
+        # A prompt that leaves no room has an empty answer of full length.
+        return answer if outcome.error else replace(answer, finish_reason="length")
     return replace(
         answer,
         output=result.text,
@@ -155,41 +174,68 @@ class _Scheduler:
     engine: Engine
     batch_size: int
     reset_every: int
+    graders: ThreadPoolExecutor
 
-    def chunks(self, requests: Sequence[EvalRequest]) -> Iterator[Sequence[EvalRequest]]:
-        """Chunks that each variant answers in turn; with a cache, of whole segments."""
-        size = CHUNK_FACTOR * self.batch_size
-        if self.engine.model.store.traffic_log is not None:
+    @property
+    def _has_cache(self) -> bool:
+        return self.engine.model.store.traffic_log is not None
+
+    def run(
+        self, variants: Collection[Variant], requests: Sequence[EvalRequest], log: AnswerLog
+    ) -> Iterator[list[Answer]]:
+        """The missing answers of each chunk, of all variants in turn, as they are stored.
+
+        With a cache a chunk has whole segments.
+        """
+        files, size = ModelFiles.of(self.engine.model), CHUNK_FACTOR * self.batch_size
+        if self._has_cache:
             size = self.reset_every * -(-CHUNK_FACTOR // self.reset_every)
-        return (requests[start : start + size] for start in range(0, len(requests), size))
+        for start in range(0, len(requests), size):
+            for variant in variants:
+                chunk = requests[start : start + size]
+                for answers in self._answers(variant, chunk, log.answers):
+                    files.check_unchanged()
+                    log.add(answers)
+                    yield answers
 
-    def answers(
-        self,
-        variant: Variant,
-        chunk: Sequence[EvalRequest],
-        stored: Mapping[AnswerKey, Answer],
-        graders: ThreadPoolExecutor,
+    def _answers(
+        self, variant: Variant, chunk: Sequence[EvalRequest], stored: Mapping[AnswerKey, Answer]
     ) -> Iterator[list[Answer]]:
         """A variant's answers to the items of a chunk that have none, in order of completion."""
-        is_missing = [_answer_key(variant.name, request) not in stored for request in chunk]
-        if self.engine.model.store.traffic_log is None:
-            missing = [r for r, missing in zip(chunk, is_missing, strict=True) if missing]
-            yield from _generate_answers(self.engine, variant, missing, self.batch_size, graders)
+        missing = [r for r in chunk if _answer_key(variant.name, r) not in stored]
+        if not self._has_cache:
+            yield from self._generate(variant, missing)
             return
         for start in range(0, len(chunk), self.reset_every):
-            stop = start + self.reset_every
-            while stop > start and not any(is_missing[stop - 1 : stop]):
-                stop -= 1
-            if stop == start:
-                continue
-            self.engine.reset_cache()
-            segment = chunk[start:stop]
-            for answers in _generate_answers(self.engine, variant, segment, 1, graders):
-                yield [
-                    answer
-                    for answer in answers
-                    if not _check_unchanged(answer, stored.get(answer.key))
-                ]
+            segment = chunk[start : start + self.reset_every]
+            while segment and segment[-1] not in missing:
+                segment = segment[:-1]
+            if segment:
+                self.engine.reset_cache()
+            for answers in self._generate(variant, segment):
+                yield [a for a in answers if not _check_unchanged(a, stored.get(a.key))]
+
+    def _generate(
+        self, variant: Variant, requests: Sequence[EvalRequest]
+    ) -> Iterator[list[Answer]]:
+        """Generates and grades; yields answers in order of completion."""
+        pending: list[tuple[GenerationOutcome, Future[Grade]]] = []
+        in_background = _grades_in_background(self.engine)
+        own_requests = [request.replace(variant.generation) for request in requests]
+        for outcomes in generate_outcomes(
+            self.engine, own_requests, variant.policy, batch_size=self.batch_size
+        ):
+            pending += [(outcome, self.graders.submit(_grade, outcome)) for outcome in outcomes]
+            ready = [entry for entry in pending if entry[1].done() or not in_background]
+            yield _graded(variant, ready)
+            pending = [entry for entry in pending if not any(entry is one for one in ready)]
+        yield _graded(variant, pending)
+
+
+def _graded(
+    variant: Variant, entries: Sequence[tuple[GenerationOutcome, Future[Grade]]]
+) -> list[Answer]:
+    return [make_answer(variant.name, outcome, future.result()) for outcome, future in entries]
 
 
 def _check_unchanged(answer: Answer, stored: Answer | None) -> bool:
@@ -202,35 +248,6 @@ def _check_unchanged(answer: Answer, stored: Answer | None) -> bool:
     return stored is not None
 
 
-def _generate_answers(
-    engine: Engine,
-    variant: Variant,
-    requests: Sequence[EvalRequest],
-    batch_size: int,
-    graders: ThreadPoolExecutor,
-) -> Iterator[list[Answer]]:
-    """Generates and grades; yields answers in order of completion."""
-    pending: list[tuple[GenerationOutcome, Future[Grade]]] = []
-
-    def graded(*, wait_for_all: bool) -> list[Answer]:
-        if wait_for_all:
-            wait([future for _, future in pending])
-        complete, waiting = [], []
-        for entry in pending:
-            (complete if entry[1].done() else waiting).append(entry)
-        pending[:] = waiting
-        return [make_answer(variant.name, outcome, future.result()) for outcome, future in complete]
-
-    in_background = _grades_in_background(engine)
-    variant_requests = [request.replace(variant.generation) for request in requests]
-    for outcomes in generate_outcomes(
-        engine, variant_requests, variant.policy, batch_size=batch_size
-    ):
-        pending += [(outcome, graders.submit(_grade, outcome)) for outcome in outcomes]
-        yield graded(wait_for_all=not in_background)
-    yield graded(wait_for_all=True)
-
-
 def _grades_in_background(engine: Engine) -> bool:
     """Whether to grade during generation; on a CPU both would compete for cores."""
     return engine.model.transformer.device.type != "cpu"
@@ -240,21 +257,6 @@ def _grade(outcome: GenerationOutcome) -> Grade:
     if outcome.result is None:
         return Grade(correct=False, extracted=None)
     return outcome.request.task.grade(outcome.result.text, outcome.request.item)
-
-
-def _make_requests(
-    engine: Engine,
-    tasks: Sequence[Task],
-    limit: int | None,
-    shuffle_seed: int | None,
-    options: Mapping[str, object],
-) -> list[EvalRequest]:
-    return [
-        EvalRequest(task, item, generation)
-        for task in tasks
-        for generation in [_default_generation(engine, task, options)]
-        for item in _select_items(task, limit, shuffle_seed)
-    ]
 
 
 def _select_items(task: Task, limit: int | None, shuffle_seed: int | None) -> list[Item]:
@@ -279,35 +281,89 @@ def _check_run(
     engine: Engine,
     tasks: Sequence[Task],
     requests: Sequence[EvalRequest],
-    variants: Collection[Variant],
     folder: Path | None,
     *,
     batch_size: int,
 ) -> None:
     """Raises for a run that would fail at every item or could not be resumed."""
-    if not tasks or not variants:
-        raise TaskError("an evaluation needs at least one task and one variant")
     if batch_size != 1 and engine.model.store.traffic_log is not None:
         raise TaskError(
             f"`batch_size` is {batch_size}; where not all experts are in memory, an answer may "
             "depend on the others of its batch, so `batch_size` must be 1"
         )
-    task_names = {request.task.name for request in requests}
-    if empty := [task.name for task in tasks if task.name not in task_names]:
-        raise TaskError(f"task {empty[0]} has no items")
     if folder is not None and engine.model.folder is None:
         raise TaskError(f"{engine.model.name}: not from a folder, so its run cannot be resumed")
-    item_keys: set[tuple[str, str]] = set()
-    for request in requests:
-        task, item = request.task.name, request.item.id
-        if (task, item) in item_keys:
-            raise TaskError(f"task {task}: two items have the id {item!r}")
-        item_keys.add((task, item))
-    token_id = next(id for id in range(2) if id != engine.model.mask_id)
-    for generation in {request.generation for request in requests}:
+    counts = Counter((request.task.name, request.item.id) for request in requests)
+    if empty := {task.name for task in tasks} - {task for task, _ in counts}:
+        raise TaskError(f"task {min(empty)} has no items")
+    if repeated := [key for key, count in counts.items() if count > 1]:
+        raise TaskError(f"task {repeated[0][0]}: two items have the id {repeated[0][1]!r}")
+
+
+def _check_lengths(
+    engine: Engine,
+    requests: Sequence[EvalRequest],
+    variants: Collection[Variant],
+    options: Mapping[str, object],
+) -> Iterator[str]:
+    """Checks each prompt and variant; yields a remark for a task with answers that are cut.
+
+    Raises if the model cannot read a prompt, and if no prompt leaves room for an answer of a length
+    that was asked for.
+    """
+    model = engine.model
+    for task, group in groupby(requests, key=lambda request: request.task.name):
+        task_requests = list(group)
+        lengths = [_prompt_length(model, request) for request in task_requests]
         for variant in variants:
-            options = generation.replace(**variant.generation).document()
-            engine.cancel(engine.submit([token_id], policy=variant.policy, **options))
+            generation = task_requests[0].replace(variant.generation).generation
+            is_default = "max_new_tokens" not in {**options, **variant.generation}
+            most = generation.fit(min(lengths), model.spec.max_length)
+            if most is None or not (is_default or most == generation):
+                raise TaskError(
+                    f"task {task}: max_new_tokens={generation.max_new_tokens} does not fit beside "
+                    f"the shortest prompt, of {min(lengths)} tokens; {model.name} has "
+                    f"{model.spec.max_length} positions"
+                    + (f", so `max_new_tokens` is at most {most.max_new_tokens}" if most else "")
+                )
+            # Validates the policy and the options.
+            prompt = [next(id for id in range(2) if id != model.mask_id)]
+            engine.cancel(engine.submit(prompt, policy=variant.policy, **most.document()))
+        generation = task_requests[0].generation
+        fits = [generation.fit(length, model.spec.max_length) for length in lengths]
+        if cut := sum(fit != generation for fit in fits):
+            yield (
+                f"task {task}: in {cut} of {len(fits)} items max_new_tokens is cut to what fits in "
+                f"the {model.spec.max_length} positions of {model.name}"
+                + (f"; {fits.count(None)} prompts leave no room at all" if None in fits else "")
+            )
+
+
+def _prompt_length(model: Model, request: EvalRequest) -> int:
+    try:
+        ids = model.tokenizer.encode(request.task.prompt(request.item))
+        check_prompt(ids, model.special_ids, model.spec.vocabulary)
+    except ValueError as error:
+        raise TaskError(f"task {request.task.name}, {request.item.id}: {error}") from None
+    return len(ids)
+
+
+def _with_stored(
+    by_name: Mapping[str, Variant],
+    requests: Sequence[EvalRequest],
+    answers: Mapping[AnswerKey, Answer],
+    on_remark: RemarkCallback,
+) -> dict[str, Variant]:
+    """The variants with those of earlier runs, in the order of the folder after the first."""
+    first, *_ = by_name
+    variants = {first: by_name[first]}
+    for name in dict.fromkeys(name for name, _, _ in answers):
+        count = sum(_answer_key(name, request) in answers for request in requests)
+        if count == len(requests):
+            variants[name] = by_name.get(name) or Variant.parse(name)
+        else:
+            on_remark(f"{name} has {count} of {len(requests)} answers and is left out")
+    return variants
 
 
 def _hash_items(task: Task, items: Iterable[Item]) -> str:

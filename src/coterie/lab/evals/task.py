@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from coterie.errors import TaskError
+
+QUESTION = "{question}"  # in a template
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,36 @@ class Task(Protocol):
     def grade(self, output: str, item: Item) -> Grade:
         """Grades any output; never raises because of its content."""
         ...
+
+
+@dataclass(frozen=True)
+class QuestionTask:
+    """A task of one template, with grades that depend on the output and ``gold`` alone.
+
+    ``about`` are its settings; one without a "template" gets that of the prompts.
+    """
+
+    name: str
+    questions: tuple[Item, ...]
+    template: str
+    grader: Callable[[str, str], Grade]  # output, gold
+    about: Mapping[str, object]
+    max_new_tokens: int | None = None  # None: the engine's default
+
+    def settings(self) -> Mapping[str, object]:
+        return {"template": self.template, **self.about}
+
+    def generation(self) -> Mapping[str, object]:
+        return {} if self.max_new_tokens is None else {"max_new_tokens": self.max_new_tokens}
+
+    def items(self) -> Sequence[Item]:
+        return self.questions
+
+    def prompt(self, item: Item) -> str:
+        return self.template.replace(QUESTION, item.question)
+
+    def grade(self, output: str, item: Item) -> Grade:
+        return self.grader(output, item.gold)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -51,16 +51,14 @@ def forward_deviations(folder: Path, device: str = "cpu") -> tuple[Deviation, ..
     recorder = TensorRecorder()
     logits = _forward(model, tokens, window, recorder)
     deviations = [
-        _deviation("logits", logits, arrays.floats("logits", *logits.shape), LOGITS_TOLERANCE),
+        _deviation(arrays, "logits", logits, LOGITS_TOLERANCE),
         *_hidden(arrays, model, tokens, recorder),
         *_routers(arrays, model, tokens, recorder),
     ]
     if "logits_fullattn" in arrays.arrays:
-        full_logits = _forward(model, tokens, _window(tokens, 0), TensorRecorder())
-        expected = arrays.floats("logits_fullattn", *full_logits.shape)
-        deviations.append(
-            _deviation("logits, full attention", full_logits, expected, LOGITS_TOLERANCE)
-        )
+        full = _forward(model, tokens, _window(tokens, 0), TensorRecorder())
+        deviation = _deviation(arrays, "logits_fullattn", full, LOGITS_TOLERANCE)
+        deviations.append(replace(deviation, name="logits, full attention"))
     return tuple(deviations)
 
 
@@ -111,15 +109,8 @@ def _hidden(
     # The input of each layer, and the output of the final norm.
     hidden = torch.stack([output_of[layer] for layer in (*range(-1, layers - 1), layers)])
     return [
-        _deviation(
-            "hidden_states", hidden, arrays.floats("hidden_states", *hidden.shape), HIDDEN_TOLERANCE
-        ),
-        _deviation(
-            "layer_outputs",
-            outputs,
-            arrays.floats("layer_outputs", *outputs.shape),
-            HIDDEN_TOLERANCE,
-        ),
+        _deviation(arrays, "hidden_states", hidden, HIDDEN_TOLERANCE),
+        _deviation(arrays, "layer_outputs", outputs, HIDDEN_TOLERANCE),
     ]
 
 
@@ -139,18 +130,16 @@ def _routers(
     if not bool(((expected >= 0) & (expected < router.experts)).all()):
         raise CheckpointError(f"{arrays.file}: topk_ids are not all below {router.experts}")
     ours = torch.zeros(*shape, router.experts).scatter(-1, ids, weights)
-    theirs = torch.zeros_like(ours).scatter(
-        -1, expected, arrays.floats("topk_weights", *ids.shape).to(ours.dtype)
-    )
+    expected_weights = arrays.floats("topk_weights", *ids.shape).to(ours.dtype)
+    theirs = torch.zeros_like(ours).scatter(-1, expected, expected_weights)
     differing = (ids.sort(-1).values != expected.sort(-1).values).any(-1).sum()
     return [
-        _deviation(
-            "router_logits", logits, arrays.floats("router_logits", *logits.shape), HIDDEN_TOLERANCE
-        ),
+        _deviation(arrays, "router_logits", logits, HIDDEN_TOLERANCE),
         Deviation("tokens with other experts", float(differing), 0.0),
-        _deviation("topk_weights", ours, theirs, WEIGHTS_TOLERANCE),
+        Deviation("topk_weights", float((ours - theirs).abs().max()), WEIGHTS_TOLERANCE),
     ]
 
 
-def _deviation(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> Deviation:
+def _deviation(arrays: ReferenceArrays, name: str, ours: Tensor, tolerance: float) -> Deviation:
+    theirs = arrays.floats(name, *ours.shape)
     return Deviation(name, float((ours - theirs).abs().max()), tolerance)

@@ -25,15 +25,15 @@ class ReferenceParameters:
     def integer(self, name: str, default: int | None = None) -> int:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise CheckpointError(f"{self.location}: {name} is {value!r}, not a whole number")
+            raise self._error(name, value, ", not a whole number")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"{self.location}: {name} is {value!r}, not a number")
+            raise self._error(name, value, ", not a number")
         if not math.isfinite(value):
-            raise CheckpointError(f"{self.location}: {name} is {value!r}; it must be finite")
+            raise self._error(name, value, "; it must be finite")
         return float(value)
 
     def threshold(self, name: str, default: float | None = None) -> float:
@@ -44,21 +44,18 @@ class ReferenceParameters:
         """Raises for another value, which would change the loop. Absent means the first value."""
         value = self._get(name, supported[0], required=False)
         if value not in supported:
-            known = " or ".join(map(repr, supported))
-            raise CheckpointError(f"{self.location}: {name} is {value!r}; supported: {known}")
+            raise self._error(name, value, f"; supported: {' or '.join(map(repr, supported))}")
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"{self.location}: {name} is {value!r}, not true or false")
+            raise self._error(name, value, ", not true or false")
         return value
 
     def choice(self, name: str, known: Mapping[str, object], default: str | None = None) -> str:
         value = self._get(name, default)
         if not isinstance(value, str) or value not in known:
-            raise CheckpointError(
-                f"{self.location}: {name} is {value!r}; known: {', '.join(known)}"
-            )
+            raise self._error(name, value, f"; known: {', '.join(known)}")
         return value
 
     def ids(self, name: str) -> tuple[int, ...]:
@@ -67,13 +64,13 @@ class ReferenceParameters:
         items = value if isinstance(value, list) else [value]
         ids = tuple(i for i in items if isinstance(i, int) and not isinstance(i, bool))
         if len(ids) < len(items):
-            raise CheckpointError(f"{self.location}: {name} is {value!r}, not token ids")
+            raise self._error(name, value, ", not token ids")
         return ids
 
     def section(self, name: str) -> ReferenceParameters:
         value = self._get(name, {})
         if not isinstance(value, dict):
-            raise CheckpointError(f"{self.location}: {name} is {value!r}, not an object")
+            raise self._error(name, value, ", not an object")
         return ReferenceParameters(f"{self.location}: {name}", value)
 
     def has(self, name: str) -> bool:
@@ -93,3 +90,6 @@ class ReferenceParameters:
         if value is None and required:
             raise CheckpointError(f"{self.location}: {name} is missing")
         return value
+
+    def _error(self, name: str, value: object, reason: str) -> CheckpointError:
+        return CheckpointError(f"{self.location}: {name} is {value!r}{reason}")

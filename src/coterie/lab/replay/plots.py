@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from coterie.lab import plotting
 from coterie.lab.replay.replay import ReplayPoint, ReplayResult
@@ -21,13 +21,11 @@ def write_figures(folder: Path, result: ReplayResult) -> list[Path]:
     figures: dict[str, Callable[[], Figure]] = {"replay-bytes": partial(draw_bytes_moved, result)}
     if any(overlap.steps or overlap.blocks for overlap in result.overlaps.values()):
         figures["replay-overlap"] = partial(draw_overlap, result)
-    paths = []
-    for name, draw in figures.items():
-        for scheme in get_args(plotting.ColourScheme):
-            path = folder / f"{name}-{scheme}.svg"
-            path.write_text(plotting.render_svg(draw, name=name, scheme=scheme), encoding="utf-8")
-            paths.append(path)
-    return paths
+    return [
+        path
+        for name, draw in figures.items()
+        for path in plotting.write_figure(draw, folder / name)
+    ]
 
 
 def draw_bytes_moved(result: ReplayResult) -> Figure:

@@ -14,14 +14,8 @@ from coterie.engine.engine import Engine, Prompt
 from coterie.engine.events import Result
 from coterie.engine.generation_config import GenerationConfig
 from coterie.engine.observation import LayerObservation, observe_forwards
-from coterie.lab.replay.trace import (
-    SCORED_KINDS,
-    Floats,
-    Mask,
-    TraceForward,
-    TraceHeader,
-    TraceWriter,
-)
+from coterie.lab.replay.trace import SCORED_KINDS, Floats, Mask, TraceForward, TraceHeader
+from coterie.lab.replay.trace_file import TraceWriter
 from coterie.loading.load import Model
 from coterie.model.moe import MoE
 from coterie.model.spec import ModelSpec

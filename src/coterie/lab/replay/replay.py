@@ -133,6 +133,10 @@ def replay(
             f"{names}: the policy depends on the cached experts, so its uses are not known "
             f"beforehand; leave out {BELADY} or the policy"
         )
+    for rule in grid.evictions:
+        if (name := rule.partition(":")[0]) not in EVICTION_NAMES:
+            known = ", ".join(sorted(EVICTION_NAMES))
+            raise ConfigError(f"unknown eviction policy {name!r}; known: {known}")
     for replay_policy in grid.replay_policies:
         fidelity(replay_policy.policy)
     rules = {BASELINE_EVICTION, *grid.evictions} - {BELADY}

@@ -1,4 +1,4 @@
-"""Trace files: the router's choices and scores in real forwards, small enough to store.
+"""The format of traces: the router's choices and scores in real forwards, in few bytes.
 
 A file is one line of JSON (``TraceHeader``), the selection bias where the model has one
 ([L, E] float32), and one record for each row of each forward. All is little-endian; numpy reads it.
@@ -24,16 +24,15 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coterie.errors import CoterieError
-from coterie.keys import Key, from_json, to_json
+from coterie.errors import CheckpointError
+from coterie.keys import Key
 
 Mask = NDArray[np.bool_]
 Ids = NDArray[np.int16]
@@ -49,7 +48,7 @@ RECORD_HEADER = struct.Struct("<IIIiiHH")
 SCALE_HEADER = struct.Struct("<3f")  # least next score, span of next scores, largest margin
 MARGIN_LEVELS, NEXT_LEVELS = 16, 255
 HAS_USED_MASK = 1
-MAX_BYTES = 1 << 26  # of a header or a record; a larger size means damage
+MAX_BYTES = 1 << 24  # of a header or a record; a larger size means damage
 
 
 @dataclass(frozen=True)
@@ -121,52 +120,6 @@ class Trace:
         return [i for i, forward in enumerate(self.forwards) if forward.kind == "decode"]
 
 
-class TraceWriter:
-    """Writes a trace record by record; each record is flushed before the next one starts."""
-
-    def __init__(self, path: Path, header: TraceHeader, bias: Floats | None = None) -> None:
-        self.header, self.records, self.bytes = header, 0, 0
-        raw = b"" if bias is None else bias.astype("<f4").tobytes()
-        fields = {"format": FORMAT, "version": VERSION, "bias_crc32": zlib.crc32(raw)}
-        fields |= {"bias_shape": None if bias is None else list(bias.shape)} | to_json(header)
-        self._file: BinaryIO = path.open("wb")
-        self._file.write(json.dumps(fields, allow_nan=False).encode() + b"\n" + raw)
-
-    def __enter__(self) -> TraceWriter:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._file.close()
-
-    def write(self, forward: TraceForward) -> None:
-        record = frame_record(encode_forward(forward, self.header.experts))
-        self._file.write(record)
-        self._file.flush()
-        self.records += 1
-        self.bytes += len(record)
-
-
-def read_trace(path: Path) -> Trace:
-    """A whole trace; an incomplete last record is left out.
-
-    Raises CoterieError for a file that is not a trace, has another version or is damaged.
-    """
-    with path.open("rb") as file:
-        header, bias = _read_header(file, path)
-        bodies = list(_read_records(file, path))
-    forwards = tuple(decode_forward(body, header) for body in bodies if body is not None)
-    return Trace(header, bias, forwards, truncated=None in bodies)
-
-
-def is_trace(path: Path) -> bool:
-    """Whether a file starts as traces do; raises CoterieError where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError as error:
-        raise CoterieError(f"{path}: cannot be read ({error.strerror})") from None
-
-
 def encode_forward(forward: TraceForward, experts: int) -> bytes:
     """The content of a record, without its size and checksum."""
     has_used = not forward.tokens or not np.array_equal(forward.used, forward.vanilla_mask)
@@ -190,8 +143,46 @@ def frame_record(body: bytes) -> bytes:
     return FRAME_HEADER.pack(len(content), zlib.crc32(content)) + content
 
 
+def unframe_record(content: bytes, header: TraceHeader) -> bytes:
+    """The content of a record; raises CheckpointError before a wrong size takes memory."""
+    compressed, data = content[:1], content[1:]
+    if compressed == b"\0":
+        return data
+    if compressed != b"\1":
+        raise CheckpointError("it does not begin as records do")
+    stream = zlib.decompressobj()
+    try:
+        body = stream.decompress(data, RECORD_HEADER.size)
+        size = record_size(body, header)
+        # One byte more than the record, since the end of the stream is noticed there.
+        body += stream.decompress(stream.unconsumed_tail, size + 1 - len(body))
+    except zlib.error:
+        raise CheckpointError("it cannot be decompressed") from None
+    if not stream.eof or stream.unused_data:
+        raise CheckpointError("its size is wrong")
+    return body
+
+
+def record_size(body: bytes, header: TraceHeader) -> int:
+    """Bytes of a whole record, from its first bytes; raises CheckpointError if it is too large."""
+    if len(body) < RECORD_HEADER.size:
+        raise CheckpointError("it is too short")
+    *_, tokens, flags = RECORD_HEADER.unpack_from(body)
+    if flags >> 3 or not (tokens or flags & HAS_USED_MASK):
+        raise CheckpointError("its flags are unknown")
+    layers, experts, k = len(header.layers), header.experts, header.k
+    layer_size = scores_size(tokens, k) + ids_size(tokens * k, experts) if tokens else 0
+    used_size = mask_size(layers * experts) if flags & HAS_USED_MASK else 0
+    size = RECORD_HEADER.size + 3 * mask_size(tokens) + layers * layer_size + used_size
+    if size > MAX_BYTES:
+        raise CheckpointError("its size is wrong")
+    return size
+
+
 def decode_forward(body: bytes, header: TraceHeader) -> TraceForward:
-    """The forward that ``encode_forward`` wrote."""
+    """The forward that ``encode_forward`` wrote; raises CheckpointError for any other content."""
+    if record_size(body, header) != len(body):
+        raise CheckpointError("its size is wrong")
     number, row, decode_index, block, start, tokens, flags = RECORD_HEADER.unpack_from(body)
     layers, experts, k = len(header.layers), header.experts, header.k
     offset = RECORD_HEADER.size
@@ -201,8 +192,7 @@ def decode_forward(body: bytes, header: TraceHeader) -> TraceForward:
         offset += size
         return body[offset - size : offset]
 
-    masks = (unpack_mask(take(mask_size(tokens)), tokens) for _ in range(3))
-    voters, masked, filled = masks
+    voters, masked, filled = (unpack_mask(take(mask_size(tokens)), tokens) for _ in range(3))
     ids = np.zeros((layers, tokens, k), np.int16)
     rank = np.zeros((layers, tokens, k), np.float32)
     next_score = np.zeros((layers, tokens), np.float32)
@@ -210,6 +200,10 @@ def decode_forward(body: bytes, header: TraceHeader) -> TraceForward:
         rank[layer], next_score[layer] = unpack_scores(take(scores_size(tokens, k)), tokens, k)
         packed = take(ids_size(tokens * k, experts))
         ids[layer] = unpack_ids(packed, tokens * k, experts).reshape(tokens, k)
+    if not (np.isfinite(rank).all() and np.isfinite(next_score).all()):
+        raise CheckpointError("its scores are not finite")
+    if ids.size and int(ids.max()) >= experts:
+        raise CheckpointError(f"it names expert {ids.max()} of {experts}")
     used = np.zeros((layers, experts), dtype=bool)
     forward = TraceForward(
         *(number, row, decode_index, block, start, voters, masked, filled),
@@ -240,7 +234,8 @@ def unpack_ids(data: bytes, count: int, experts: int) -> Ids:
     """[count] indices that ``pack_ids`` packed."""
     size = bits_per_id(experts)
     bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little", count=count * size)
-    return (bits.reshape(count, size).astype(np.int16) << np.arange(size)).sum(1, dtype=np.int16)
+    places = bits.reshape(count, size).astype(np.int16) << np.arange(size, dtype=np.int16)
+    return places.sum(1, dtype=np.int16)
 
 
 def mask_size(count: int) -> int:
@@ -281,46 +276,14 @@ def pack_scores(rank: Floats, next_score: Floats) -> bytes:
 def unpack_scores(data: bytes, tokens: int, k: int) -> tuple[Floats, Floats]:
     """rank [N, k] and next_score [N]; ranks lie above next scores unless all margins are 0."""
     low, span, largest = SCALE_HEADER.unpack_from(data)
+    if not (span >= 0 and largest >= 0):  # also true for NaN
+        raise CheckpointError("its scores have no scale")
     codes = np.frombuffer(data, np.uint8, offset=SCALE_HEADER.size)
     step = np.float32(span / NEXT_LEVELS)
-    next_score = np.float32(low) + codes[:tokens].astype(np.float32) * step
     pairs = codes[tokens:]
     margins = np.stack([pairs & 15, pairs >> 4], axis=1).reshape(-1)[: tokens * k]
     shares = ((margins.astype(np.float32) + 1) / MARGIN_LEVELS) ** 2
-    rank = next_score[:, None] + (shares * np.float32(largest)).reshape(tokens, k)
+    with np.errstate(over="ignore", invalid="ignore"):  # of damaged scales
+        next_score = np.float32(low) + codes[:tokens].astype(np.float32) * step
+        rank = next_score[:, None] + (shares * np.float32(largest)).reshape(tokens, k)
     return rank.astype(np.float32), next_score
-
-
-def _read_header(file: BinaryIO, path: Path) -> tuple[TraceHeader, Floats | None]:
-    line = file.readline(MAX_BYTES)
-    try:
-        fields = json.loads(line)
-        recognised = isinstance(fields, dict) and fields.pop("format", None) == FORMAT
-    except ValueError:
-        fields, recognised = {}, False
-    if not recognised or not line.endswith(b"\n"):
-        raise CoterieError(f"{path}: not a trace; `coterie trace -o NEW` makes one")
-    if (version := fields.pop("version", None)) != VERSION:
-        raise CoterieError(f"{path}: a trace of version {version}; this reads version {VERSION}")
-    shape, checksum = fields.pop("bias_shape"), fields.pop("bias_crc32")
-    raw = file.read(4 * int(np.prod(shape))) if shape else b""
-    if zlib.crc32(raw) != checksum:
-        raise CoterieError(f"{path}: the router's bias is cut off or damaged")
-    bias = np.frombuffer(raw, "<f4").reshape(shape) if shape else None
-    return from_json(TraceHeader, {**fields, "layers": tuple(fields["layers"])}), bias
-
-
-def _read_records(file: BinaryIO, path: Path) -> Iterator[bytes | None]:
-    """Contents in order; None at the end where the last record is incomplete."""
-    count = 0
-    while frame := file.read(FRAME_HEADER.size):
-        complete = len(frame) == FRAME_HEADER.size
-        size, checksum = FRAME_HEADER.unpack(frame) if complete else (MAX_BYTES, 0)
-        content = file.read(size) if size < MAX_BYTES else b""
-        if len(content) < size:
-            yield None
-            return
-        if zlib.crc32(content) != checksum:
-            raise CoterieError(f"{path}: record {count} is damaged (checksum)")
-        yield zlib.decompress(content[1:]) if content[0] else content[1:]
-        count += 1

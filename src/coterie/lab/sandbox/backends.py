@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import marshal
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import CodeType
 from typing import Protocol
 
 from coterie.lab.sandbox.result import Limits
@@ -20,8 +22,14 @@ from coterie.lab.sandbox.syscalls import seccomp_filter
 SYSTEM_PATHS = ("/usr", "/lib", "/lib32", "/lib64", "/nix/store")
 CONFIG_PATHS = ("/etc/ld.so.cache", "/etc/alternatives")
 DEVICE_PATHS = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-# Root's capabilities that the supervisor keeps: change the program's user, read its stack pointer.
-CAPABILITIES = {"CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SYS_PTRACE": 19}
+# Loads compiled modules, the last one as the main program.
+LOADER = """
+import marshal, sys
+for name, code in marshal.loads(bytes.fromhex(sys.argv.pop(1))):
+    exec(code, vars(sys.modules.setdefault(name, type(sys)(name))))
+"""
+SETGID, SETUID = 6, 7  # root's capabilities that the supervisor keeps
+TEMPORARY_UIDS = range(61184, 65520)  # ids that systems reserve for transient users
 # A program's whole environment. A fixed hash seed makes results repeatable; the interpreter may
 # need its library path.
 ENVIRONMENT = {"PYTHONHASHSEED": "0"} | {
@@ -31,16 +39,17 @@ ENVIRONMENT = {"PYTHONHASHSEED": "0"} | {
 
 @dataclass(frozen=True)
 class SupervisorCommand:
-    """The command line of a supervisor, and the file descriptors that it inherits.
+    """The command line of a supervisor, and how it is started.
 
-    With ``separate_user`` the supervisor is root and runs the program as another user. With
-    ``own_pid_namespace`` it is process 1 of a namespace: when it ends, the kernel kills every
-    process in it.
+    It runs as user ``uid`` (None: ours). With ``separate_users`` it is root and runs the program
+    and the tests as other users. With ``own_pid_namespace`` it is process 1 of a namespace: when it
+    ends, the kernel kills every process in it.
     """
 
     command: Sequence[str]
     folder: str
-    separate_user: bool = False
+    uid: int | None = None
+    separate_users: bool = False
     own_pid_namespace: bool = True
     inherited_fds: tuple[int, ...] = ()
 
@@ -56,21 +65,16 @@ class SandboxBackend(Protocol):
 
 @dataclass(frozen=True)
 class Bubblewrap:
-    """bubblewrap; without ``separate_user`` it maps one user in a user namespace."""
+    """bubblewrap with a user namespace that maps one user, never the machine's root."""
 
     path: str
-    separate_user: bool
     name: str = "bubblewrap"
 
     @contextmanager
     def supervisor_command(self, limits: Limits) -> Iterator[SupervisorCommand]:
-        options = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
-        options += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--as-pid-1"]
-        options += ["--cap-drop", "ALL"]
-        if self.separate_user:
-            options += [part for name in CAPABILITIES for part in ("--cap-add", name)]
-        else:
-            options += ["--unshare-user", "--uid", "1000", "--gid", "1000"]
+        options = ["--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net"]
+        options += ["--unshare-uts", "--unshare-cgroup-try", "--die-with-parent", "--new-session"]
+        options += ["--as-pid-1", "--cap-drop", "ALL", "--uid", "1000", "--gid", "1000"]
         for path in parent_folders():
             options += ["--perms", "111", "--dir", path]
         for path in visible_paths():
@@ -79,40 +83,43 @@ class Bubblewrap:
             options += ["--symlink", target, path]
         for path in available_devices():
             options += ["--dev-bind", path, path]
-        options += ["--proc", "/proc", "--size", str(limits.disk), "--perms", "1777"]
-        options += ["--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--clearenv"]
+        options += ["--proc", "/proc", *_proc_covers(), "--size", str(limits.disk)]
+        options += ["--perms", "1777", "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"]
+        options += ["--clearenv"]
         for name, value in ENVIRONMENT.items():
             options += ["--setenv", name, value]
-        with _pipe_with(seccomp_filter()) as fds:
-            for fd in fds:
-                options += ["--seccomp", str(fd)]
-            command = [self.path, *options, "--", *_python_command(_script_text("supervisor"))]
-            yield SupervisorCommand(command, "/tmp", self.separate_user, inherited_fds=fds)
+        python = python_command("remote_calls", "supervisor")
+        with _pipe_with(seccomp_filter()) as fd:
+            command = [self.path, *options, "--seccomp", str(fd), "--", *python]
+            yield SupervisorCommand(command, "/tmp", _unprivileged_uid(), inherited_fds=(fd,))
 
 
 @dataclass(frozen=True)
 class Namespaces:
-    """The same isolation by direct system calls, where bubblewrap is missing."""
+    """The same isolation by direct system calls, where bubblewrap is missing.
 
-    separate_user: bool
+    ``separate_users`` needs root and no user namespace.
+    """
+
+    separate_users: bool
     name: str = "namespaces"
 
     @contextmanager
     def supervisor_command(self, limits: Limits) -> Iterator[SupervisorCommand]:
         plan = {
-            "separate_user": self.separate_user,
+            "separate_users": self.separate_users,
             "visible_paths": visible_paths(),
             "parent_folders": parent_folders(),
             "symlinks": symlinks(),
             "devices": available_devices(),
             "disk": limits.disk,
-            "capabilities": list(CAPABILITIES.values()) if self.separate_user else [],
-            "seccomp_filter": seccomp_filter() or b"",
-            "command": _python_command(_script_text("supervisor")),
-            "environment": ENVIRONMENT,
+            "capabilities": [SETGID, SETUID] if self.separate_users else [],
+            "seccomp_filter": seccomp_filter(),
         }
-        command = [*_python_command(_script_text("namespaces")), marshal.dumps(plan).hex()]
-        yield SupervisorCommand(command, "/tmp", self.separate_user)
+        python = python_command("remote_calls", "supervisor", "namespaces")
+        command = [*python, marshal.dumps(plan).hex()]
+        uid = None if self.separate_users else _unprivileged_uid()
+        yield SupervisorCommand(command, "/tmp", uid, self.separate_users)
 
 
 @dataclass(frozen=True)
@@ -125,19 +132,28 @@ class Unsandboxed:
     def supervisor_command(self, limits: Limits) -> Iterator[SupervisorCommand]:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             yield SupervisorCommand(
-                _python_command(_script_text("supervisor")), folder, own_pid_namespace=False
+                python_command("remote_calls", "supervisor"), folder, own_pid_namespace=False
             )
 
 
 def backend_candidates() -> list[SandboxBackend]:
-    """Backends for this system, best first; as root, those with a separate user come first."""
-    backends: list[SandboxBackend] = []
+    """Backends for this system, best first."""
     if not sys.platform.startswith("linux"):
-        return backends
+        return []
+    bwrap = shutil.which("bwrap")
+    bubblewrap: list[SandboxBackend] = [] if bwrap is None else [Bubblewrap(bwrap)]
     separate_users = (True, False) if os.geteuid() == 0 else (False,)
-    if (bwrap := shutil.which("bwrap")) is not None:
-        backends += [Bubblewrap(bwrap, separate_user) for separate_user in separate_users]
-    return backends + [Namespaces(separate_user) for separate_user in separate_users]
+    return bubblewrap + [Namespaces(separate) for separate in separate_users]
+
+
+def temporary_uids(count: int) -> list[int]:
+    """Different users for one run: some limits count per user."""
+    return random.SystemRandom().sample(TEMPORARY_UIDS, count)
+
+
+def _unprivileged_uid() -> int | None:
+    """The user that enters a user namespace: ours, or a temporary one if we are root."""
+    return temporary_uids(1)[0] if os.geteuid() == 0 else None
 
 
 @cache
@@ -175,27 +191,46 @@ def available_devices() -> tuple[str, ...]:
     return tuple(path for path in DEVICE_PATHS if os.path.exists(path))
 
 
-def _python_command(code: str) -> list[str]:
-    """Runs ``code`` in the base interpreter, without site packages or our import path."""
+def python_command(*modules: str) -> list[str]:
+    """Runs the last of these modules of our folder in the base interpreter, without site packages.
+
+    It gets compiled modules, which load fast: a virtual environment has its base's version.
+    """
     interpreter = getattr(sys, "_base_executable", sys.executable)
-    return [os.path.realpath(interpreter), "-P", "-s", "-S", "-B", "-c", code]
+    names = [*(f"{__package__}.{module}" for module in modules[:-1]), "__main__"]
+    code = marshal.dumps(list(zip(names, map(script_code, modules), strict=True)))
+    command = [os.path.realpath(interpreter), "-P", "-s", "-S", "-B"]
+    return [*command, "-c", LOADER, code.hex()]
 
 
 @cache
-def _script_text(name: str) -> str:
+def script_text(name: str) -> str:
     return Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
 
 
+@cache
+def script_code(name: str) -> CodeType:
+    return compile(script_text(name), name, "exec")
+
+
+def _proc_covers() -> Iterator[str]:
+    """Options that hide all of /proc but the processes: bubblewrap cannot mount it without."""
+    for entry in os.scandir("/proc"):
+        if entry.is_symlink() or entry.name.isdecimal():
+            continue
+        if entry.is_dir():
+            yield from ("--perms", "555", "--tmpfs", entry.path, "--remount-ro", entry.path)
+        else:
+            yield from ("--ro-bind", "/dev/null", entry.path)
+
+
 @contextmanager
-def _pipe_with(content: bytes | None) -> Iterator[tuple[int, ...]]:
-    """Yields the read end of a pipe that holds ``content`` (at most a pipe's buffer), if any."""
-    if content is None:
-        yield ()
-        return
+def _pipe_with(content: bytes) -> Iterator[int]:
+    """Yields the read end of a pipe that holds ``content``, at most a pipe's buffer."""
     read_fd, write_fd = os.pipe()
     try:
         os.write(write_fd, content)
         os.close(write_fd)
-        yield (read_fd,)
+        yield read_fd
     finally:
         os.close(read_fd)

@@ -1,7 +1,7 @@
-"""Builds a sandbox from Linux namespaces, then executes the supervisor inside it.
+"""Builds a sandbox from Linux namespaces, then runs the supervisor inside it.
 
-It runs as text (``python -c``) with the standard library only. Python has no functions for mounts,
-so it makes the system calls through libc. Its first argument is the marshalled plan.
+Python has no functions for mounts, so it makes the system calls through libc. Its first argument is
+the marshalled plan.
 """
 
 import ctypes
@@ -10,13 +10,17 @@ import os
 import struct
 import sys
 
+from coterie.lab.sandbox.supervisor import main as supervise
+
 CLONE_NEWUSER = 0x10000000
 CLONE_OTHER_NAMESPACES = 0x00020000 | 0x20000000 | 0x40000000 | 0x08000000 | 0x04000000 | 0x02000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE = 442, -100, 0x8000  # the number is the same everywhere
 MOUNT_ATTR_RDONLY_NOSUID = 1 | 2
-PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 1, 24, 38, 22
+PR_SET_PDEATHSIG, PR_CAPBSET_READ, PR_CAPBSET_DROP = 1, 23, 24
+PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 38, 22
+CAPABILITY_VERSION = 0x20080522
 INNER_UID = 1000  # the user inside, where the caller is not root
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -24,20 +28,20 @@ LIBC = ctypes.CDLL(None, use_errno=True)
 def main() -> None:
     plan = marshal.loads(bytes.fromhex(sys.argv[1]))
     _check(LIBC.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0), "prctl")
-    _unshare(plan["separate_user"])
+    _unshare(plan["separate_users"])
     child = os.fork()
     if child == 0:
         _check(LIBC.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0), "prctl")
         _enter_root(plan)
         _drop_privileges(plan)
-        os.execve(plan["command"][0], plan["command"], plan["environment"])
+        supervise()
     _, status = os.waitpid(child, 0)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
-def _unshare(separate_user: bool) -> None:
+def _unshare(separate_users: bool) -> None:
     """Enters new namespaces; without root, inside a user namespace that maps one user."""
-    if separate_user:
+    if separate_users:
         return _check(LIBC.unshare(CLONE_OTHER_NAMESPACES), "unshare")
     user, group = os.geteuid(), os.getegid()
     _check(LIBC.unshare(CLONE_NEWUSER | CLONE_OTHER_NAMESPACES), "unshare")
@@ -73,7 +77,8 @@ def _enter_root(plan: dict) -> None:
     _make_read_only("/new")
     for path in plan["devices"]:
         _mount(f"/old{path}", f"/new{path}", None, MS_BIND)
-    _mount("proc", "/new/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    # Only processes: no sysctl, no keys, nothing that is writable or describes the machine.
+    _mount("proc", "/new/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "subset=pid")
     _mount("tmpfs", "/new/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={plan['disk']},mode=1777")
     os.chdir("/new")
     _check(LIBC.pivot_root(b".", b"."), "pivot_root")
@@ -107,17 +112,22 @@ def _make_read_only(path: str) -> None:
 
 def _drop_privileges(plan: dict) -> None:
     """Keeps only the plan's capabilities and installs its seccomp filter."""
-    with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
-        last = int(file.read())
-    for capability in range(last + 1):
-        if capability not in plan["capabilities"]:
-            _check(LIBC.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0), "prctl")
+    capability = 0
+    while LIBC.prctl(PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:
+        _check(LIBC.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0), "prctl")
+        capability += 1
+    mask = sum(1 << kept for kept in plan["capabilities"])
+    # Effective, permitted, inheritable: the low words, then the high ones.
+    header, sets = (
+        struct.pack("=Ii", CAPABILITY_VERSION, 0),
+        struct.pack("=6I", mask, mask, *[0] * 4),
+    )
+    _check(LIBC.capset(header, sets), "capset")
     _check(LIBC.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
-    if plan["seccomp_filter"]:
-        instructions = plan["seccomp_filter"]
-        buffer = ctypes.create_string_buffer(instructions, len(instructions))
-        program = struct.pack("@HP", len(instructions) // 8, ctypes.addressof(buffer))
-        _check(LIBC.prctl(PR_SET_SECCOMP, 2, program, 0, 0), "seccomp")
+    instructions = plan["seccomp_filter"]
+    buffer = ctypes.create_string_buffer(instructions, len(instructions))
+    program = struct.pack("@HP", len(instructions) // 8, ctypes.addressof(buffer))
+    _check(LIBC.prctl(PR_SET_SECCOMP, 2, program, 0, 0), "seccomp")
 
 
 def _mount(

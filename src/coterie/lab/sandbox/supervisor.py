@@ -1,92 +1,95 @@
-"""Process 1 of a sandbox: runs one program as its child and reports whether it reached its end.
+"""Process 1 of a sandbox: runs a program and its tests in two child processes.
 
-It runs as text (``python -c``) where the package cannot be imported, and imports only modules that
-load fast.
-
-A program could find and print any secret, so the end is detected without one. The launcher waits
-in a read before the program and again after it, from the same source line. The kernel reports the
-stack pointer of a waiting process (``/proc/PID/syscall``). A report from inside the program has a
-deeper stack, so it is rejected. If the kernel hides the stack pointer, the report is accepted.
+It imports only modules that load fast. It reads the tests after it has forked the program's
+process, so the memory of that process does not hold them. The process of the tests alone decides
+whether they pass.
 """
 
+import _signal  # pyright: ignore[reportMissingImports] -- loads faster than signal
 import marshal
 import os
 import resource
 import select
 import sys
 import time
-from contextlib import suppress
-from types import ModuleType
+from collections.abc import Callable
 
-POLL_SECONDS = 0.05  # interval of the checks of memory and of a child that reported its end
+from coterie.lab.sandbox.remote_calls import Connection, run_tests, serve
+
+POLL_SECONDS = 0.05  # interval of the checks of memory
+EXIT_SECONDS = 0.003  # from the end of a process's pipes to its exit status
 MAX_FILES = 5000  # empty files use kernel memory that no other limit counts
 MAX_KILL_ROUNDS = 1000
 STDERR_TAIL_BYTES = 2000
-STACK_SLACK = 160  # bytes; a read is 40 deeper after threads, 700 deeper inside exec
-PAGE_BYTES = 4096
-WAIT_FD, DONE_FD = 3, 4  # file descriptors of the child
+READ_FD, WRITE_FD = 3, 4  # of a child: its pipes to the other child
 
 
 def main() -> None:
-    request = _read_request()
-    wait_read, wait_write = os.pipe()
-    done_read, done_write = os.pipe()
-    stdout_read, stdout_write = os.pipe()
-    stderr_read, stderr_write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _set_up_child(request, (stdout_write, stderr_write, wait_read, done_write))
-        _run_program(request["program"], ModuleType("__main__"))
-    for fd in (stdout_write, stderr_write, wait_read, done_write):
+    stdin = Connection(0, 1)
+    request = marshal.loads(stdin.receive())
+    _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
+    connection = Connection(READ_FD, WRITE_FD)
+    stdout, stderr, calls, replies = (os.pipe() for _ in range(4))
+    program = _start_child(
+        lambda: serve(request["program"], connection),
+        request,
+        request["uids"][0],
+        (stdout[1], stderr[1], calls[0], replies[1]),
+    )
+    if not request["separate_users"]:
+        _prctl(4, 0)  # PR_SET_DUMPABLE: no process of our user can read our memory or the tests'
+    source, end = marshal.loads(stdin.receive()), os.pipe()
+    tests = _start_child(
+        lambda: run_tests(source, connection),
+        request,
+        request["uids"][1],
+        (stdout[1], stderr[1], replies[0], calls[1], end[1]),
+    )
+    for fd in (stdout[1], stderr[1], *calls, *replies, end[1]):
         os.close(fd)
     if not request["own_pid_namespace"]:
+        _prctl(1, 9)  # PR_SET_PDEATHSIG: we end with the caller
         _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: daemons become our children
-    start_state = _wait_state(child, 1)
-    if start_state == ():
-        raise TimeoutError("the program's process does not become ready")
-    if not request["separate_user"]:
-        # PR_SET_DUMPABLE: a process of the same user cannot read our memory or our descriptors.
-        _prctl(4, 0)
     os.write(1, b"started\n")
-    os.write(wait_write, b".")
     status, reason = ChildMonitor(
-        request, child, start_state, done_fd=done_read, stdout_fd=stdout_read, stderr_fd=stderr_read
+        request, program, tests, end_fd=end[0], stdout_fd=stdout[0], stderr_fd=stderr[0]
     ).wait_for_result()
-    _kill_all(request, child)
+    _kill_all(request, program, tests)
     os.write(1, f"{status}\n{reason}\n".encode("utf-8", "replace"))
     os._exit(0)
 
 
-def _read_request() -> dict:
-    """Reads eight bytes of length, then marshalled values. Stdin remains open."""
-    size = int.from_bytes(_read_exactly(8), "big")
-    return marshal.loads(_read_exactly(size))
+def _start_child(run: Callable[[], None], request: dict, uid: int, fds: tuple[int, ...]) -> int:
+    """Forks a process that calls ``run``; its exit status is 0 if that returns."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        _set_up_child(request, uid, fds)
+        run()
+        status = 0
+    except BaseException as error:
+        os.write(2, b"\n" + repr(error).encode("utf-8", "replace")[:STDERR_TAIL_BYTES])
+    finally:
+        os._exit(status)
 
 
-def _read_exactly(size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        chunk = os.read(0, size - len(data))
-        if not chunk:
-            os._exit(3)
-        data += chunk
-    return bytes(data)
-
-
-def _set_up_child(request: dict, fds: tuple[int, ...]) -> None:
-    """Applies limits and user in the child, and closes all but five descriptors.
-
-    ``fds`` become stdout, stderr, WAIT_FD and DONE_FD.
-    """
+def _set_up_child(request: dict, uid: int, fds: tuple[int, ...]) -> None:
+    """Applies limits and user. ``fds`` become descriptors 1, 2, ...; all others are closed."""
     os.setsid()
+    _signal.signal(_signal.SIGINT, _signal.default_int_handler)
     high_fds = [os.dup2(fd, 100 + index) for index, fd in enumerate(fds)]
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
     for number, fd in enumerate(high_fds, start=1):
         os.dup2(fd, number)
-    os.closerange(DONE_FD + 1, 256)
+    os.closerange(len(fds) + 1, 256)
     os.chdir(request["folder"])
-    with suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-        file.write("1000")  # the program is killed first if the machine runs out of memory
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("1000")  # it is killed first if the machine runs out of memory
+    except OSError:
+        pass
     for name, soft, hard in request["limits"]:
         limit = getattr(resource, name)
         hard_limit = resource.getrlimit(limit)[1]
@@ -96,102 +99,37 @@ def _set_up_child(request: dict, fds: tuple[int, ...]) -> None:
         except ValueError:  # macOS has no limit of the address space
             if request["own_pid_namespace"]:
                 raise
-    if request["uid"]:
+    if uid:
         os.setgroups([])
-        os.setresgid(request["uid"], request["uid"], request["uid"])
-        os.setresuid(request["uid"], request["uid"], request["uid"])
-
-
-def _run_program(
-    program: str,
-    module: ModuleType,
-    *,
-    read=os.read,
-    write=os.write,
-    exit_process=os._exit,
-    execute=exec,
-    compile_program=compile,
-    describe=repr,
-    encode=str.encode,
-) -> None:
-    """Runs the program, then exits. Functions are bound as defaults, out of the program's reach."""
-    sys.modules["__main__"] = module
-    namespace, wait_fd, done_fd = vars(module), WAIT_FD, DONE_FD
-    try:
-        # One statement: both reads have the same stack depth, and no trace can jump between them.
-        _ = (
-            read(wait_fd, 1),
-            execute(compile_program(program, "program", "exec"), namespace),
-            write(done_fd, b"."),
-            read(wait_fd, 2),
-        )
-    except BaseException as error:
-        try:
-            write(2, b"\n" + encode(describe(error), "utf-8", "replace")[:STDERR_TAIL_BYTES])
-        finally:
-            exit_process(1)
-    exit_process(0)
-
-
-def _wait_state(child: int, size: int, timeout: float = 2.0) -> tuple[str, ...] | None:
-    """Call, stack pointer and address of a child that waits in a read of ``size`` bytes.
-
-    Empty if it does not wait there in time; None if the kernel hides its state.
-    """
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            with open(f"/proc/{child}/syscall", encoding="ascii") as file:
-                call = file.read().split()
-        except OSError:
-            return None
-        if len(call) == 9 and call[1:4:2] == [hex(WAIT_FD), hex(size)]:
-            return call[0], call[-2], call[-1]
-        if time.monotonic() > deadline:
-            return ()
-        time.sleep(0.0003)
-
-
-def _is_same_state(state: tuple[str, ...], start_state: tuple[str, ...]) -> bool:
-    """Whether both states are the same call at the same stack depth and address.
-
-    Two paths through one C function differ slightly. A process that replaced itself by exec has
-    other addresses.
-    """
-    call, stack, address = state
-    is_near = abs(int(stack, 16) - int(start_state[1], 16)) <= STACK_SLACK
-    return (
-        call == start_state[0]
-        and is_near
-        and abs(int(address, 16) - int(start_state[2], 16)) <= PAGE_BYTES
-    )
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
 
 
 def _prctl(option: int, value: int) -> None:
-    """Calls prctl(2) on systems that have it."""
-    import ctypes
+    """Calls prctl(2), which Linux has."""
+    if sys.platform == "linux":
+        import ctypes
 
-    with suppress(AttributeError):
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 class ChildMonitor:
-    """Watches the child until it reaches its end, exits or exceeds a limit."""
+    """Watches the children until the tests end or a limit is exceeded."""
 
     def __init__(
         self,
         request: dict,
-        child: int,
-        start_state: tuple[str, ...] | None,
+        program: int,
+        tests: int,
         *,
-        done_fd: int,
+        end_fd: int,
         stdout_fd: int,
         stderr_fd: int,
     ) -> None:
-        self.request, self.child, self.start_state = request, child, start_state
-        self.done_fd, self.stderr_fd = done_fd, stderr_fd
-        self.open_fds = {0, done_fd, stdout_fd, stderr_fd}
-        self.has_reported, self.bytes_written, self.stderr_tail = False, 0, b""
+        self.request, self.program, self.tests = request, program, tests
+        self.end_fd, self.stderr_fd = end_fd, stderr_fd
+        self.open_fds = {end_fd, stdout_fd, stderr_fd}
+        self.bytes_written, self.stderr_tail = 0, b""
 
     def wait_for_result(self) -> tuple[str, str]:
         deadline = time.monotonic() + self.request["wall_seconds"]
@@ -199,87 +137,79 @@ class ChildMonitor:
             ready, _, _ = select.select(list(self.open_fds), [], [], min(remaining, POLL_SECONDS))
             for fd in ready:
                 self._read_fd(fd)
-            if self.has_reported and self._has_ended():
-                return "passed", ""
             if self.bytes_written > self.request["output"]:
                 return "failed", f"wrote more than {self.request['output'] >> 20} MB"
-            pid, status = os.waitpid(self.child, os.WNOHANG)
-            if pid:
-                return self._exit_reason(status)
-            if self.request["own_pid_namespace"] and (excess := _exceeded_limit(self.request)):
+            if self.end_fd in ready:
+                return self._result_of_tests()
+            if self.request["own_pid_namespace"] and (excess := self._exceeded_limit()):
                 return "failed", excess
         return "timeout", f"still running after {self.request['wall_seconds']:g} s"
 
-    def _has_ended(self) -> bool:
-        if self.start_state is None:
-            return True
-        state = _wait_state(self.child, 2, POLL_SECONDS / 10)
-        return bool(state) and _is_same_state(state, self.start_state)
-
     def _read_fd(self, fd: int) -> None:
         chunk = os.read(fd, 65536)
-        if fd == 0:  # the caller has ended
-            _kill_all(self.request, self.child)
-            os._exit(3)
         if not chunk:
             self.open_fds.discard(fd)
-        elif fd == self.done_fd:
-            self.has_reported = True
-        else:
-            self.bytes_written += len(chunk)
+        self.bytes_written += len(chunk)
         if fd == self.stderr_fd:
             self.stderr_tail = (self.stderr_tail + chunk)[-STDERR_TAIL_BYTES:]
 
-    def _exit_reason(self, status: int) -> tuple[str, str]:
-        """Status and reason of a child that has exited: its last error line, or its signal."""
-        if os.WIFSIGNALED(status):
-            if os.WTERMSIG(status) in (9, 24):  # SIGKILL at the hard limit, SIGXCPU at the soft one
+    def _result_of_tests(self) -> tuple[str, str]:
+        """If they fail, the reason is the signal that ended a process, or the last error line."""
+        _, status = os.waitpid(self.tests, 0)
+        if status == 0:
+            return "passed", ""
+        time.sleep(EXIT_SECONDS)
+        for ended in (os.waitpid(self.program, os.WNOHANG)[1], status):
+            if os.WIFSIGNALED(ended) and os.WTERMSIG(ended) in (9, 24):  # hard limit, SIGXCPU
                 seconds = self.request["cpu_seconds"]
                 return "timeout", f"killed, or used up {seconds} s of processor time"
-            return "failed", f"killed by signal {os.WTERMSIG(status)}"
+            if os.WIFSIGNALED(ended):
+                return "failed", f"killed by signal {os.WTERMSIG(ended)}"
         if select.select([self.stderr_fd], [], [], 0)[0]:
             self._read_fd(self.stderr_fd)
         lines = self.stderr_tail.decode("utf-8", "replace").strip().splitlines()
         reason = lines[-1] if lines else "exited before its end"
         return "failed", "".join(c for c in reason if c.isprintable())[:200]
 
+    def _exceeded_limit(self) -> str:
+        """The limit that the program exceeds with all its processes, or an empty text.
 
-def _exceeded_limit(request: dict) -> str:
-    """The limit that all processes of the sandbox exceed together, or an empty text."""
-    pages = processes = 0
-    try:
-        names = [name for name in os.listdir("/proc") if name.isdecimal()]
-    except OSError:
+        Address space counts: resident memory excludes pages that are shared and not mapped now.
+        """
+        pages = 0
+        for name in filter(str.isdecimal, os.listdir("/proc")):
+            if int(name) in (1, self.tests):
+                continue
+            try:
+                with open(f"/proc/{name}/statm", encoding="ascii") as file:
+                    pages += int(file.read().split()[0])
+            except (OSError, IndexError):
+                continue  # it ended meanwhile
+        filesystem = os.statvfs(self.request["folder"])
+        if filesystem.f_files - filesystem.f_ffree > MAX_FILES:
+            return f"created more than {MAX_FILES} files"
+        if pages * resource.getpagesize() > self.request["memory"]:
+            return f"used more than {self.request['memory'] >> 20} MB of memory"
         return ""
-    for name in names:
-        try:
-            with open(f"/proc/{name}/statm", encoding="ascii") as file:
-                pages += int(file.read().split()[1])
-            processes += name != "1"
-        except (OSError, IndexError):
-            continue  # it ended meanwhile
-    filesystem = os.statvfs(request["folder"])
-    if filesystem.f_files - filesystem.f_ffree > MAX_FILES:
-        return f"created more than {MAX_FILES} files"
-    if pages * resource.getpagesize() > request["memory"]:
-        return f"used more than {request['memory'] >> 20} MB of memory"
-    if processes > request["processes"]:
-        return f"started more than {request['processes']} processes"
-    return ""
 
 
-def _kill_all(request: dict, child: int) -> None:
+def _kill_all(request: dict, program: int, tests: int) -> None:
     """Kills all descendants; in an own pid namespace, the kernel does so when process 1 ends."""
     if request["own_pid_namespace"]:
         return
-    with suppress(OSError):
-        os.killpg(child, 9)
-    with suppress(OSError, ValueError):
+    for group in (program, tests):
+        try:
+            os.killpg(group, 9)
+        except OSError:
+            continue  # it has ended
+    try:
         for _ in range(MAX_KILL_ROUNDS):  # orphans become our children one level at a time
             with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
                 for pid in file.read().split():
                     os.kill(int(pid), 9)
             os.waitpid(-1, 0)
+    except (OSError, ValueError):
+        pass
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class PointComparison:
     def change(self) -> Interval:
         """Of accuracy: Tango's interval, and p adjusted for the list of comparisons."""
         change = self.test.change
-        return Interval(change.difference, *change.score_interval, self.test.p)
+        return Interval(change.difference, *change.interval, self.test.p)
 
     @property
     def single_p(self) -> str:

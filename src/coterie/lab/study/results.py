@@ -62,7 +62,12 @@ class VariantResult:
             **to_json(self),
             "accuracy": _share_to_json(self.accuracy_share()),
             "by_task": {task: _share_to_json(self.accuracy_share(task)) for task in self.right},
-            "change": {"value": change.difference, **to_json(change), "p": change.p_value},
+            "change": {
+                "value": change.difference,
+                **{"gained": change.gained, "lost": change.lost, "n": change.n},
+                "interval": list(change.interval),
+                "p": change.p_value,
+            },
             "relative_accuracy": self.accuracy / base if base else None,
         }
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from coterie.checkpoints.fingerprint import fingerprint
-from coterie.checkpoints.journal import atomic_write
 from coterie.engine.engine import Engine
 from coterie.errors import ConfigError, CoterieError
+from coterie.files import atomic_write
 from coterie.keys import Key, to_json
 from coterie.lab.evals.task import Task
 from coterie.lab.records import make_record, write_record

@@ -9,7 +9,7 @@ equations, repeated words, and phrases with their code.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +30,7 @@ from coterie.lab.problems.words import CONTAINERS, ITEMS, NAMES
 from coterie.lab.training.batch import TrainingBatch
 from coterie.lab.training.vocabulary import ASSISTANT, END_OF_TEXT, HUMAN, MASK_TOKEN, ROLE_END
 
+MaskedIds = tuple[list[int], list[bool]]
 IGNORE_INDEX = -100
 DRILL_TASK = len(PROBLEM_MAKERS)  # the task number of a drill
 OPERATORS = {"+", "-", "*", "/", "%", "<", ">", "!=", "=="}
@@ -169,17 +170,18 @@ class BatchMaker:
                 )
 
     def _drill(self, rng: random.Random, drill_index: int) -> TrainingBlock:
-        if rng.random() < self.mixture.copy_share:
+        mixture = self.mixture
+        if rng.random() < mixture.copy_share:
             ids, masked = self._copy_drill(rng)
-        elif self.mixture.worked_steps_share and rng.random() < self.mixture.worked_steps_share:
-            ids, masked = self._worked_steps_drill(rng)
-        elif self.mixture.code_phrase_share and rng.random() < self.mixture.code_phrase_share:
-            ids, masked = self._code_phrase_drill(rng)
+        elif mixture.worked_steps_share and rng.random() < mixture.worked_steps_share:
+            ids, masked = self._cut_block(rng, self._worked_steps, max_skip=mixture.block // 2)
+        elif mixture.code_phrase_share and rng.random() < mixture.code_phrase_share:
+            ids, masked = self._cut_block(rng, self._code_phrase, max_skip=12)
         else:
-            ids, masked = self._equation_drill(rng)
+            ids, masked = self._cut_block(rng, self._equation, max_skip=6)
         return TrainingBlock(ids, -1 - drill_index, rng.randrange(3), DRILL_TASK, masked)
 
-    def _copy_drill(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+    def _copy_drill(self, rng: random.Random) -> MaskedIds:
         """A few repeated words: each masked one also occurs unmasked."""
         width = self.mixture.block
         words = rng.sample(list(self.content_pieces), rng.randint(3, 12))
@@ -187,51 +189,43 @@ class BatchMaker:
         masked = [i >= len(words) and rng.random() < 0.6 for i in range(width)]
         return ids, masked
 
-    def _worked_steps_drill(self, rng: random.Random) -> tuple[list[int], list[bool]]:
+    def _cut_block(
+        self, rng: random.Random, draw: Callable[[random.Random], MaskedIds], *, max_skip: int
+    ) -> MaskedIds:
+        """A block of what ``draw`` returns again and again, from a random start."""
+        width = self.mixture.block
+        ids: list[int] = []
+        masked: list[bool] = []
+        while len(ids) < 2 * width:
+            drawn_ids, drawn_masked = draw(rng)
+            ids += drawn_ids
+            masked += drawn_masked
+        start = rng.randrange(max_skip)
+        return ids[start : start + width], masked[start : start + width]
+
+    def _worked_steps(self, rng: random.Random) -> MaskedIds:
         """Worked steps with random equations, every result masked."""
-        width = self.mixture.block
-        ids: list[int] = []
-        masked: list[bool] = []
-        while len(ids) < 2 * width:
-            task = rng.choice(("words", "algebra"))
-            steps, _, _ = draw_problem(TRAINING_MAKERS[task], rng, "train").answer.rpartition("\n")
-            for text, is_result in replace_equations(f" {steps}", rng):
-                part = self._encode(text)
-                ids += part
-                masked += [is_result] * len(part)
-        skip = rng.randrange(width // 2)
-        span = slice(skip, skip + width)
-        return ids[span], masked[span]
+        task = rng.choice(("words", "algebra"))
+        steps, _, _ = draw_problem(TRAINING_MAKERS[task], rng, "train").answer.rpartition("\n")
+        pairs = [
+            (piece, is_result)
+            for text, is_result in replace_equations(f" {steps}", rng)
+            for piece in self._encode(text)
+        ]
+        return [piece for piece, _ in pairs], [is_result for _, is_result in pairs]
 
-    def _code_phrase_drill(self, rng: random.Random) -> tuple[list[int], list[bool]]:
-        """Phrases of a description, and their code, which is masked."""
-        width = self.mixture.block
-        ids: list[int] = []
-        masked: list[bool] = []
-        while len(ids) < 2 * width:
-            for index, text in enumerate(code_phrase(rng)):
-                part = self._encode(text)
-                ids += part
-                masked += [index == 1 and rng.random() < 0.7 for _ in part]
-        skip = rng.randrange(12)
-        span = slice(skip, skip + width)
-        return ids[span], masked[span]
+    def _code_phrase(self, rng: random.Random) -> MaskedIds:
+        """A phrase of a description, and its code, which is masked."""
+        phrase, code, after = map(self._encode, code_phrase(rng))
+        masked = [False] * len(phrase) + [rng.random() < 0.7 for _ in code] + [False] * len(after)
+        return [*phrase, *code, *after], masked
 
-    def _equation_drill(self, rng: random.Random) -> tuple[list[int], list[bool]]:
-        """Equations, most of them with the result masked."""
-        width = self.mixture.block
-        ids: list[int] = []
-        masked: list[bool] = []
-        while len(ids) < 2 * width:
-            line = self._encode(f" {draw_equation(rng)}.")
-            ids += line
-            if rng.random() < self.mixture.result_masked_share:
-                masked += [False] * (len(line) - 2) + [True, False]
-            else:
-                masked += [rng.random() < 0.5 for _ in line]
-        skip = rng.randrange(6)
-        span = slice(skip, skip + width)
-        return ids[span], masked[span]
+    def _equation(self, rng: random.Random) -> MaskedIds:
+        """An equation, mostly with the result masked."""
+        line = self._encode(f" {draw_equation(rng)}.")
+        if rng.random() < self.mixture.result_masked_share:
+            return line, [False] * (len(line) - 2) + [True, False]
+        return line, [rng.random() < 0.5 for _ in line]
 
     def _draw_mask(
         self, rng: random.Random, answer: list[bool], copy: int, copies: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from coterie.lab.problems import PROBLEM_MAKERS
 from coterie.lab.records import Measurement, make_record, write_record
 from coterie.lab.training import export, vocabulary
 from coterie.lab.training.data import Curriculum, DataMixture
-from coterie.lab.training.loop import LogCallback, TrainingConfig, train
+from coterie.lab.training.loop import LOG_FILE, TrainingConfig, train
 from coterie.lab.training.network import NetworkShape
 
 DEFAULT_STEPS = 10_000
@@ -36,10 +37,13 @@ THIRD_STAGE = replace(
     worked_steps_share=0.7,
     code_phrase_share=0.4,
 )
+RUN = "run"  # folder of the state and the log
 RECORD_EVERY = 500  # steps between the log lines in a record
 
 
-def make_config(*, steps: int = DEFAULT_STEPS, seed: int = 0, workers: int = 2) -> TrainingConfig:
+def make_config(
+    *, steps: int = DEFAULT_STEPS, seed: int = 0, workers: int = 2, save_every: int = 100
+) -> TrainingConfig:
     """The training run of the model in the package, or a shorter one of the same form.
 
     Raises ConfigError if ``workers`` do not divide the rows of a batch evenly.
@@ -51,6 +55,7 @@ def make_config(*, steps: int = DEFAULT_STEPS, seed: int = 0, workers: int = 2) 
         steps=steps,
         seed=seed,
         workers=workers,
+        save_every=save_every,
         shape=replace(NetworkShape(), vocab_size=vocabulary_size),
         decay_fraction=0.5,
         task_names=(*PROBLEM_MAKERS, "drill"),
@@ -62,15 +67,16 @@ def curriculum_stages(steps: int) -> dict[int, DataMixture]:
     return {0: FIRST_STAGE, steps // 2: SECOND_STAGE, steps * 3 // 4: THIRD_STAGE}
 
 
-def train_embedded(out: Path, config: TrainingConfig, *, on_log: LogCallback | None = None) -> Path:
+def train_embedded(out: Path, config: TrainingConfig, **callbacks: Callable[..., None]) -> Path:
     """Train in ``out/run``, or resume there, and write a checkpoint to ``out/model``.
 
     The default number of steps takes about an hour on two cores. Batches depend on ``config.seed``
     and the step only. Returns the checkpoint folder. A record of the run is written to ``out``.
+    ``callbacks`` are those of ``train``.
     """
     tokenizer = vocabulary.build_tokenizer()
     curriculum = Curriculum(tokenizer, curriculum_stages(config.steps), config.seed)
-    network = train(curriculum, config, out / "run", on_log=on_log)
+    network = train(curriculum, config, out / RUN, **callbacks)
     folder = out / "model"
     special = [
         tokenizer.token_to_id(name) for name in (vocabulary.END_OF_TEXT, vocabulary.MASK_TOKEN)
@@ -83,8 +89,9 @@ def train_embedded(out: Path, config: TrainingConfig, *, on_log: LogCallback | N
 
 def write_training_record(out: Path, config: TrainingConfig) -> Path:
     """Write a record of the speed, the losses and the expert balance in the log."""
-    with (out / "run" / "log.jsonl").open(encoding="utf-8") as log:
-        lines = [line for line in map(json.loads, log) if "loss" in line]
+    with (out / RUN / LOG_FILE).open(encoding="utf-8") as log:
+        entries = [entry for entry in map(json.loads, log) if "loss" in entry]
+    lines = list({entry["step"]: entry for entry in entries}.values())  # a step may come again
     speed = Measurement("speed", "positions/s", tuple(float(line["speed"]) for line in lines))
     log_lines = [line for line in lines if line["step"] % RECORD_EVERY == 0 or line is lines[-1]]
     facts = {

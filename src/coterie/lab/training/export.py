@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from coterie.errors import CheckpointError
+from coterie.files import atomic_write, atomic_write_json
 from coterie.lab.training.network import NetworkShape, TrainingNetwork
 
 
@@ -23,9 +23,8 @@ def save_network(
         )
         for name, weight in network.checkpoint_tensors().items()
     }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(hf_config(network.shape, pad=pad, mask=mask), indent=1)
-    (folder / "config.json").write_text(text + "\n")
+    atomic_write(folder / "model.safetensors", save(tensors, {"format": "pt"}))
+    atomic_write_json(folder / "config.json", hf_config(network.shape, pad=pad, mask=mask))
 
 
 def load_network(network: TrainingNetwork, folder: Path) -> None:

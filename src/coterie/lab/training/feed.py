@@ -63,6 +63,8 @@ def start_process(target: Callable[..., None], *args: object) -> BaseProcess:
 
 def _run_in_child(target: Callable[..., None], *args: object) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     target(*args)
 

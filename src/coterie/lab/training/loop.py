@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from threading import BrokenBarrierError
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from coterie.errors import ConfigError
+from coterie.errors import CheckpointError, ConfigError
+from coterie.files import atomic_write
 from coterie.keys import Key, to_json
+from coterie.lab.journal import LockedFile
 from coterie.lab.training.batch import TrainingBatch
 from coterie.lab.training.feed import FORK_CONTEXT, BatchFunction, BatchLoader, start_process
 from coterie.lab.training.network import NetworkShape, TrainingNetwork, additive_mask
@@ -36,11 +38,14 @@ from coterie.lab.training.optim import (
     build_buffer,
     muon_step,
 )
+from coterie.lab.training.signals import StopSignals
 
 WORKER_TIMEOUT = 600.0  # seconds that the leader waits for the other workers
 
-STATE_FILE = "state.safetensors"
+STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
+FREE_SETTINGS = ("steps", "save_every", "log_every")  # which a resumed run may change
 LogCallback = Callable[[dict[str, object]], None]  # gets each line of the log
+StepCallback = Callable[[int], None]  # gets the number of finished steps
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class TrainingConfig:
     initial_bias_update_rate: Annotated[float, Key("balance_early")] = 3e-3
     bias_update_decay_steps: Annotated[int, Key("balance_steps")] = 2000
     log_every: Annotated[int, Key("log_every")] = 20
-    save_every: Annotated[int, Key("save_every")] = 500
+    save_every: Annotated[int, Key("save_every")] = 100
     task_names: Annotated[tuple[str, ...], Key("tasks")] = ()  # names of the task ids in batches
 
     def lr_factor(self, step: int) -> float:
@@ -91,7 +96,7 @@ class TrainingState:
         precision = torch.bfloat16 if config.precision == "bf16" else torch.float32
         self.network = TrainingNetwork(config.shape, seed=config.seed, precision=precision)
         self.step = 0
-        self.run_config = json.dumps(to_json(config) | {"steps": 0}, sort_keys=True)
+        self.run_config = json.dumps(to_json(config), sort_keys=True)
         workers, network = config.workers, self.network
         self.groups = _parameter_groups(network, config.optimizer)
         self.buffers = [
@@ -117,22 +122,41 @@ class TrainingState:
 
     def save(self, path: Path) -> None:
         """Write the state to one file atomically."""
-        partial = path.with_suffix(".partial")
         tensors_by_name = {f"{i:03}": tensor.clone() for i, tensor in enumerate(self.tensors())}
-        save_file(
-            tensors_by_name, partial, metadata={"step": str(self.step), "run": self.run_config}
-        )
-        os.replace(partial, path)
+        metadata = {"step": str(self.step), "run": self.run_config}
+        atomic_write(path, save(tensors_by_name, metadata))
 
     def load(self, path: Path) -> None:
         """Read a saved state. Raises ConfigError if it is of a run with other settings."""
+        metadata = read_state_metadata(path)
+        stored, ours = json.loads(metadata["run"]), json.loads(self.run_config)
+        names = [name for name in ours if name not in FREE_SETTINGS]
+        if changed := [name for name in names if stored.get(name) != ours[name]]:
+            raise ConfigError(
+                f"{path}: a run with other settings ({', '.join(changed)}); choose another folder"
+            )
+        self.step = int(metadata["step"])
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            if metadata["run"] != self.run_config:
-                raise ConfigError(f"{path}: a run with other settings; choose another folder")
-            self.step = int(metadata["step"])
             for i, tensor in enumerate(self.tensors()):
                 tensor.copy_(file.get_tensor(f"{i:03}"))
+
+
+def read_state_metadata(path: Path) -> dict[str, str]:
+    """The step and the settings of a saved state; raises CheckpointError for another file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    if not {"step", "run"} <= set(metadata):
+        raise CheckpointError(f"{path}: not the state of a training run")
+    return metadata
+
+
+def saved_step(folder: Path) -> int:
+    """The step that a run in this folder goes on from."""
+    path = folder / STATE_FILE
+    return int(read_state_metadata(path)["step"]) if path.exists() else 0
 
 
 def train(
@@ -140,18 +164,32 @@ def train(
     config: TrainingConfig,
     out: Path,
     *,
-    on_log: LogCallback | None = None,
+    on_log: LogCallback = lambda entry: None,
+    on_step: StepCallback = lambda step: None,
 ) -> TrainingNetwork:
     """Train to the last step, resuming the run in ``out``, and log to ``out/log.jsonl``.
 
     ``make_batch`` runs in its own process, and its result may depend on the step only. A run may be
-    resumed with another number of steps, which changes its schedule.
+    resumed with another number of steps, which changes its schedule. Ctrl-C and SIGTERM end a run
+    after its current step; the state is saved then too.
     """
     out.mkdir(parents=True, exist_ok=True)
+    with LockedFile(out / LOG_FILE) as log, StopSignals() as signals:
+        state = TrainingState(config)
+        if (out / STATE_FILE).exists():
+            state.load(out / STATE_FILE)
+        on_step(state.step)
+        leader = _Leader(config, state, out, log, signals, on_log, on_step)
+        _run_workers(make_batch, leader)
+        state.save(out / STATE_FILE)
+        signals.raise_received()
+    return state.network
+
+
+def _run_workers(make_batch: BatchFunction, leader: _Leader) -> None:
+    """Run the leader in this process, and all other workers in their own."""
+    config, state = leader.config, leader.state
     torch.set_num_threads(1)  # before forking: an OpenMP pool does not survive a fork
-    state = TrainingState(config)
-    if (out / STATE_FILE).exists():
-        state.load(out / STATE_FILE)
     loader = BatchLoader(make_batch, state.step, config.steps, num_workers=config.workers)
     barrier = FORK_CONTEXT.Barrier(config.workers)
     # Only the leader saves and logs, so the others wait for it without a timeout.
@@ -164,15 +202,13 @@ def train(
     ]
     followers = [start_process(_run_follower, worker, barrier.abort) for worker in workers[1:]]
     try:
-        _run_leader(workers[0], out, on_log)
+        leader.run(workers[0])
     finally:
         barrier.abort()
         loader.close()
         for process in followers:
             process.terminate()
             process.join()
-    state.save(out / STATE_FILE)
-    return state.network
 
 
 class _TrainingWorker:
@@ -246,29 +282,42 @@ class _TrainingWorker:
                 adamw_step(buffer, part, options, lr=lr, step=step, clip=clip)
 
 
-def _run_leader(worker: _TrainingWorker, out: Path, on_log: LogCallback | None) -> None:
-    config, state = worker.config, worker.state
-    worker.attach_gradients()
-    start, first_step, last_log = time.monotonic(), state.step, time.monotonic()
-    with (out / "log.jsonl").open("a", buffering=1) as log:
-        log.write(json.dumps({"config": to_json(config), "step": state.step}) + "\n")
-        while state.step < config.steps:
+@dataclass(frozen=True)
+class _Leader:
+    """The first worker's further duties: to log, to save and to stop."""
+
+    config: TrainingConfig
+    state: TrainingState
+    out: Path
+    log: LockedFile
+    signals: StopSignals
+    on_log: LogCallback
+    on_step: StepCallback
+
+    def run(self, worker: _TrainingWorker) -> None:
+        """Train until the last step or a signal."""
+        config, state = self.config, self.state
+        worker.attach_gradients()
+        start = last_log = time.monotonic()
+        first_step = state.step
+        self._write({"config": to_json(config), "step": state.step})
+        while state.step < config.steps and self.signals.received is None:
             worker.step()
-            step = state.step
-            if step % config.log_every == 0 or step == config.steps:
+            self.on_step(state.step)
+            if state.step % config.log_every == 0 or state.step == config.steps:
                 now = time.monotonic()
-                positions = int(state.expert_loads.sum()) // (
-                    config.shape.k * max(1, state.expert_loads.shape[1])
-                )
-                speed = positions * min(config.log_every, step - first_step) / (now - last_log)
-                entry = {"step": step, "elapsed": round(now - start, 1), "speed": round(speed)}
-                entry |= _log_entry(state, config)
-                log.write(json.dumps(entry) + "\n")
-                if on_log is not None:
-                    on_log(entry)
+                steps = min(config.log_every, state.step - first_step)
+                speed = _positions(state) * steps / (now - last_log)
+                entry = {"step": state.step, "elapsed": round(now - start, 1)}
+                entry |= {"speed": round(speed), **_log_entry(state, config)}
+                self._write(entry)
+                self.on_log(entry)
                 last_log = now
-            if step % config.save_every == 0:
-                state.save(out / STATE_FILE)
+            if state.step % config.save_every == 0:
+                state.save(self.out / STATE_FILE)
+
+    def _write(self, entry: dict[str, object]) -> None:
+        self.log.append(json.dumps(entry).encode() + b"\n")
 
 
 def _run_follower(worker: _TrainingWorker, abort: Callable[[], None]) -> None:
@@ -276,9 +325,17 @@ def _run_follower(worker: _TrainingWorker, abort: Callable[[], None]) -> None:
         worker.attach_gradients()
         while worker.state.step < worker.config.steps:
             worker.step()
+    except BrokenBarrierError:  # the leader stopped
+        return
     except BaseException:
         abort()
         raise
+
+
+def _positions(state: TrainingState) -> int:
+    """Token positions of the last step."""
+    loads = state.expert_loads
+    return int(loads.sum()) // (state.network.shape.k * max(1, loads.shape[1]))
 
 
 def _parameter_groups(

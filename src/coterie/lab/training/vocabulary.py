@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -12,6 +11,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import Unigram
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
+from coterie.files import atomic_write, atomic_write_json
 from coterie.lab.problems import MAX_NUMBER, TRAINING_MAKERS, draw_equation
 
 END_OF_TEXT = "<|endoftext|>"
@@ -55,7 +55,7 @@ def build_tokenizer(num_problems: int = 20_000, seed: int = 0) -> Tokenizer:
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json, and tokenizer_config.json with the chat template."""
-    tokenizer.save(str(folder / "tokenizer.json"))
+    atomic_write(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,
@@ -63,7 +63,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "mask_token": MASK_TOKEN,
         "chat_template": CHAT_TEMPLATE,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    atomic_write_json(folder / "tokenizer_config.json", config)
 
 
 def _collect_pieces(splitter: Sequence, num_problems: int, seed: int) -> list[str]:

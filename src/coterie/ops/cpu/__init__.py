@@ -15,7 +15,6 @@ from coterie.ops.cpu.elementwise import (
 )
 from coterie.ops.cpu.experts import (
     allocate,
-    expert_bytes,
     pack,
     packed_format,
     read_experts,
@@ -31,7 +30,6 @@ __all__ = [
     "available_isas",
     "can_pack_matrix",
     "crc32",
-    "expert_bytes",
     "fused_attention",
     "fused_attention_layer",
     "is_available",

@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define COTERIE_ABI 5
+#define COTERIE_ABI 6
 #define COTERIE_LAYOUT 1  // version of the packed layout; described in `ops/packed_layout.py`
 #define COTERIE_API extern "C" __attribute__((visibility("default")))
 
@@ -71,6 +71,7 @@ struct AttentionArgs {
   size_t row_stride, head_stride;
   float epsilon, scale;
   int32_t rows, width, heads, kv_heads, dim, rotary_half, kv_length;
+  int32_t cache_size, capacity;  // rows of the cache; positions of each
 };
 
 enum Vote : int32_t { TOPK_PROB = 0, WEIGHT = 1, COUNT = 2, FULL = 3, MARGIN = 4, MAX = 5 };
@@ -156,7 +157,8 @@ enum Status : int32_t {
   NO_SUCH_EXPERT = 3,
   UNSUPPORTED_ROUTER = 4,
   NOT_FINITE = 5,
-  TOO_MANY_OPS = 6
+  TOO_MANY_OPS = 6,
+  NO_SUCH_POSITION = 7
 };
 
 COTERIE_API int32_t coterie_abi_version();

@@ -284,6 +284,15 @@ struct QueryGroup {
   }
 };
 
+// Whether every token has a place in the cache, and a key that it sees.
+static bool is_inside_cache(const AttentionArgs& a) {
+  bool inside = true;
+  for (int i = 0; i < a.rows; i++) inside &= a.cache_rows[i] >= 0 && a.cache_rows[i] < a.cache_size;
+  for (int i = 0; i < a.rows * a.width; i++)
+    inside &= a.positions[i] >= 0 && a.positions[i] < a.capacity && a.limits[i] > 0;
+  return inside;
+}
+
 static size_t scratch_bytes(const AttentionArgs& a) { return SoftmaxState(a, nullptr).bytes; }
 
 // This thread's share of the keys and values; then, once all threads have stored theirs, of the

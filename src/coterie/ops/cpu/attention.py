@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coterie.checks import address, describe
 from coterie.ops.cpu.library import AttentionArgs, is_available
 from coterie.ops.cpu.linear import empty_product, matmul_args
 from coterie.ops.cpu.op_chain import run_ops
@@ -66,23 +67,28 @@ class AttentionCall:
     ) -> AttentionCall:
         """Prepares the call. qkv [B, W, heads + 2 kv_heads, D] may be written later."""
         rows, width, all_heads, dim = qkv.shape
-        kv_heads = kv.keys.shape[1]
-        heads = all_heads - 2 * kv_heads
-        if kv.keys.stride() != kv.values.stride() or kv.keys.stride()[2:] != (dim, 1):
-            raise ValueError("keys and values do not have the strides of a KV cache")
-        limits = queries.key_limits.to(torch.int32).contiguous()
+        cache_size, kv_heads, capacity, _ = check_cache(kv, dim)
+        heads, rotary_half = all_heads - 2 * kv_heads, queries.cos.shape[-1]
+        if heads < 1 or heads % kv_heads or 2 * rotary_half > dim:
+            raise ValueError(
+                f"{all_heads} heads of {dim} with {kv_heads} KV heads and {rotary_half} rotations"
+            )
+        if not 1 <= queries.kv_length <= capacity:
+            raise ValueError(f"{queries.kv_length} keys in a KV cache of {capacity} positions")
+        limits = queries.key_limits.clamp(0, queries.kv_length).to(torch.int32).contiguous()
         positions, cos = queries.positions.contiguous(), queries.cos.contiguous()
-        sin = queries.sin.contiguous()
-        out = torch.empty(rows, width, heads, dim, dtype=torch.bfloat16)
+        sin, bf16 = queries.sin.contiguous(), torch.bfloat16
+        rotations = (rows, width, 1, rotary_half)
+        out = torch.empty(rows, width, heads, dim, dtype=bf16)
         args = AttentionArgs(
-            qkv=qkv.data_ptr(),
-            query_norm=norms[0].data_ptr(),
-            key_norm=norms[1].data_ptr(),
-            cos=cos.data_ptr(),
-            sin=sin.data_ptr(),
-            positions=positions.data_ptr(),
-            cache_rows=kv.cache_rows.data_ptr(),
-            limits=limits.data_ptr(),
+            qkv=address(qkv, bf16, qkv.shape, "qkv"),
+            query_norm=address(norms[0], bf16, (dim,), "query norm"),
+            key_norm=address(norms[1], bf16, (dim,), "key norm"),
+            cos=address(cos, torch.float32, rotations, "cos"),
+            sin=address(sin, torch.float32, rotations, "sin"),
+            positions=address(positions, torch.int64, (rows, width), "positions"),
+            cache_rows=address(kv.cache_rows, torch.int64, (rows,), "cache rows"),
+            limits=address(limits, torch.int32, (rows, width), "key limits"),
             keys=kv.keys.data_ptr(),
             values=kv.values.data_ptr(),
             out=out.data_ptr(),
@@ -95,8 +101,21 @@ class AttentionCall:
             heads=heads,
             kv_heads=kv_heads,
             dim=dim,
-            rotary_half=cos.shape[-1],
+            rotary_half=rotary_half,
             kv_length=queries.kv_length,
+            cache_size=cache_size,
+            capacity=capacity,
         )
         references = (qkv, limits, positions, cos, sin, kv.cache_rows)
         return AttentionCall(args, out, references)
+
+
+def check_cache(kv: LayerKV, dim: int) -> torch.Size:
+    """The shape of the keys; raises for keys and values that are no KV cache of such heads."""
+    for tensor in (kv.keys, kv.values):
+        is_bf16 = tensor.is_cpu and tensor.dtype is torch.bfloat16 and tensor.dim() == 4
+        if not is_bf16 or tensor.stride()[2:] != (dim, 1) or tensor.shape[-1] != dim:
+            raise ValueError(f"a KV cache of heads of {dim} in bf16: {describe(tensor)}")
+    if kv.keys.shape != kv.values.shape or kv.keys.stride() != kv.values.stride():
+        raise ValueError("keys and values do not have the same shape and strides")
+    return kv.keys.shape

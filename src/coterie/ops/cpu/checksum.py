@@ -14,6 +14,8 @@ STATUS_OK = 0
 
 def crc32(content: Tensor, initial: int = 0) -> int:
     """``zlib.crc32`` of a contiguous tensor on the host; thread-safe."""
+    if not content.is_contiguous() or not content.is_cpu:
+        raise ValueError("a checksum is that of a contiguous tensor on the host")
     kernels = load_library()
     if kernels is not None and kernels.is_widest_isa():
         checksum = ctypes.c_uint32(initial)

@@ -4,7 +4,7 @@
 
 namespace COTERIE_ISA {
 
-// 1 / sqrt(mean(x^2) + epsilon) of a bf16 row.
+// 1 / sqrt(mean(x^2) + epsilon) of a bf16 row; NaN, rather than 0, if the mean overflows.
 static inline float inverse_rms(const uint16_t* x, int width, float epsilon) {
   F squares = {};
   for (int i = 0; i < width; i += LANES) {
@@ -13,7 +13,7 @@ static inline float inverse_rms(const uint16_t* x, int width, float epsilon) {
   }
   float square = 0;
   for (int lane = 0; lane < LANES; lane++) square += squares[lane];
-  return 1 / sqrtf(square / width + epsilon);
+  return 1 / sqrtf(square / width + epsilon) + (square - square);
 }
 
 // Up to sixteen normalised elements: rounded to bf16, then multiplied by the weight.

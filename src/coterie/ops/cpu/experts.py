@@ -10,6 +10,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from coterie.checks import address, describe
 from coterie.ops.cpu.library import (
     ERROR_MESSAGES,
     FORMAT_IDS,
@@ -19,13 +20,13 @@ from coterie.ops.cpu.library import (
     require_library,
 )
 from coterie.ops.packed_layout import (
-    EXPERT_ALIGNMENT,
-    PackedFormat,
+    expert_bytes,
     packed_format_of,
     slab_of_packed,
 )
+from coterie.ops.threads import busy_threads
 from coterie.quantization import QTensor
-from coterie.values import PackedExperts, Routing, Slab
+from coterie.values import PackedExperts, PackedFormat, Routing, Slab
 
 
 def packed_format(slab: Slab) -> PackedFormat | None:
@@ -60,45 +61,37 @@ def pack(slab: Slab, *, release_source: bool = False) -> Slab:
     return slab_of_packed(packed, format_, slab.slot_of, hidden=hidden, width=width)
 
 
-def expert_bytes(format_: PackedFormat, *, hidden: int, width: int) -> int:
-    """Bytes of one packed expert, aligned."""
-    size = require_library().handle.coterie_expert_bytes(FORMAT_IDS[format_], hidden, width)
-    return -(-size // EXPERT_ALIGNMENT) * EXPERT_ALIGNMENT
-
-
 def run_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
     """See ``ops.run_experts``. The result is bit-identical for any number of threads."""
     packed, (tokens, hidden) = slab.gate_up, x.shape
     assert isinstance(packed, PackedExperts)
     slots, gate_up_rows, expert_hidden = packed.shape
+    width = gate_up_rows // 2
     if hidden != expert_hidden:
         raise ValueError(f"tokens have {hidden} features, the experts {expert_hidden}")
+    size = expert_bytes(packed.format, hidden=hidden, width=width)
+    if 2 * width != gate_up_rows or packed.packed.shape[1] < size:
+        raise ValueError(f"packed experts {packed.shape}: {describe(packed.packed)} is too small")
     x = x.detach() if x.dtype in (torch.float32, torch.bfloat16) else x.detach().float()
     x, ids = x.contiguous(), routing.topk_ids.contiguous()
-    weights = routing.topk_weights.contiguous()
-    if ids.shape != weights.shape or len(ids) != tokens:
-        raise ValueError(
-            f"{tokens} tokens, ids {tuple(ids.shape)} and weights {tuple(weights.shape)}"
-        )
-    if ids.dtype != torch.int64 or weights.dtype != torch.float32:
-        raise ValueError(f"ids are {ids.dtype} and weights {weights.dtype}; use int64 and float32")
+    weights, k = routing.topk_weights.contiguous(), ids.shape[-1]
     out = torch.empty(tokens, hidden)
     kernels = require_library()
     args = ExpertsArgs(
-        x=x.data_ptr(),
-        ids=ids.data_ptr(),
-        slot_of=slab.slot_of.data_ptr(),
-        weights=weights.data_ptr(),
+        x=address(x, x.dtype, (tokens, hidden), "tokens"),
+        ids=address(ids, torch.int64, (tokens, k), "expert ids"),
+        slot_of=address(slab.slot_of, torch.int64, slab.slot_of.shape, "slots"),
+        weights=address(weights, torch.float32, (tokens, k), "expert weights"),
         out=out.data_ptr(),
         panels=packed.packed.data_ptr(),
         stride=packed.packed.stride(0),
         tokens=tokens,
-        k=ids.shape[1],
+        k=k,
         experts=len(slab.slot_of),
         slots=slots,
         hidden=hidden,
-        width=gate_up_rows // 2,
-        threads=torch.get_num_threads(),
+        width=width,
+        threads=busy_threads(3 * tokens * k * hidden * width),
         format=FORMAT_IDS[packed.format],
         x_is_bf16=x.dtype == torch.bfloat16,
     )
@@ -112,9 +105,11 @@ def read_experts(slab: Slab, used: Tensor) -> int:
     packed = slab.gate_up
     assert isinstance(packed, PackedExperts)
     slots = slab.slot_of[used]
+    if len(slots) and not 0 <= int(slots.min()) <= int(slots.max()) < len(packed):
+        raise ValueError(f"an expert is absent, or not in one of {len(packed)} slots")
     args = ReadArgs(
         panels=packed.packed.data_ptr(),
-        slots=slots.data_ptr(),
+        slots=address(slots, torch.int64, (len(slots),), "slots"),
         stride=packed.packed.stride(0),
         bytes=packed.packed.shape[1],
         count=len(slots),
@@ -155,7 +150,8 @@ def _pack_into(
     if weights[0].shape != (experts, 2 * width, hidden):
         raise ValueError(f"gate_up {tuple(weights[0].shape)} and down {tuple(weights[1].shape)}")
     tensors = [tensor.contiguous() for tensor in (*weights, *scales)]
-    pointers = [tensor.data_ptr() for tensor in tensors] + [None] * (4 - len(tensors))
+    pointers = [address(tensor, tensor.dtype, tensor.shape, "weights") for tensor in tensors]
+    pointers += [None] * (4 - len(tensors))
     args = PackArgs(
         *pointers,
         packed.data_ptr(),

@@ -25,140 +25,155 @@ from coterie.errors import ConfigError
 from coterie.ops.cpu.build import LIBRARY_PATH
 from coterie.ops.packed_layout import LAYOUT_VERSION
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 FORMAT_IDS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
-VOTE_KINDS = ("topk-prob", "weight", "count", "full", "margin", "max")  # in the order of their ids
 ISA_VARIABLE = "COTERIE_ISA"
 ERROR_MESSAGES = {
     1: "the CPU does not support this instruction set",
     2: "out of memory",
     3: "the routing names an expert or a slot that does not exist",
     6: "too many operations for one call",
+    7: "a position or a row lies outside the KV cache, or a query sees no key",
 }
 """By status code."""
+
+
+def _fields(**names: str) -> tuple[tuple[str, type], ...]:
+    """Fields by type, in the order of ``api.hpp``: the names of each type, split at spaces."""
+    return tuple((name, TYPES[kind]) for kind, group in names.items() for name in group.split())
+
+
+TYPES: Mapping[str, type] = {
+    "pointers": c_void_p,
+    "sizes": c_size_t,
+    "doubles": c_double,
+    "floats": c_float,
+    "ints": c_int32,
+}
 
 
 class ExpertsArgs(Structure):
     """See ``api.hpp``."""
 
-    _fields_ = (
-        *((name, c_void_p) for name in ("x", "ids", "slot_of", "weights", "out", "panels")),
-        ("stride", c_size_t),
-        *((name, c_int32) for name in ("tokens", "k", "experts", "slots", "hidden", "width")),
-        *((name, c_int32) for name in ("threads", "format", "x_is_bf16")),
+    _fields_ = _fields(
+        pointers="x ids slot_of weights out panels",
+        sizes="stride",
+        ints="tokens k experts slots hidden width threads format x_is_bf16",
     )
 
 
 class ReadArgs(Structure):
     """See ``api.hpp``."""
 
-    _fields_ = (
-        *((name, c_void_p) for name in ("panels", "slots")),
-        *((name, c_size_t) for name in ("stride", "bytes")),
-        *((name, c_int32) for name in ("count", "threads")),
-    )
+    _fields_ = _fields(pointers="panels slots", sizes="stride bytes", ints="count threads")
 
 
 class PackArgs(Structure):
     """See ``api.hpp``."""
 
-    _fields_ = (
-        *((name, c_void_p) for name in ("gate_up", "down")),
-        *((name, c_void_p) for name in ("gate_up_scales", "down_scales", "panels")),
-        ("stride", c_size_t),
-        *((name, c_int32) for name in ("experts", "hidden", "width", "threads", "format")),
+    _fields_ = _fields(
+        pointers="gate_up down gate_up_scales down_scales panels",
+        sizes="stride",
+        ints="experts hidden width threads format",
     )
 
 
 class PackMatrixArgs(Structure):
     """See ``api.hpp``."""
 
-    _fields_ = (
-        *((name, c_void_p) for name in ("rows", "panels")),
-        *((name, c_int32) for name in ("count", "k", "threads", "format")),
-    )
+    _fields_ = _fields(pointers="rows panels", ints="count k threads format")
 
 
 class MatmulArgs(Structure):
     """See ``api.hpp``."""
 
-    _fields_ = (
-        *((name, c_void_p) for name in ("x", "panels", "residual", "out")),
-        *((name, c_int32) for name in ("tokens", "k", "rows", "format")),
-        *((name, c_int32) for name in ("x_is_bf16", "out_is_bf16")),
+    _fields_ = _fields(
+        pointers="x panels residual out", ints="tokens k rows format x_is_bf16 out_is_bf16"
     )
+
+    def multiplications(self) -> int:
+        return self.tokens * self.k * self.rows
 
 
 class RouteArgs(Structure):
     """See ``api.hpp``."""
 
-    _fields_ = (
-        *((name, c_void_p) for name in ("logits", "p", "bias", "vote_weight", "resident")),
-        *((name, c_void_p) for name in ("ids", "vanilla_ids", "weights", "used")),
-        *((name, c_void_p) for name in ("ballots", "sums", "previous_coresets")),
-        *((name, c_void_p) for name in ("reuse_vote_weight", "coresets", "reused", "vote_loss")),
-        *((name, c_double) for name in ("mass", "resident_bonus", "max_vote_loss")),
-        ("reuse_tolerance", c_double),
-        *((name, c_float) for name in ("scale", "epsilon")),
-        *((name, c_int32) for name in ("stride", "sequences", "tokens", "experts", "k")),
-        *((name, c_int32) for name in ("groups", "kept_groups", "renormalise", "biased")),
-        *((name, c_int32) for name in ("vote", "union_size", "count", "min_experts")),
-        *((name, c_int32) for name in ("protect", "max_experts")),
+    _fields_ = _fields(
+        pointers="logits p bias vote_weight resident ids vanilla_ids weights used ballots sums "
+        "previous_coresets reuse_vote_weight coresets reused vote_loss",
+        doubles="mass resident_bonus max_vote_loss reuse_tolerance",
+        floats="scale epsilon",
+        ints="stride sequences tokens experts k groups kept_groups renormalise biased "
+        "vote union_size count min_experts protect max_experts",
     )
 
 
 class AttentionArgs(Structure):
     """See ``api.hpp``."""
 
-    _fields_ = (
-        *((name, c_void_p) for name in ("qkv", "query_norm", "key_norm", "cos", "sin")),
-        *((name, c_void_p) for name in ("positions", "cache_rows", "limits")),
-        *((name, c_void_p) for name in ("keys", "values", "out")),
-        *((name, c_size_t) for name in ("row_stride", "head_stride")),
-        *((name, c_float) for name in ("epsilon", "scale")),
-        *((name, c_int32) for name in ("rows", "width", "heads", "kv_heads", "dim")),
-        *((name, c_int32) for name in ("rotary_half", "kv_length")),
+    _fields_ = _fields(
+        pointers="qkv query_norm key_norm cos sin positions cache_rows limits keys values out",
+        sizes="row_stride head_stride",
+        floats="epsilon scale",
+        ints="rows width heads kv_heads dim rotary_half kv_length cache_size capacity",
     )
+
+    def multiplications(self) -> int:
+        return 2 * self.rows * self.width * self.heads * self.kv_length * self.dim
 
 
 class RmsNormArgs(Structure):
     """See ``api.hpp``."""
 
-    _fields_ = (
-        *((name, c_void_p) for name in ("x", "residual", "weight", "sum", "out")),
-        ("epsilon", c_float),
-        *((name, c_int32) for name in ("rows", "width")),
-    )
+    _fields_ = _fields(pointers="x residual weight sum out", floats="epsilon", ints="rows width")
+
+    def multiplications(self) -> int:
+        return 4 * self.rows * self.width
 
 
 class SiluMulArgs(Structure):
     """See ``api.hpp``."""
 
-    _fields_ = (
-        *((name, c_void_p) for name in ("gate_up", "out")),
-        *((name, c_int32) for name in ("rows", "width")),
-    )
+    _fields_ = _fields(pointers="gate_up out", ints="rows width")
+
+    def multiplications(self) -> int:
+        return 8 * self.rows * self.width
 
 
 class Op(Structure):
     """See ``api.hpp``."""
 
-    _fields_ = (("args", c_void_p), ("kind", c_int32))
+    _fields_ = _fields(pointers="args", ints="kind")
 
 
 class OpList(Structure):
     """See ``api.hpp``."""
 
-    _fields_ = (("ops", c_void_p), ("count", c_int32), ("threads", c_int32))
+    _fields_ = _fields(pointers="ops", ints="count threads")
 
 
 class LogitsSummaryArgs(Structure):
     """See ``api.hpp``."""
 
-    _fields_ = (
-        *((name, c_void_p) for name in ("logits", "best", "unmasked", "logsumexp")),
-        *((name, c_int32) for name in ("rows", "width", "mask_id", "threads")),
-    )
+    _fields_ = _fields(pointers="logits best unmasked logsumexp", ints="rows width mask_id threads")
+
+
+SIGNATURES: Mapping[str, tuple] = {
+    "isa_name": (c_char_p, c_int32),
+    "isa_supported": (c_int32, c_int32),
+    "group_size": (c_int32, c_int32),
+    "expert_bytes": (c_size_t, c_int32, c_int32, c_int32),
+    "matrix_bytes": (c_size_t, c_int32, c_int32, c_int32),
+    "pack": (None, POINTER(PackArgs)),
+    "pack_matrix": (None, POINTER(PackMatrixArgs)),
+    "read_experts": (c_uint64, POINTER(ReadArgs)),
+    "run_experts": (c_int32, c_int32, POINTER(ExpertsArgs)),
+    "run_ops": (c_int32, c_int32, POINTER(OpList)),
+    "route": (c_int32, c_int32, POINTER(RouteArgs)),
+    "summarize_logits": (c_int32, c_int32, POINTER(LogitsSummaryArgs)),
+    "crc32": (c_int32, c_void_p, c_size_t, POINTER(c_uint32)),
+}
+"""By function: the type of its result, and those of its arguments."""
 
 
 @dataclass(frozen=True)
@@ -196,25 +211,9 @@ def load_library() -> KernelLibrary | None:
         return _warn_unavailable("no compiler was available at installation")
     if versions != (ABI_VERSION, LAYOUT_VERSION):
         return _warn_unavailable("the library is of another version; reinstall")
-    handle.coterie_isa_name.argtypes = (c_int32,)
-    handle.coterie_isa_name.restype = c_char_p
-    handle.coterie_isa_supported.argtypes = (c_int32,)
-    handle.coterie_group_size.argtypes = (c_int32,)
-    handle.coterie_expert_bytes.argtypes = (c_int32, c_int32, c_int32)
-    handle.coterie_expert_bytes.restype = c_size_t
-    handle.coterie_pack.argtypes = (POINTER(PackArgs),)
-    handle.coterie_pack.restype = None
-    handle.coterie_read_experts.argtypes = (POINTER(ReadArgs),)
-    handle.coterie_read_experts.restype = c_uint64
-    handle.coterie_run_experts.argtypes = (c_int32, POINTER(ExpertsArgs))
-    handle.coterie_matrix_bytes.argtypes = (c_int32, c_int32, c_int32)
-    handle.coterie_matrix_bytes.restype = c_size_t
-    handle.coterie_pack_matrix.argtypes = (POINTER(PackMatrixArgs),)
-    handle.coterie_pack_matrix.restype = None
-    handle.coterie_run_ops.argtypes = (c_int32, POINTER(OpList))
-    handle.coterie_route.argtypes = (c_int32, POINTER(RouteArgs))
-    handle.coterie_summarize_logits.argtypes = (c_int32, POINTER(LogitsSummaryArgs))
-    handle.coterie_crc32.argtypes = (c_void_p, c_size_t, POINTER(c_uint32))
+    for name, (result, *arguments) in SIGNATURES.items():
+        function = getattr(handle, f"coterie_{name}")
+        function.restype, function.argtypes = result, arguments
     return KernelLibrary(handle, _isas(handle))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from coterie.checks import address, describe
 from coterie.ops.cpu.experts import allocate, release_pages
 from coterie.ops.cpu.library import MatmulArgs, PackMatrixArgs, SiluMulArgs, require_library
 from coterie.ops.cpu.op_chain import run_ops
@@ -60,20 +61,17 @@ def swiglu(x: Tensor, gate_up: PackedMatrix, down: PackedMatrix, residual: Tenso
     """See ``ops.swiglu``."""
     x = x.detach().contiguous()
     gate_up_out, width = empty_product(x, gate_up, x.dtype), down.shape[1]
+    if x.dtype is not torch.bfloat16:
+        raise ValueError(f"tokens are {describe(x)}; use bf16")
     if gate_up.shape[0] != 2 * width:
         raise ValueError(f"gate_up {gate_up.shape} does not match down {down.shape}")
-    hidden, rows = gate_up_out.new_empty(*x.shape[:-1], width), x.numel() // x.shape[-1]
+    hidden, rows = gate_up_out.new_empty(*x.shape[:-1], width), x.shape[:-1].numel()
     out = empty_product(hidden, down, x.dtype)
     silu_args = SiluMulArgs(gate_up_out.data_ptr(), hidden.data_ptr(), rows, width)
     down_args = matmul_args(hidden, down, out)
     if residual is not None:
-        residual = residual.contiguous()
-        if residual.dtype != torch.float32 or residual.numel() != out.numel():
-            raise ValueError(
-                f"residual {tuple(residual.shape)} in {residual.dtype} does not match "
-                f"{tuple(out.shape)} in fp32"
-            )
-        down_args.residual = residual.data_ptr()
+        residual = residual.contiguous().view(-1)
+        down_args.residual = address(residual, torch.float32, (out.numel(),), "residual")
     run_ops(matmul_args(x, gate_up, gate_up_out), silu_args, down_args)
     return out
 
@@ -88,11 +86,13 @@ def matmul_args(x: Tensor, weight: PackedMatrix, out: Tensor) -> MatmulArgs:
     rows, k = weight.shape
     if x.shape[-1] != k:
         raise ValueError(f"tokens have {x.shape[-1]} features, the matrix {k} columns")
+    if x.dtype not in _FORMAT_IDS:
+        raise ValueError(f"tokens are {describe(x)}; use bf16 or fp32")
     return MatmulArgs(
-        x=x.data_ptr(),
+        x=address(x, x.dtype, x.shape, "tokens"),
         panels=weight.packed.data_ptr(),
         out=out.data_ptr(),
-        tokens=x.numel() // k,
+        tokens=x.shape[:-1].numel(),
         k=k,
         rows=rows,
         format=_FORMAT_IDS[weight.dtype],

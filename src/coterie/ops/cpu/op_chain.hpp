@@ -27,7 +27,10 @@ static int32_t run_ops(const OpList& list) {
   if (list.count > MAX_OPS) return TOO_MANY_OPS;
   size_t each = 0;
   for (int i = 0; i < list.count; i++) {
-    size_t needed = scratch_bytes(list.ops[i]);
+    const Op& op = list.ops[i];
+    if (op.kind == ATTENTION && !is_inside_cache(*static_cast<const AttentionArgs*>(op.args)))
+      return NO_SUCH_POSITION;
+    size_t needed = scratch_bytes(op);
     each = needed > each ? needed : each;
   }
   each = (each + 4096) / 4096 * 4096;  // each thread's scratch starts on its own page

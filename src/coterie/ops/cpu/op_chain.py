@@ -6,8 +6,6 @@ import ctypes
 from collections.abc import Mapping
 from typing import TypeAlias
 
-import torch
-
 from coterie.ops.cpu.library import (
     ERROR_MESSAGES,
     AttentionArgs,
@@ -18,6 +16,7 @@ from coterie.ops.cpu.library import (
     SiluMulArgs,
     require_library,
 )
+from coterie.ops.threads import busy_threads
 
 OpArgs: TypeAlias = MatmulArgs | AttentionArgs | RmsNormArgs | SiluMulArgs
 
@@ -36,7 +35,8 @@ def run_ops(*ops: OpArgs) -> None:
     The caller keeps all tensors that the arguments point to alive.
     """
     array = (Op * len(ops))(*((ctypes.addressof(op), _OP_KINDS[type(op)]) for op in ops))
-    op_list = OpList(ctypes.addressof(array), len(ops), torch.get_num_threads())
+    threads = busy_threads(sum(op.multiplications() for op in ops))
+    op_list = OpList(ctypes.addressof(array), len(ops), threads)
     kernels = require_library()
     if status := kernels.handle.coterie_run_ops(kernels.isa(), ctypes.byref(op_list)):
         names = ", ".join(type(op).__name__.lower() for op in ops)

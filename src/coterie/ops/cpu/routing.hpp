@@ -37,6 +37,17 @@ static void choose_inside(const RouteArgs& e, const SelectionScratch& scratch, i
   }
 }
 
+// The softmax of the logits of a token's experts, for probabilities that are all 0 in fp32.
+static void weigh_by_logits(const RouteArgs& e, size_t token) {
+  const int64_t* ids = e.ids + token * e.k;
+  const float* logits = e.logits + token * e.experts;
+  float* to = e.weights + token * e.k;
+  float peak = -INFINITY, sum = 0;
+  for (int j = 0; j < e.k; j++) peak = ids[j] >= 0 && logits[ids[j]] > peak ? logits[ids[j]] : peak;
+  for (int j = 0; j < e.k; j++) sum += to[j] = ids[j] < 0 ? 0.0f : expf(logits[ids[j]] - peak);
+  for (int j = 0; j < e.k && sum > 0; j++) to[j] /= sum;
+}
+
 // A token's expert weights, by the rules of the model family; marks the experts as used.
 static void write_weights(const RouteArgs& e, size_t token) {
   const int64_t* ids = e.ids + token * e.k;
@@ -48,8 +59,13 @@ static void write_weights(const RouteArgs& e, size_t token) {
     sum += to[j];
     if (ids[j] >= 0) e.used[ids[j]] = 1;
   }
+  sum += e.epsilon;
+  if (e.renormalise && sum == 0) {
+    weigh_by_logits(e, token);
+    sum = 1;
+  }
   for (int j = 0; j < e.k; j++) {
-    if (e.renormalise) to[j] /= sum + e.epsilon;
+    if (e.renormalise) to[j] /= sum;
     to[j] *= e.scale;
   }
 }

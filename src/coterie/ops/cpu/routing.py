@@ -7,13 +7,14 @@ import ctypes
 import torch
 from torch import Tensor
 
-from coterie.ops.cpu.library import VOTE_KINDS, RouteArgs, load_library
-from coterie.values import CoresetReuse, CoresetRule, PreviousCoresets, Routing, Scores
+from coterie.checks import optional_address
+from coterie.ops.cpu.library import RouteArgs, load_library
+from coterie.values import VOTE_KINDS, CoresetReuse, CoresetRule, PreviousCoresets, Routing, Scores
 
 STATUS_OK = 0
 SPLIT_VOTES = ("weight", "margin")
 """Votes normalised per token; torch computes the sums, as the order decides the last bit."""
-VANILLA_RULE = CoresetRule()
+VANILLA_RULE = CoresetRule(union=1)  # not read
 
 
 def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) -> Routing | None:
@@ -27,24 +28,29 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
     ):
         return None
     (rows, tokens, experts), router = scores.logits.shape, scores.router
+    if experts != router.experts:
+        raise ValueError(f"logits of {experts} experts for a router of {router.experts}")
     vanilla_ids = torch.empty(rows * tokens, router.k, dtype=torch.int64)
     ids = vanilla_ids if rule is None else torch.empty_like(vanilla_ids)
     weights, used = torch.empty(vanilla_ids.shape), torch.empty(experts, dtype=torch.bool)
     p, effective_rule = scores.probability, rule or VANILLA_RULE
+    by_token, by_row = (rows, tokens), (rows, experts)
     reuse = None if previous is None else _allocate_reuse(previous)
     voter_weight = None if previous is None else _as_float(scores.voters)
     args = RouteArgs(
         logits=scores.logits.data_ptr(),
         p=p.data_ptr(),
-        bias=_address(scores.bias),
-        vote_weight=_address(vote_weight),
-        resident=_address(scores.resident),
+        bias=optional_address(scores.bias, torch.float32, (experts,), "bias"),
+        vote_weight=optional_address(vote_weight, torch.float32, by_token, "vote weights"),
+        resident=optional_address(scores.resident, torch.bool, (experts,), "resident experts"),
         ids=ids.data_ptr(),
         vanilla_ids=vanilla_ids.data_ptr(),
         weights=weights.data_ptr(),
         used=used.data_ptr(),
-        previous_coresets=None if previous is None else previous.coresets.data_ptr(),
-        reuse_vote_weight=_address(voter_weight),
+        previous_coresets=optional_address(
+            None if previous is None else previous.coresets, torch.bool, by_row, "previous coresets"
+        ),
+        reuse_vote_weight=optional_address(voter_weight, torch.float32, by_token, "voters"),
         coresets=None if reuse is None else reuse.coresets.data_ptr(),
         reused=None if reuse is None else reuse.reused.data_ptr(),
         vote_loss=None if reuse is None else reuse.vote_loss.data_ptr(),
@@ -60,11 +66,11 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
         experts=experts,
         k=router.k,
         groups=router.groups,
-        kept_groups=min(router.topk_groups, router.groups),
+        kept_groups=router.topk_groups,
         renormalise=router.renormalise,
         biased=router.biased_weight,
         vote=VOTE_KINDS.index(effective_rule.vote),
-        union_size=effective_rule.union,
+        union_size=min(effective_rule.union, router.k),
         count=effective_rule.count,
         min_experts=effective_rule.min_experts,
         protect=effective_rule.protect,
@@ -114,7 +120,3 @@ def _supports(scores: Scores, vote_weight: Tensor | None) -> bool:
 
 def _is_plain_float(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and tensor.is_contiguous()
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

@@ -156,7 +156,8 @@ def _norm_rope_store_kernel(
         partner = tl.where(d < HALF, d + HALF, tl.where(d < 2 * HALF, d - HALF, d))
         other = tl.load(head_pointer + partner, mask=inside, other=0.0)
         x_fp32 = x.to(tl.float32)
-        inverse_rms = tl.rsqrt(tl.sum(x_fp32 * x_fp32, axis=0) / DIM + EPSILON)
+        square = tl.sum(x_fp32 * x_fp32, axis=0)
+        inverse_rms = tl.rsqrt(square / DIM + EPSILON) + (square - square)  # NaN if it overflows
         is_query = head < HEADS
         weight = tl.where(
             is_query,

@@ -163,6 +163,7 @@ def vote_kernel(
     ]
 )
 def choose_kernel(
+    logits,  # [S, N, E] fp32
     p_bits,  # [S, N, E] int32; this and the next four are outputs of ``vote_kernel``
     vanilla_ids,
     vote_sums,
@@ -316,6 +317,13 @@ def choose_kernel(
         w = tl.where(valid, w + tl.load(bias + selected, mask=valid, other=0.0), 0.0)
     if RENORMALISE:
         total = tl.where(valid_token, tl.sum(w, axis=1) + EPSILON, 1.0)
+        if EPSILON == 0:  # where all probabilities are 0, the logits weigh
+            offset = token_index[:, None] * EXPERTS + selected
+            z = tl.load(logits + offset, mask=valid, other=-3e38)
+            peak = tl.max(z, axis=1)
+            exps = tl.where(valid, tl.exp(z - peak[:, None]), 0.0)
+            w = tl.where((total == 0)[:, None], exps, w)
+            total = tl.where(total == 0, tl.sum(exps, axis=1), total)
         w = tl.div_rn(w, tl.broadcast_to(total[:, None], (TOKENS, CHOICES)))
     tl.store(weights + choice_offset, w * SCALE, mask=valid_choice)
     tl.store(used + selected, tl.full((TOKENS, CHOICES), 1, tl.uint8), mask=valid)

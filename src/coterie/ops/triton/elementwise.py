@@ -162,7 +162,8 @@ def _rms_norm_kernel(
     inside = column < SIZE
     row_offset = tl.program_id(0).to(tl.int64) * SIZE
     x_fp32 = tl.load(x + row_offset + column, mask=inside, other=0.0).to(tl.float32)
-    x_fp32 *= tl.rsqrt(tl.sum(x_fp32 * x_fp32, axis=0) / SIZE + EPSILON)
+    square = tl.sum(x_fp32 * x_fp32, axis=0)
+    x_fp32 *= tl.rsqrt(square / SIZE + EPSILON) + (square - square)  # NaN if it overflows
     rounded = x_fp32.to(out.dtype.element_ty).to(tl.float32)  # rounded, then multiplied
     scaled = rounded * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row_offset + column, scaled.to(out.dtype.element_ty), mask=inside)

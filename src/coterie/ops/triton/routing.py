@@ -35,10 +35,11 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
     marks = empty((rows, config.tiles, experts), dtype=torch.int32) if mark_count else None
     ids = vanilla_ids if rule is None else torch.empty_like(vanilla_ids)
     bias = None if scores.bias is None else scores.bias.contiguous()
+    logits = scores.logits.contiguous()
     launch(
         vote_kernel,
         (config.tiles, rows),
-        scores.logits.contiguous(),
+        logits,
         bias,
         None if vote_weight is None else vote_weight.contiguous(),
         p_bits,
@@ -59,6 +60,7 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
     launch(
         choose_kernel,
         (ceil_div(tokens, config.choose_tokens), rows),
+        logits,
         p_bits,
         vanilla_ids,
         vote_sums,
@@ -174,6 +176,6 @@ def _rule_numbers(rule: CoresetRule | None) -> tuple[int, int, int, int, int]:
 
     Bits, because Triton passes float arguments in single precision.
     """
-    numbers = rule or CoresetRule()
+    numbers = rule or CoresetRule(union=1)  # no rule reads no number
     doubles = struct.pack("ddd", numbers.mass, numbers.resident_bonus, numbers.max_vote_loss)
     return numbers.count, numbers.min_experts, *struct.unpack("qqq", doubles)

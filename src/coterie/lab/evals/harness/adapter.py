@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Never, Protocol
 
 import torch
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+from lm_eval.api.task import Task  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from coterie.engine.engine import load
-from coterie.engine.events import Denoised, Finished
+from coterie.engine.events import Finished
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import ConfigError
-from coterie.keys import keys_of, names_of
 from coterie.loading.expert_memory import ExpertMemoryConfig
+from coterie.tokenizer.chat_template import ChatTemplate
 from coterie.tokenizer.tokenizer import SubwordTokenizer
 
-NAME = "coterie"
+NAME, OUTPUT_TYPE = "coterie", "generate_until"
 DEFAULT_BATCH_SIZE = 16
 LENGTH_OPTIONS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p")
@@ -60,25 +62,23 @@ class CoterieLM(LM):
         **options: object,
     ) -> None:
         super().__init__()
+        if "max_gen_toks" in options:
+            options["max_new_tokens"] = options.pop("max_gen_toks")
         _check_options(options)
         memory = _expert_memory(expert_memory, imagine_memory, eviction)
+        # The harness's "auto" searches for the largest batch; a fixed default is enough here.
+        default_batch_size = 1 if memory is not None else max_batch_size or DEFAULT_BATCH_SIZE
+        self.rows = int(str(batch_size)) if str(batch_size).isdigit() else default_batch_size
+        if self.rows < 1 or (memory is not None and self.rows != 1):
+            raise ConfigError(
+                f"batch_size is {batch_size}; it must be 1 or more, and 1 where not all experts "
+                "are in memory: an answer may depend on the others of its batch"
+            )
         self.engine = load(
             pretrained, policy=policy, dtype=dtype, device=_available_device(device),
             experts=experts, expert_memory=memory,
         )  # fmt: skip
-        if "max_gen_toks" in options:
-            options["max_new_tokens"] = options.pop("max_gen_toks")
         self.engine.generation = self.engine.generation.replace(**options)
-        # The harness's "auto" searches for the largest batch; a fixed default is enough here.
-        default_batch_size = 1 if memory is not None else max_batch_size or DEFAULT_BATCH_SIZE
-        self.rows = int(str(batch_size)) if str(batch_size).isdigit() else default_batch_size
-        if memory is not None and self.rows != 1:
-            raise ConfigError(
-                f"batch_size {batch_size}: where not all experts are in memory, an answer may "
-                "depend on the others of its batch; use 1"
-            )
-        if self.rows < 1:
-            raise ConfigError(f"batch_size must be at least 1, not {batch_size!r}")
         self.policy, self.uses_template = policy, False
 
     @property
@@ -86,23 +86,27 @@ class CoterieLM(LM):
         """The key of the chat template in the harness's request cache."""
         return self.engine.model.name.replace("/", "__")
 
+    @property
+    def _template(self) -> ChatTemplate | None:
+        tokenizer = self.engine.model.tokenizer
+        return tokenizer.template if isinstance(tokenizer, SubwordTokenizer) else None
+
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The template's source; the harness calls this before it applies a template."""
-        tokenizer = self.engine.model.tokenizer
-        self.uses_template = bool(chat_template) and isinstance(tokenizer, SubwordTokenizer)
-        return tokenizer.template.source if isinstance(tokenizer, SubwordTokenizer) else ""
+        template = self._template
+        self.uses_template = bool(chat_template) and template is not None
+        return "" if template is None else template.source
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The text of a conversation; without a generation prompt it ends in an open last turn."""
-        tokenizer = self.engine.model.tokenizer
-        if not isinstance(tokenizer, SubwordTokenizer):
+        if (template := self._template) is None:
             raise ConfigError(f"{self.engine.model.name}: no chat template without a tokenizer")
         self.uses_template = True
         if add_generation_prompt:
-            return tokenizer.template.render(chat_history)
-        return tokenizer.template.render(chat_history[:-1]) + chat_history[-1]["content"]
+            return template.render(chat_history)
+        return template.render(chat_history[:-1]) + chat_history[-1]["content"]
 
     def get_model_info(self) -> dict[str, object]:
         """Metadata for the harness's results file."""
@@ -117,6 +121,8 @@ class CoterieLM(LM):
 
     def generate_until(self, requests: Sequence[HarnessRequest]) -> list[str]:
         """Each answer, cut at the first of its ``until`` strings."""
+        if not self.uses_template and self._template is not None:
+            log.warning(NO_TEMPLATE)
         waiting = list(enumerate(requests))[::-1]
         texts: dict[int, str] = {}
         active: dict[int, tuple[int, tuple[str, ...]]] = {}  # row: request, stop strings
@@ -163,57 +169,61 @@ class CoterieLM(LM):
 
     def _step(self, stop_by_row: Mapping[int, Sequence[str]]) -> list[tuple[int, str]]:
         """Rows that finished or reached a stop string, with their texts."""
-        finished: dict[int, str] = {}
+        texts: dict[int, str] = {}
         for event in self.engine.step():
             if isinstance(event, Finished):
-                finished[event.row] = event.result.text
-            elif event.row in stop_by_row:
-                text = self._stopped_text(event, stop_by_row[event.row])
-                finished |= {} if text is None else {event.row: text}
-        for row in set(finished) & set(self.engine.rows):
+                texts[event.row] = event.result.text
+            elif event.start > 0 and event.row in set(stop_by_row) & set(self.engine.rows):
+                # The blocks before the event's are final.
+                ids = self.engine.sequence(event.row).answer[: event.start]
+                text = self.engine.model.tokenizer.decode(ids)
+                if any(stop in text for stop in stop_by_row[event.row]):
+                    texts[event.row] = text
+        for row in set(texts) & set(self.engine.rows):
             self.engine.cancel(row)
-        return list(finished.items())
-
-    def _stopped_text(self, event: Denoised, stops: Sequence[str]) -> str | None:
-        """The text before the event's block if it contains a stop string, else None."""
-        if event.start <= 0 or event.row not in self.engine.rows:
-            return None
-        token_ids = self.engine.sequence(event.row).answer[: event.start]
-        text = self.engine.model.tokenizer.decode(token_ids)
-        return text if any(stop in text for stop in stops) else None
+        return list(texts.items())
 
 
 def run_harness(args: Sequence[str]) -> None:
     """Runs the harness's command with this model registered."""
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
+    if any(arg.removeprefix("--model=") == NAME for arg in args):
+        Task.build_all_requests = _checked(Task.build_all_requests)
     sys.argv = ["lm_eval", *args]
     cli_evaluate()
 
 
+def _checked(build: Callable[..., object]) -> Callable[..., object]:
+    """The harness builds the requests of all tasks before it runs the first one."""
+
+    @wraps(build)
+    def build_all_requests(task: Task, *args: object, **options: object) -> object:
+        if task.OUTPUT_TYPE != OUTPUT_TYPE:
+            raise ConfigError(f"task {task.config.task}: {NO_LIKELIHOOD}")
+        return build(task, *args, **options)
+
+    return build_all_requests
+
+
 def _check_options(options: Mapping[str, object]) -> None:
-    known = ["max_gen_toks", *keys_of(GenerationConfig)]
-    unknown = [name for name in options if name not in {*known, *names_of(GenerationConfig)}]
-    if unknown:
-        raise ConfigError(
-            f"unknown model_args {unknown[0]!r}; known: pretrained, policy, dtype, device, "
-            f"experts, expert_memory, imagine_memory, eviction, batch_size, {', '.join(known)}; "
-            "a policy with commas needs model_args in JSON: "
-            '{"policy": "des-vote:beta=0.3,voters=before-eos"}'
-        )
+    """Raises ConfigError for unknown options, before a model is loaded."""
+    try:
+        GenerationConfig().replace(**options)
+    except ConfigError as error:
+        raise ConfigError(f"model_args: {error}; {OTHER_OPTIONS}") from None
 
 
 def _expert_memory(
-    expert_memory: str | None, simulated_memory: str | None, eviction: str | None
+    size: str | None, simulated_size: str | None, eviction: str | None
 ) -> ExpertMemoryConfig | None:
     """The memory config of these options; raises for combinations without effect."""
-    if expert_memory is not None and simulated_memory is not None:
+    if size is not None and simulated_size is not None:
         raise ConfigError("imagine_memory replaces expert_memory; set one of them")
-    size = simulated_memory if expert_memory is None else expert_memory
-    if size is not None:
-        return ExpertMemoryConfig.parse(
-            str(size), eviction=eviction, simulated=simulated_memory is not None
-        )
+    capacity = simulated_size if size is None else size
+    if capacity is not None:
+        simulated = simulated_size is not None
+        return ExpertMemoryConfig.parse(str(capacity), eviction=eviction, simulated=simulated)
     if eviction is not None:
         raise ConfigError("eviction has no effect without expert_memory or imagine_memory")
     return None
@@ -252,6 +262,14 @@ def _truncate_at_stop(text: str, stops: Sequence[str]) -> str:
     return text[: min([len(text), *(text.find(stop) for stop in stops if stop in text)])]
 
 
+NO_TEMPLATE = (
+    "the prompts have no chat template; answers of an instruct model need it: apply_chat_template"
+)
+OTHER_OPTIONS = (
+    "and pretrained, policy, dtype, device, experts, expert_memory, imagine_memory, eviction, "
+    "batch_size; a policy with commas needs model_args in JSON: "
+    '{"policy": "des-vote:beta=0.3,voters=before-eos"}'
+)
 NO_LIKELIHOOD = (
     "a diffusion model has no left-to-right likelihood; choose tasks with "
     "output_type generate_until (such as gsm8k, humaneval, mbpp, minerva_math500)"

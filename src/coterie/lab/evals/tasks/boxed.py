@@ -17,7 +17,7 @@ ANSWER_LINE_START = (
     r"^[ \t>*_#]*(?:(?:so|thus|therefore|hence),?\s+)?(?:(?:the|my)\s+)?"
     r"(?:final\s+|correct\s+)?answer"
 )
-ZERO_SHOT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+ZERO_SHOT = "{question}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from threading import Lock
 
 from coterie.lab.evals.task import Grade
@@ -19,6 +19,7 @@ from coterie.lab.sandbox import run_program
 PYTHON_LANGUAGES = ("", "python", "python3", "py", "py3", "python-repl", "pycon")
 MAX_FENCE_LINE = 500  # characters; a longer line opens no fence
 MAX_BLOCKS = 100  # the last ones are read
+MAX_STARTS = 16  # places where unfenced code may begin
 MAX_TRIMS = 60  # cuts of a text at its next syntax error
 
 FENCE_OPENING = re.compile(
@@ -50,14 +51,18 @@ class CodeBlock:
 
 
 def grade(output: str, tests: str, *, header: str = "", trust: bool = False) -> Grade:
-    """Runs the program in ``output``, then ``tests``; ``header`` as in ``extract_code``."""
+    """Runs the program in ``output``, then ``tests``; ``header`` as in ``extract_code``.
+
+    Both get the imports and helpers of ``header``: the program cannot replace those of the tests.
+    """
     functions = called_functions(tests)
     code = extract_code(output, functions, header)
     if code is None:
         return Grade(False, None)
-    parts = [preamble(header, functions), code, tests]
-    program = _future_first("\n\n".join(part for part in parts if part))
-    return Grade(run_program(program, trust=trust).passed, code)
+    program, tests = (
+        _future_first(f"{preamble(header, functions)}\n\n{part}") for part in (code, tests)
+    )
+    return Grade(run_program(program, tests, trust=trust).passed, code)
 
 
 def extract_code(output: str, functions: Sequence[str], header: str = "") -> str | None:
@@ -91,8 +96,8 @@ def called_functions(tests: str) -> tuple[str, ...]:
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     calls.sort(key=lambda call: (call.lineno, call.col_offset))
     names = [(call.func.id, call) for call in calls if isinstance(call.func, ast.Name)]
-    checked = [call.args[0] for name, call in names if name == "check" and call.args]
-    if checked and _defines(tree, ["check"]):
+    if _defines(tree, ["check"]):
+        checked = [argument for name, call in names if name == "check" for argument in call.args]
         return tuple(argument.id for argument in checked if isinstance(argument, ast.Name))
     defined = {*dir(builtins), *(node.name for node in tree.body if isinstance(node, Function))}
     return tuple(dict.fromkeys(name for name, _ in names if name not in defined))
@@ -216,14 +221,16 @@ def _unfenced_code(text: str, functions: Sequence[str]) -> Iterator[str]:
     if _parse(text) is not None:
         yield text
     lines = text.split("\n")
-    starts = [n for n, line in enumerate(lines) if CODE_START.match(line.lstrip())][:8]
-    tails = [lines[start:] for start in starts]
+    starts = (n for n, line in enumerate(lines) if CODE_START.match(line.lstrip()))
+    tails = ("\n".join(lines[start:]) for start in islice(starts, MAX_STARTS // 2))
     # A definition may start within a line: "Answer: def add(a, b): ..."
-    for match in re.finditer(rf"def\s+(?:{'|'.join(functions) or '$'})\b", text):
-        column = match.start() - text.rfind("\n", 0, match.start()) - 1
-        tails.append((" " * column + text[match.start() :]).split("\n"))
-    for tail in tails[:16]:
-        trimmed = _trim_to_error(textwrap.dedent("\n".join(tail)))
+    definitions = re.finditer(rf"def\s+(?:{'|'.join(functions) or '$'})\b", text)
+    indented = (
+        " " * (match.start() - text.rfind("\n", 0, match.start()) - 1) + text[match.start() :]
+        for match in definitions
+    )
+    for tail in islice(chain(tails, indented), MAX_STARTS):
+        trimmed = _trim_to_error(textwrap.dedent(tail))
         if trimmed is not None:
             yield trimmed
 
@@ -232,10 +239,10 @@ def _trim_to_error(code: str, *, min_lines: int = 0) -> str | None:
     """``code`` before its first syntax error; None if at most ``min_lines`` lines remain."""
     lines = code.split("\n")
     for _ in range(MAX_TRIMS):
-        error = _error_line("\n".join(lines))
-        if error is None:
+        parsed = _parse_or_error_line("\n".join(lines))
+        if not isinstance(parsed, int):
             return "\n".join(lines)
-        lines = lines[: max(0, min(error - 1, len(lines) - 1))]
+        lines = lines[: max(0, min(parsed - 1, len(lines) - 1))]
         if len(lines) <= min_lines:
             break
     return None
@@ -246,13 +253,8 @@ def _parse(code: str) -> ast.Module | None:
     return None if isinstance(parsed, int) else parsed
 
 
-def _error_line(code: str) -> int | None:
-    """The line, from 1, of the first syntax error, or None."""
-    parsed = _parse_or_error_line(code)
-    return parsed if isinstance(parsed, int) else None
-
-
 def _parse_or_error_line(code: str) -> ast.Module | int:
+    """The syntax tree, or the line, from 1, of the first syntax error."""
     try:
         with PARSE_LOCK, warnings.catch_warnings(action="ignore"):
             return ast.parse(code)

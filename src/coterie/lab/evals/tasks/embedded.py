@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from coterie.errors import TaskError
-from coterie.lab.evals.task import Grade, Item, TaskOptions
+from coterie.lab.evals.task import QUESTION, Grade, Item, QuestionTask, TaskOptions
 from coterie.lab.problems import PROBLEM_MAKERS, Problem, draw_problem
 from coterie.lab.sandbox import require_backend, run_program
 
@@ -19,54 +17,32 @@ ANSWER_PATTERNS = {  # the last match in an output is its answer
 }
 
 
-@dataclass(frozen=True)
-class EmbeddedTask:
-    """``count`` held-out problems of one kind, generated from ``seed``.
+def open_embedded(name: str, options: TaskOptions) -> QuestionTask:
+    """``options.count`` held-out problems of one kind, generated from ``options.seed``.
 
-    A larger ``count`` extends the items of a smaller one. An id is "words/<seed>/<n>".
+    An id is "words/<seed>/<n>"; a larger count extends the items of a smaller one. The model is
+    trained with the engine's defaults. Raises TaskError for options that the task does not have.
     """
-
-    name: str
-    count: int
-    seed: int
-    trust: bool = False
-
-    def settings(self) -> Mapping[str, object]:
-        pattern = ANSWER_PATTERNS.get(self.name)
-        return {
-            "split": "test",
-            "seed": self.seed,
-            "count": self.count,
-            "shots": 0,
-            "template": "{question}",
-            "counts": "asserts pass" if pattern is None else pattern.pattern,
-        }
-
-    def generation(self) -> Mapping[str, object]:
-        """Empty: the model is trained with the engine's defaults."""
-        return {}
-
-    def items(self) -> Sequence[Item]:
-        return [
-            Item(f"{self.name}/{self.seed}/{number}", problem.prompt, problem.gold)
-            for number, problem in enumerate(_draw_problems(self.name, self.seed, self.count))
-        ]
-
-    def prompt(self, item: Item) -> str:
-        return item.question
-
-    def grade(self, output: str, item: Item) -> Grade:
-        return grade(self.name, output, item.gold, trust=self.trust)
-
-
-def open_embedded(name: str, options: TaskOptions) -> EmbeddedTask:
-    """The task ``name``; raises TaskError for options that it does not have."""
     if options.count < 1:
         raise TaskError(f"{name}: {options.count} items; at least 1")
     options.require_zero_shot(name)
-    if name not in ANSWER_PATTERNS:
+    pattern = ANSWER_PATTERNS.get(name)
+    if pattern is None:
         require_backend(options.trust)
-    return EmbeddedTask(name, options.count, options.seed, options.trust)
+    about = {
+        "split": "test",
+        "seed": options.seed,
+        "count": options.count,
+        "shots": 0,
+        "counts": "asserts pass" if pattern is None else pattern.pattern,
+    }
+    items = (
+        Item(f"{name}/{options.seed}/{number}", problem.prompt, problem.gold)
+        for number, problem in enumerate(_draw_problems(name, options.seed, options.count))
+    )
+    return QuestionTask(
+        name, tuple(items), QUESTION, partial(grade, name, trust=options.trust), about
+    )
 
 
 def grade(name: str, output: str, gold: str, *, trust: bool = False) -> Grade:
@@ -78,7 +54,7 @@ def grade(name: str, output: str, gold: str, *, trust: bool = False) -> Grade:
         matches = ANSWER_PATTERNS[name].findall(output)
         expected = gold_number(name, gold)
         return Grade(bool(matches) and matches[-1] == expected, matches[-1] if matches else None)
-    return Grade(run_program(f"{output}\n{gold}\n", trust=trust).passed, output)
+    return Grade(run_program(output, gold, trust=trust).passed, output)
 
 
 def gold_number(name: str, gold: str) -> str:

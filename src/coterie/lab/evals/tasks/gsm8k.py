@@ -1,21 +1,21 @@
 """GSM8K: grade-school word problems with a number as answer (Cobbe et al., arXiv 2110.14168).
 
-The grade reads the answer as a person would. The two metrics of lm-evaluation-harness (and dInfer)
-are recorded as well: ``strict``, the number after the first ``####``, and ``flexible``, the last
-number. ``strict`` fails if the prompt asks for a box, ``flexible`` if a sentence follows.
+The grade reads the answer as a person would; several values are a hedge, which is wrong. The two
+metrics of lm-evaluation-harness (and dInfer) are recorded as well: ``strict``, the number after the
+first ``####``, and ``flexible``, the last number. ``strict`` fails if the prompt asks for a box,
+``flexible`` if a sentence follows.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 from coterie.errors import TaskError
-from coterie.lab.evals.task import Grade, Item, TaskOptions
+from coterie.lab.evals.task import QUESTION, Grade, Item, QuestionTask, TaskOptions
 from coterie.lab.evals.tasks.boxed import ANSWER_LINE_START, ZERO_SHOT, find_boxes, strip_end_marks
 from coterie.lab.evals.tasks.numbers import (
     ParsedNumber,
@@ -24,6 +24,8 @@ from coterie.lab.evals.tasks.numbers import (
     latex_to_plain,
 )
 from coterie.lab.evals.tasks.source import BenchmarkData, BenchmarkFile, read_benchmark
+
+Numbers = tuple[ParsedNumber, ...]
 
 KEYS = {"question": str, "answer": str}
 TEST, TRAIN = (
@@ -55,69 +57,62 @@ ANSWER_PHRASE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 COMPUTATION = re.compile(r"(?:[\s\d.,+*/()$€£%-]*=)+\s*")  # "9 * 2 = "
+# Between the numbers of a hedge: "138 or 149", "138 eggs or 149"; in a box also "138, 149".
+OR = re.compile(r"[\s*_`$]*(?P<unit>[A-Za-z]*)[\s*_`$]*,?[\s*_`$]*\bor\b[\s*_`$]*", re.IGNORECASE)
+LIST = re.compile(r"\s*(?:[,;]|,?\s*\band\b)\s*")
+WORD = re.compile(r"[\s*_`$]{0,9}(?P<unit>[A-Za-z]*)(?!\s{0,9}=)")  # "5A/5 or 20 = A" is no hedge
+BETWEEN_BOXES = re.compile(r"[\s$.,]*\bor\b[\s$]*", re.IGNORECASE)
+# "The total is 138 dollars for 5 people": the number of the claim, then numbers of its setting.
+CLAIM = re.compile(
+    r"\b(?:is|are|was|were|be|equals?|totals?|comes? to)[\s*_`]+"
+    r"(?:(?:about|approximately|exactly|only|just|a total of)\s+)?$",
+    re.IGNORECASE,
+)
+SETTING = re.compile(
+    r"\b(?:for|over|in|per|at|after|during|within|with|from|across|among|by|of|on|each|every)\s+"
+    r"(?:(?:the|these|those|all|each|every|another|a|his|her|their|its)\s+)?(?:\w+\s+of\s+)?$",
+    re.IGNORECASE,
+)
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n")
+MAX_BEFORE, MAX_GAP = 60, 60  # characters read before a number, and between two of a hedge
 
 HARNESS_STRICT = re.compile(r"#### (-?[0-9.,]+)")
 HARNESS_FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
-@dataclass(frozen=True)
-class Gsm8k:
-    """The 1,319 test problems: with ``examples`` from ``train``, or zero-shot with a box."""
+def open_gsm8k(options: TaskOptions) -> QuestionTask:
+    """The 1,319 test problems with examples, or zero-shot with a box.
 
-    source: BenchmarkData
-    questions: tuple[Item, ...]
-    family: str
-    train: BenchmarkData | None = None
-    examples: tuple[Item, ...] = ()
-    name: str = field(default="gsm8k", init=False)
-
-    def settings(self) -> Mapping[str, object]:
-        return {
-            **self.source.settings(),
-            "shots": len(self.examples),
-            "examples": None if self.train is None else self.train.settings(),
-            "template": FEW_SHOT if self.examples else ZERO_SHOT.format(question="{question}"),
-            "counts": "the last box, <answer>, ####; else as said, in bold at the end, or the last",
-            "also": {
-                "strict": HARNESS_STRICT.pattern + " (first)",
-                "flexible": HARNESS_FLEXIBLE.pattern + " (last)",
-            },
-        }
-
-    def generation(self) -> Mapping[str, object]:
-        return {"max_new_tokens": MAX_NEW_TOKENS.get(self.family, 2048)}
-
-    def items(self) -> Sequence[Item]:
-        return self.questions
-
-    def prompt(self, item: Item) -> str:
-        if not self.examples:
-            return ZERO_SHOT.format(question=item.question)
-        shots = [f"{FEW_SHOT.format(question=shot.question)} {shot.gold}" for shot in self.examples]
-        return "\n\n".join([*shots, FEW_SHOT.format(question=item.question)])
-
-    def grade(self, output: str, item: Item) -> Grade:
-        return grade(output, item.gold)
-
-
-def open_gsm8k(options: TaskOptions) -> Gsm8k:
-    """The task with ``options.shots`` examples, or the family's default."""
+    The number of examples is ``options.shots``, or the default of the family.
+    """
     source = read_benchmark(TEST, options.data)
     shots = DEFAULT_SHOTS.get(options.family, 0) if options.shots is None else options.shots
     train = _read_train(source.folder, shots) if shots else None
-    examples = () if train is None else _examples(train, shots)
-    return Gsm8k(source, tuple(_items(source)), options.family, train, examples)
+    about = {
+        **source.settings(),
+        "shots": shots,
+        "examples": None if train is None else train.settings(),
+        "template": FEW_SHOT if shots else ZERO_SHOT,
+        "counts": "the last box, <answer>, ####; else as said, in bold at the end, or the last",
+        "also": {
+            "strict": HARNESS_STRICT.pattern + " (first)",
+            "flexible": HARNESS_FLEXIBLE.pattern + " (last)",
+        },
+    }
+    template = ZERO_SHOT if train is None else "\n\n".join([*_examples(train, shots), FEW_SHOT])
+    length = MAX_NEW_TOKENS.get(options.family, 2048)
+    return QuestionTask("gsm8k", tuple(_items(source)), template, grade, about, length)
 
 
 def grade(output: str, gold: str) -> Grade:
     """Compares numbers; ``gold`` is a number, or a solution "... #### 1,234" of the data."""
     expected = gold_value(gold)
     text = strip_end_marks(output)
-    answer = extract_number(_first_problem(text))
+    values = extract_numbers(_first_problem(text))
     before_next = text.partition("Question:")[0]  # the harness stops here
     return Grade(
-        answer is not None and expected in (answer.value, answer.value * answer.scale),
-        None if answer is None else answer.text,
+        bool(values) and all(expected in (one.value, one.value * one.scale) for one in values),
+        " or ".join(dict.fromkeys(one.text for one in values)) or None,
         {
             "strict": _harness_value(HARNESS_STRICT.findall(before_next)[:1]) == expected,
             "flexible": _harness_value(HARNESS_FLEXIBLE.findall(before_next)[-1:]) == expected,
@@ -128,23 +123,24 @@ def grade(output: str, gold: str) -> Grade:
 def gold_value(gold: str) -> Fraction:
     """The number in ``gold``; raises TaskError if there is none."""
     matches = GOLD_MARK.findall(gold)
-    number = extract_number(matches[-1] if matches else gold)
-    if number is None:
+    numbers = extract_numbers(matches[-1] if matches else gold)
+    if not numbers:
         raise TaskError(f"{gold!r} holds no number; a gold answer is 1234 or '... #### 1,234'")
-    return number.value * number.scale
+    return numbers[0].value * numbers[0].scale
 
 
-def extract_number(text: str) -> ParsedNumber | None:
+def extract_numbers(text: str) -> Numbers:
     """The answer: the last number in a box, ``<answer>`` or after ``####``.
 
-    Without one: the number after "the answer is", the last one in bold, or the last one.
+    Without one: the number after "the answer is", the last one in bold, or that of the last claim.
+    Several numbers if the answer is a hedge, none if there is no answer.
     """
     plain_text = latex_to_plain(text)
     return (
-        _marked_number(text)
-        or _stated_number(plain_text)
-        or _bold_number(plain_text)
-        or _last_number(plain_text)
+        _marked_numbers(text)
+        or _stated_numbers(plain_text)
+        or _bold_numbers(plain_text)
+        or _claimed_numbers(plain_text)
     )
 
 
@@ -158,14 +154,13 @@ def _read_train(folder: Path | None, shots: int) -> BenchmarkData:
     return read_benchmark(TRAIN, path)
 
 
-def _examples(train: BenchmarkData, shots: int) -> tuple[Item, ...]:
+def _examples(train: BenchmarkData, shots: int) -> Iterator[str]:
     """The first examples, without calculator notes."""
     if len(train.rows) < shots:
         raise TaskError(f"{train.name} holds {len(train.rows)} examples, not {shots}")
-    return tuple(
-        Item(f"gsm8k/train/{n}", str(row["question"]), ANNOTATION.sub("", str(row["answer"])))
-        for n, row in enumerate(train.rows[:shots])
-    )
+    for row in train.rows[:shots]:
+        answer = ANNOTATION.sub("", str(row["answer"]))
+        yield f"{FEW_SHOT.replace(QUESTION, str(row['question']))} {answer}"
 
 
 def _items(source: BenchmarkData) -> Iterator[Item]:
@@ -181,7 +176,7 @@ def _first_problem(text: str) -> str:
     """The text up to the point where a few-shot model continues with a new problem."""
     for start in islice(NEXT_PROBLEM.finditer(text), 20):
         before = text[: start.start()]
-        if _marked_number(before) or _stated_number(latex_to_plain(before)):
+        if _marked_numbers(before) or _stated_numbers(latex_to_plain(before)):
             return before
     # Without an answer before it, only a bare "Question:" after a number starts a new problem.
     digit = DIGIT.search(text)
@@ -189,20 +184,23 @@ def _first_problem(text: str) -> str:
     return text if next_question is None else text[: next_question.start()]
 
 
-def _marked_number(text: str) -> ParsedNumber | None:
+def _marked_numbers(text: str) -> Numbers:
     """The number in the last box or tag, or after the last ``####``, that has one."""
-    candidates = [(box.start, box.content) for box in find_boxes(text)]
+    boxes = find_boxes(text)
+    candidates = [(box.start, box.content) for box in boxes]
     candidates += [(tag.start(), tag[1]) for tag in ANSWER_TAG.finditer(text)]
     for hashes in HASHES.finditer(text):
         candidates.append((hashes.start(), text[hashes.end() :].split("\n", 1)[0]))
-    for _, content in sorted(candidates, reverse=True):
-        number = _result_number(join_digit_groups(latex_to_plain(content)))
-        if number is not None:
-            return number
-    return None
+    for start, content in sorted(candidates, reverse=True):
+        if numbers := _result_numbers(join_digit_groups(latex_to_plain(content))):
+            for box in boxes:
+                if box.stop <= start and BETWEEN_BOXES.fullmatch(text, box.stop, start):
+                    numbers = _result_numbers(latex_to_plain(box.content)) + numbers
+            return numbers
+    return ()
 
 
-def _stated_number(text: str) -> ParsedNumber | None:
+def _stated_numbers(text: str) -> Numbers:
     """The number directly after the last "the answer is" or "Answer:"."""
     for phrase in reversed(list(ANSWER_PHRASE.finditer(text))):
         rest = text[phrase.end("gap") : phrase.end("gap") + MAX_SENTENCE]
@@ -210,27 +208,69 @@ def _stated_number(text: str) -> ParsedNumber | None:
         if first is not None and not rest[: first.start].strip(" -$€£¥₹"):
             computation = COMPUTATION.match(rest, first.start)
             result = "" if computation is None else rest[computation.end() :]
-            return next(find_numbers(result), first)
-    return None
+            return _alternatives(result, 0) or _alternatives(rest, 0)
+    return ()
 
 
-def _result_number(text: str) -> ParsedNumber | None:
-    """The 18 of "9 * 2 = 18 dollars", the 42 of "42 apples in 3 bags"."""
-    after = next(find_numbers(text.rpartition("=")[2]), None)
-    return after or next(find_numbers(text), None)
+def _result_numbers(text: str) -> Numbers:
+    """The 18 of "9 * 2 = 18 dollars", the 42 of "42 apples in 3 bags", all of "138, 149"."""
+    result = text.rpartition("=")[2]
+    numbers = list(find_numbers(result))
+    gaps = [result[a.stop : b.start] for a, b in pairwise(numbers)]
+    if gaps and all(len(gap) <= MAX_GAP and LIST.fullmatch(gap) for gap in gaps):
+        return tuple(numbers)
+    return _alternatives(result, 0) or _alternatives(text, 0)
 
 
-def _bold_number(text: str) -> ParsedNumber | None:
+def _bold_numbers(text: str) -> Numbers:
     """The last number in bold, alone or with its unit, if no computation follows."""
     *_, last = (None, *BOLD.finditer(text))
     if last is None or "=" in text[last.end() :]:
-        return None
-    return _result_number(last[1])
+        return ()
+    index = sum(1 for _ in find_numbers(text[: last.start()]))
+    inside, around = _result_numbers(last[1]), _alternatives(text, index)
+    return around if len(inside) == 1 and inside[0].value in [n.value for n in around] else inside
 
 
-def _last_number(text: str) -> ParsedNumber | None:
-    *_, last = (None, *find_numbers(text))
-    return last
+def _claimed_numbers(text: str) -> Numbers:
+    """The number of the last claim ("the total is 138 for 5 people"), else the last number."""
+    numbers = list(find_numbers(text))
+    if not numbers:
+        return ()
+    *_, sentence = (0, *(end.end() for end in SENTENCE_END.finditer(text, 0, numbers[-1].start)))
+    index = len(numbers) - 1
+    while index > 0 and numbers[index].start > sentence and _follows(SETTING, text, numbers[index]):
+        index -= 1
+    is_claim = numbers[index].start > sentence and _follows(CLAIM, text, numbers[index])
+    return _alternatives(text, index if is_claim else -1)
+
+
+def _follows(pattern: re.Pattern[str], text: str, number: ParsedNumber) -> bool:
+    return pattern.search(text[max(0, number.start - MAX_BEFORE) : number.start]) is not None
+
+
+def _alternatives(text: str, index: int) -> Numbers:
+    """The number ``index`` of a text, with those that "or" joins to it."""
+    numbers = list(find_numbers(text))
+    if not numbers:
+        return ()
+    first = last = index % len(numbers)
+    while first > 0 and _is_hedge(text, numbers[first - 1], numbers[first]):
+        first -= 1
+    while last + 1 < len(numbers) and _is_hedge(text, numbers[last], numbers[last + 1]):
+        last += 1
+    return tuple(numbers[first : last + 1])
+
+
+def _is_hedge(text: str, first: ParsedNumber, second: ParsedNumber) -> bool:
+    """Whether "or" joins two numbers of one unit; "120 minutes or 2 hours" is one value."""
+    if second.start - first.stop > MAX_GAP:
+        return False
+    gap, after = OR.fullmatch(text, first.stop, second.start), WORD.match(text, second.stop)
+    if gap is None or after is None:
+        return False
+    units = {match["unit"].casefold() for match in (gap, after)} - {""}
+    return len(units) < 2
 
 
 def _harness_value(matches: Sequence[str]) -> Fraction | None:

@@ -95,13 +95,12 @@ OPTION = re.compile(
 )
 NOISE = re.compile(r"^(?:the|a|an)\s+|[\s.\"'`]+$|^[\s\"'`]+", re.IGNORECASE)
 
-BOUND = r"([^<>,=]+?)"
-SIGN = r"(<|>|\\lt|\\gt|\\le|\\ge|<=|>=)(?![a-zA-Z])"
+BOUND, SIGN = r"([^<>,=]+?)", r"(<=?|>=?|\\[lg][te])(?![a-zA-Z])"
 SET_BUILDER = re.compile(r"^\\\{\s*[a-zA-Z]\s*(?:\\mid|\\vert|:|\|)\s*(.*)\\\}$")
-TWO_SIDED = re.compile(rf"^\s*{BOUND}\s*{SIGN}\s*([a-zA-Z])\s*{SIGN}\s*{BOUND}\s*$")
-VARIABLE_FIRST = re.compile(rf"^\s*([a-zA-Z])\s*{SIGN}\s*{BOUND}\s*$")
-VARIABLE_LAST = re.compile(rf"^\s*{BOUND}\s*{SIGN}\s*([a-zA-Z])\s*$")
-FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
+INEQUALITY = re.compile(
+    rf"^\s*(?:{BOUND}\s*{SIGN}\s*)??[a-zA-Z]\s*(?:{SIGN}\s*{BOUND})?\s*$"  # 2 < x \le 5, x > 2
+)
+GREATER, INCLUSIVE = {">", ">=", r"\gt", r"\ge"}, {"<=", ">=", r"\le", r"\ge"}
 
 
 def is_equivalent(answer: str, gold: str) -> bool:
@@ -246,35 +245,15 @@ def as_interval(text: str) -> str:
 
 
 def _parse_interval(text: str) -> str | None:
-    two_sided = TWO_SIDED.match(text)
-    if two_sided:
-        low, first, _, second, high = two_sided.groups()
-        first, second = _normalize_sign(first), _normalize_sign(second)
-        if first[0] != second[0]:
-            return None
-        if first[0] == ">":
-            low, first, second, high = high, FLIPPED[second], FLIPPED[first], low
-        return f"{_opening_bracket(first)}{low.strip()}, {high.strip()}{_closing_bracket(second)}"
-    variable_first, variable_last = VARIABLE_FIRST.match(text), VARIABLE_LAST.match(text)
-    if variable_first:
-        sign, bound = _normalize_sign(variable_first[2]), variable_first[3]
-    elif variable_last:
-        sign, bound = FLIPPED[_normalize_sign(variable_last[2])], variable_last[1]
-    else:
+    inequality = INEQUALITY.match(text)
+    if inequality is None:
         return None
-    bound = bound.strip()
-    if sign[0] == ">":
-        return rf"{_opening_bracket(FLIPPED[sign])}{bound}, \infty)"
-    return rf"(-\infty, {bound}{_closing_bracket(sign)}"
-
-
-def _normalize_sign(sign: str) -> str:
-    return {r"\lt": "<", r"\gt": ">", r"\le": "<=", r"\ge": ">="}.get(sign, sign)
-
-
-def _opening_bracket(sign: str) -> str:
-    return "[" if sign.endswith("=") else "("
-
-
-def _closing_bracket(sign: str) -> str:
-    return "]" if sign.endswith("=") else ")"
+    low, first, second, high = inequality.groups()
+    directions = {sign in GREATER for sign in (first, second) if sign}
+    if len(directions) != 1:
+        return None
+    if directions == {True}:
+        low, first, second, high = high, second, first, low
+    opening, closing = "[" if first in INCLUSIVE else "(", "]" if second in INCLUSIVE else ")"
+    low, high = (r"-\infty" if low is None else low), (r"\infty" if high is None else high)
+    return f"{opening}{low.strip()}, {high.strip()}{closing}"

@@ -8,10 +8,9 @@ compared by math-verify.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
-from coterie.lab.evals.task import Grade, Item, TaskOptions
+from coterie.lab.evals.task import Grade, Item, QuestionTask, TaskOptions
 from coterie.lab.evals.tasks.boxed import (
     ANSWER_LINE_START,
     ZERO_SHOT,
@@ -20,7 +19,7 @@ from coterie.lab.evals.tasks.boxed import (
     strip_end_marks,
 )
 from coterie.lab.evals.tasks.latex import is_equivalent
-from coterie.lab.evals.tasks.source import BenchmarkData, BenchmarkFile, read_benchmark
+from coterie.lab.evals.tasks.source import BenchmarkFile, read_benchmark
 from coterie.lab.evals.tasks.verify import require_math_verify
 
 TEST = BenchmarkFile(
@@ -51,37 +50,7 @@ ANSWER_LINE = re.compile(r"\W*(?:[a-zA-Z]\s*=\s*)?[-\d.,/\\$]+(?:\s*[a-z]+)?\W*"
 NUMBER = re.compile(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
-@dataclass(frozen=True)
-class Math500:
-    """The problems; ``gold`` is the bare answer, without the solution."""
-
-    source: BenchmarkData
-    questions: tuple[Item, ...]
-    family: str
-    name: str = field(default="math500", init=False)
-
-    def settings(self) -> Mapping[str, object]:
-        return {
-            **self.source.settings(),
-            "shots": 0,
-            "template": ZERO_SHOT.format(question="{question}"),
-            "counts": "the last closed box, else the answer as said; compared by math-verify",
-        }
-
-    def generation(self) -> Mapping[str, object]:
-        return {"max_new_tokens": MAX_NEW_TOKENS.get(self.family, 2048)}
-
-    def items(self) -> Sequence[Item]:
-        return self.questions
-
-    def prompt(self, item: Item) -> str:
-        return ZERO_SHOT.format(question=item.question)
-
-    def grade(self, output: str, item: Item) -> Grade:
-        return grade(output, item.gold)
-
-
-def open_math500(options: TaskOptions) -> Math500:
+def open_math500(options: TaskOptions) -> QuestionTask:
     """Raises TaskError if math-verify is not installed."""
     options.require_zero_shot("math500")
     require_math_verify()
@@ -90,7 +59,10 @@ def open_math500(options: TaskOptions) -> Math500:
         Item(f"math500/{row['unique_id']}", str(row["problem"]), str(row["answer"]))
         for row in source.rows
     )
-    return Math500(source, tuple(questions), options.family)
+    counts = "the last closed box, else the answer as said; compared by math-verify"
+    about = {**source.settings(), "shots": 0, "counts": counts}
+    length = MAX_NEW_TOKENS.get(options.family, 2048)
+    return QuestionTask("math500", tuple(questions), ZERO_SHOT, grade, about, length)
 
 
 def grade(output: str, gold: str) -> Grade:
@@ -103,11 +75,6 @@ def grade(output: str, gold: str) -> Grade:
         if is_equivalent(candidate, expected):
             return Grade(True, candidate)
     return Grade(False, candidates[0] if candidates else None)
-
-
-def extract_latex(text: str) -> str | None:
-    """The answer in an output, as LaTeX without dollar signs, or None."""
-    return next(_candidates(text), None)
 
 
 def _candidates(text: str) -> Iterator[str]:

@@ -7,19 +7,22 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 
+from coterie.checkpoints.hub import hub_requests
 from coterie.errors import TaskError
 
 DATA_ENV_VAR = "COTERIE_DATA"  # names the default data folder
 
 GZIP_MAGIC, PARQUET_MAGIC = b"\x1f\x8b", b"PAR1"
+MAX_BYTES = 1 << 30  # of a decompressed file
 TYPE_NAMES: dict[type, str] = {str: "text", int: "an integer", list: "a list of texts"}
 
 DataRow = Mapping[str, object]
@@ -65,10 +68,11 @@ def read_benchmark(benchmark: BenchmarkFile, data: Path | None) -> BenchmarkData
 
     Raises TaskError with the file, the line and the expected form.
     """
-    location = data or _default_folder()
-    if location is None:
-        return _read_from_hub(benchmark)
-    path = _find_below(location.expanduser(), benchmark)
+    location = data or os.environ.get(DATA_ENV_VAR)
+    if not location:
+        paths = [_download(benchmark, file) for file in benchmark.files]
+        return _read_files(benchmark.repository, paths, benchmark, folder=None)
+    path = _find_below(Path(location).expanduser(), benchmark)
     return _read_files(path.name, [path], benchmark, folder=path.parent)
 
 
@@ -76,11 +80,6 @@ def text_list(row: DataRow, key: str) -> list[str]:
     """A checked column that is a list of texts."""
     value = row[key]
     return [str(part) for part in value] if isinstance(value, list) else []
-
-
-def _default_folder() -> Path | None:
-    folder = os.environ.get(DATA_ENV_VAR)
-    return Path(folder) if folder else None
 
 
 def _find_below(folder: Path, benchmark: BenchmarkFile) -> Path:
@@ -95,14 +94,10 @@ def _find_below(folder: Path, benchmark: BenchmarkFile) -> Path:
     raise TaskError(f"{folder}: neither {relative} nor {relative.name} is in this folder")
 
 
-def _read_from_hub(benchmark: BenchmarkFile) -> BenchmarkData:
-    paths = [_download(benchmark, file) for file in benchmark.files]
-    return _read_files(benchmark.repository, paths, benchmark, folder=None)
-
-
 def _download(benchmark: BenchmarkFile, file: str) -> Path:
     try:
-        return Path(hf_hub_download(benchmark.repository, file, repo_type="dataset"))
+        with hub_requests(benchmark.repository):
+            return Path(hf_hub_download(benchmark.repository, file, repo_type="dataset"))
     # The library raises its own errors, the network library's and the system's.
     except Exception as error:
         reason = " ".join(str(error).split("\n")[0].split()).split(". ")[0][:120]
@@ -131,8 +126,7 @@ def _checked_rows(benchmark: BenchmarkFile, path: Path, content: bytes) -> Itera
     """All rows; raises TaskError for the first row that has not the expected form."""
     position = ""
     for position, row in _parse_rows(path, content, benchmark):
-        problem = _row_problem(row, benchmark.keys)
-        if problem is not None:
+        if problem := _row_problem(row, benchmark.keys):
             raise TaskError(f"{path}, {position}: {problem}; expected {benchmark.expected_form}")
         assert isinstance(row, dict)
         yield row
@@ -147,9 +141,9 @@ def _row_problem(row: object, keys: Mapping[str, type]) -> str | None:
         if key not in row:
             return f"{key!r} is missing"
         value = row[key]
+        parts = value if isinstance(value, list) else ()
         has_type = isinstance(value, kind) and not isinstance(value, bool)
-        is_text_list = isinstance(value, list) and all(isinstance(part, str) for part in value)
-        if not has_type or (kind is list and not is_text_list):
+        if not (has_type and all(isinstance(part, str) for part in parts)):
             return f"{key!r} is not {TYPE_NAMES[kind]}"
     return None
 
@@ -161,7 +155,7 @@ def _parse_rows(
     if content.startswith(GZIP_MAGIC):
         content = _decompress(path, content)
     if content.startswith(PARQUET_MAGIC):
-        yield from _parquet_rows(path, content)
+        yield from _with_positions("row", _parquet_rows(path, content))
         return
     try:
         text = content.decode("utf-8-sig")
@@ -170,57 +164,55 @@ def _parse_rows(
         raise TaskError(
             f"{path}, line {line}: not UTF-8; expected {benchmark.expected_form}"
         ) from None
-    is_list = text.lstrip().startswith("[")
-    yield from (_json_rows if is_list else _json_lines)(path, text, benchmark)
+    if text.lstrip().startswith("["):
+        rows = _parse_json(path, 1, text, f"a list of {benchmark.expected_form}")
+        yield from _with_positions("item", rows)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            expected = f"one per line: {benchmark.expected_form}"
+            yield f"line {number}", _parse_json(path, number, line, expected)
+
+
+def _with_positions(kind: str, rows: Iterable[object]) -> Iterator[tuple[str, object]]:
+    return ((f"{kind} {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _parse_json(path: Path, first_line: int, text: str, expected: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = first_line + getattr(error, "lineno", 1) - 1
+        raise TaskError(
+            f"{path}, line {line}: invalid or truncated JSON ({error}); expected {expected}"
+        ) from None
 
 
 def _decompress(path: Path, content: bytes) -> bytes:
     try:
-        return gzip.decompress(content)
+        with gzip.open(BytesIO(content)) as file:
+            text = file.read(MAX_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise TaskError(f"{path}: broken or truncated gzip ({error})") from None
+    if len(text) > MAX_BYTES:
+        raise TaskError(f"{path}: holds more than {MAX_BYTES >> 30} GiB")
+    return text
 
 
-def _json_lines(path: Path, text: str, benchmark: BenchmarkFile) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise _json_error(
-                    path, number, error, f"one per line: {benchmark.expected_form}"
-                ) from None
-
-
-def _json_rows(path: Path, text: str, benchmark: BenchmarkFile) -> Iterator[tuple[str, object]]:
-    try:
-        for number, row in enumerate(json.loads(text), start=1):
-            yield f"item {number}", row
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        raise _json_error(path, line, error, f"a list of {benchmark.expected_form}") from None
-
-
-def _json_error(path: Path, line: int, error: Exception, expected: str) -> TaskError:
-    return TaskError(
-        f"{path}, line {line}: invalid or truncated JSON ({error}); expected {expected}"
-    )
-
-
-def _parquet_rows(path: Path, content: bytes) -> Iterator[tuple[str, object]]:
+def _parquet_rows(path: Path, content: bytes) -> list[object]:
     """Rows of a Parquet file, the usual format on the hub."""
     try:
         parquet = import_module("pyarrow.parquet")
     except ImportError:
         raise TaskError(
-            f"{path}: Parquet needs pyarrow: pip install 'coterie[harness]', or set `data` to JSONL"
+            f"{path}: Parquet needs pyarrow: pip install '.[harness]' in a clone, or set `data` to "
+            "JSONL"
         ) from None
     try:
-        rows = parquet.read_table(BytesIO(content)).to_pylist()
+        return parquet.read_table(BytesIO(content)).to_pylist()
     # pyarrow raises many types.
     except Exception as error:
         raise TaskError(f"{path}: broken or truncated Parquet ({error})") from None
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _check_unique(rows: Sequence[DataRow], key: str, path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -25,7 +26,10 @@ SCRIPT_PATH = Path(__file__).with_name("verifier.py")
 
 @lru_cache(maxsize=1 << 14)
 def is_equivalent_latex(gold: str, answer: str) -> bool:
-    """Whether two answers are equal; false for invalid LaTeX or a timeout."""
+    """Whether two answers are equal; false for invalid LaTeX or a timeout.
+
+    Raises TaskError if the process was killed from outside, as the system does without memory.
+    """
     verifier = _acquire()
     try:
         equal = verifier.compare(gold, answer)
@@ -42,7 +46,7 @@ def is_equivalent_latex(gold: str, answer: str) -> bool:
 def require_math_verify() -> None:
     """Starts one process; raises TaskError if math-verify is not installed or does not start."""
     if find_spec("math_verify") is None:
-        raise TaskError("math500 needs math-verify: pip install 'coterie[lab]'")
+        raise TaskError("math500 needs math-verify: pip install '.[lab]' in a clone of Coterie")
     _idle_verifiers.append(_acquire())
 
 
@@ -62,7 +66,7 @@ class _VerifierProcess:
         if self.process.stdout.readline() != "ready\n":
             message = self.process.communicate()[1].strip().split("\n")[-1]
             raise TaskError(
-                f"math-verify does not start ({message}); try pip install 'coterie[lab]'"
+                f"math-verify does not start ({message}); try pip install '.[lab]' in a clone"
             )
         self.owner_pid = os.getpid()
 
@@ -73,8 +77,10 @@ class _VerifierProcess:
         with suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps([gold, answer]) + "\n")
             self.process.stdin.flush()
-            reply = self.process.stdout.readline()
-            return reply == "1\n" if reply else None
+            if reply := self.process.stdout.readline():
+                return reply == "1\n"
+        if self.process.wait() == -signal.SIGKILL:
+            raise TaskError("math-verify was killed; memory may have run out")
         return None
 
     def close(self) -> None:
@@ -92,7 +98,9 @@ def _acquire() -> _VerifierProcess:
         with suppress(IndexError):  # taken by another thread
             verifier = _idle_verifiers.pop()
             if verifier.owner_pid == os.getpid():
-                return verifier
+                if verifier.process.poll() is None:
+                    return verifier
+                verifier.close()
     return _VerifierProcess()
 
 

@@ -1,0 +1,177 @@
+"""Grades of answers that are hard to read, and the deadline of a comparison."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from fractions import Fraction
+
+import pytest
+from hard_answers import GSM8K, MATH500
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from coterie.errors import CoterieError
+from coterie.lab.evals.task import TaskOptions
+from coterie.lab.evals.tasks import embedded, gsm8k, math500, open_tasks, verify
+from coterie.lab.evals.tasks.latex import is_equivalent
+from coterie.lab.evals.tasks.numbers import find_numbers, latex_to_plain
+
+integers = st.integers(-(10**7), 10**7)
+# Text that may stand after an answer: no box, no #### and no new question in it.
+prose = st.text(st.characters(exclude_characters="\\#:<{}"), max_size=60)
+
+
+@pytest.mark.parametrize(("gold", "output", "is_correct"), GSM8K)
+def test_gsm8k_reads_hard_answers(gold, output, is_correct):
+    assert gsm8k.grade(output, gold).correct is is_correct
+
+
+@pytest.mark.parametrize(("gold", "output", "is_correct"), MATH500)
+def test_math500_reads_hard_answers(gold, output, is_correct):
+    assert math500.grade(output, gold).correct is is_correct
+
+
+@given(integers, integers)
+def test_a_number_is_correct_only_if_it_is_the_gold(number, gold):
+    for output in (f"#### {number}", rf"\boxed{{{number}}}", f"The answer is {number}."):
+        assert gsm8k.grade(output, str(gold)).correct is (number == gold)
+    assert is_equivalent(str(number), str(gold)) is (number == gold)
+
+
+@given(integers)
+@example(1234567)
+@example(-1000)
+def test_thousands_commas_change_nothing(number):
+    for output in (f"#### {number:,}", rf"\boxed{{{number:,}}}", f"She has {number:,} eggs."):
+        assert gsm8k.grade(output, str(number)).correct
+        assert gsm8k.grade(output.replace(",", ""), f"{number:,}").correct
+    assert is_equivalent(f"{number:,}", str(number))
+    assert is_equivalent(f"{number:,}".replace(",", r",\!"), str(number))
+
+
+@given(integers, integers, prose)
+def test_text_after_a_box_never_changes_the_grade(number, gold, after):
+    output = rf"So it is $\boxed{{{number}}}$"
+    for grade in (gsm8k.grade, math500.grade):
+        assert grade(f"{output}. {after}", str(gold)).correct is (number == gold)
+
+
+@given(integers, prose)
+def test_text_after_hashes_never_changes_the_grade(number, after):
+    assert gsm8k.grade(f"#### {number}\n{after}", str(number)).correct
+
+
+@given(integers, integers)
+def test_the_last_box_counts(first, last):
+    output = rf"At first \boxed{{{first}}}. But no, it is \boxed{{{last}}}."
+    for grade in (gsm8k.grade, math500.grade):
+        assert grade(output, str(last)).correct
+        assert grade(output, str(first)).correct is (first == last)
+
+
+@given(st.integers(-999, 999), st.integers(1, 999))
+def test_fractions_are_equal_in_every_notation(numerator, denominator):
+    value = Fraction(numerator, denominator)
+    sign = "-" if numerator < 0 else ""
+    forms = [f"{numerator}/{denominator}", rf"{sign}\frac{{{abs(numerator)}}}{{{denominator}}}",
+            rf"{sign}\dfrac{{{abs(numerator)}}}{{{denominator}}}", str(value)]  # fmt: skip
+    for form in forms:
+        assert gsm8k.gold_value(form) == value
+        assert all(is_equivalent(form, other) for other in forms)
+
+
+@given(st.text(max_size=200), st.text(max_size=20))
+@settings(max_examples=200)
+def test_no_output_makes_a_grader_raise(output, piece):
+    for text in (output, rf"\boxed{{{output}}}", f"#### {output}", rf"\frac{piece}{output}$"):
+        gsm8k.grade(text, "18")
+        for name in ("words", "algebra"):
+            embedded.grade(name, text, "18")
+        list(math500._candidates(text))
+
+
+@given(st.text("\\{}$frac12^_(), .x=", max_size=12))
+@settings(max_examples=25)
+def test_no_answer_makes_math500_raise(answer):
+    assert math500.grade(rf"\boxed{{{answer}}}", r"\frac{1}{7}").correct in (True, False)
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=5))
+def test_all_numbers_of_a_text_are_parsed(values):
+    text = " and ".join(f"${value:,}" for value in values)
+    assert [number.value for number in find_numbers(latex_to_plain(text))] == values
+
+
+def test_the_metrics_of_the_harness_are_recorded():
+    hashes = gsm8k.grade("#### 18\nShe keeps 7.", "18")
+    assert (hashes.correct, hashes.other_metrics) == (True, {"strict": True, "flexible": False})
+    boxed = gsm8k.grade(r"\boxed{18}", "18")
+    assert (boxed.correct, boxed.other_metrics) == (True, {"strict": False, "flexible": True})
+
+
+def test_a_gold_without_a_number_raises():
+    for gold in ("1234", "1,234", "She has 1,200 + 34.\n#### 1,234", r"\boxed{1234}", "$1234"):
+        assert gsm8k.gold_value(gold) == 1234
+    with pytest.raises(CoterieError, match="holds no number"):
+        gsm8k.gold_value("many")
+
+
+# The deadline
+
+
+def test_an_answer_over_the_time_limit_is_wrong_and_the_next_is_graded(monkeypatch):
+    monkeypatch.setattr(verify, "CPU_SECONDS", 0.5)
+    monkeypatch.setattr(verify, "_idle_verifiers", [])
+    try:
+        start = time.monotonic()
+        assert not verify.is_equivalent_latex("5", "10^{10^{10^{10}}}")
+        assert time.monotonic() - start < 20
+        assert verify.is_equivalent_latex("3x", r"x \cdot 3")
+    finally:
+        verify._close_all()
+
+
+def test_a_verifier_that_was_killed_is_no_verdict(monkeypatch):
+    monkeypatch.setattr(verify, "_idle_verifiers", [])
+    try:
+        assert verify.is_equivalent_latex("5x", r"x \cdot 5")
+        [idle] = verify._idle_verifiers
+        idle.process.kill()
+        idle.process.wait()
+        assert verify.is_equivalent_latex("7x", r"x \cdot 7")
+        busy = verify._acquire()
+        os.kill(busy.process.pid, signal.SIGKILL)
+        with monkeypatch.context() as patch:
+            patch.setattr(verify, "_acquire", lambda: busy)
+            with pytest.raises(CoterieError, match="was killed"):
+                verify.is_equivalent_latex("8x", r"x \cdot 8")
+        assert verify.is_equivalent_latex("8x", r"x \cdot 8")
+    finally:
+        verify._close_all()
+
+
+def test_a_verifier_that_does_not_start_raises(monkeypatch, tmp_path):
+    monkeypatch.setattr(verify, "_idle_verifiers", [])
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no grammar')")
+    monkeypatch.setattr(verify, "SCRIPT_PATH", tmp_path / "broken.py")
+    with pytest.raises(CoterieError, match=r"does not start.*no grammar"):
+        open_tasks(["math500"], TaskOptions("llada2"))
+    monkeypatch.setattr(verify, "find_spec", lambda _name: None)
+    with pytest.raises(CoterieError, match=r"pip install '\.\[lab\]'"):
+        open_tasks(["math500"], TaskOptions("llada2"))
+
+
+def test_answers_are_compared_in_threads():
+    pairs = [(f"{n}x + 1", f"1 + x \\cdot {n}") for n in range(2, 5)]
+    results: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda p=p: results.append(is_equivalent(*p))) for p in pairs
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * len(pairs)

@@ -1,0 +1,36 @@
+"""The figure of a run's traffic: for any number of forwards, without a word from matplotlib."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coterie.cli.entry import run
+from coterie.lab.traffic_plot import TrafficPoint, write_figures
+from coterie.offload.traffic import Traffic
+from coterie.offload.traffic_log import ForwardTraffic
+
+
+@pytest.mark.parametrize("kinds", [(), ("decode",), ("prefill", "decode"), ("decode",) * 9])
+def test_a_figure_of_any_number_of_forwards(tmp_path: Path, kinds: tuple[str, ...]) -> None:
+    """A warning of matplotlib would be an error here."""
+    traffic = Traffic.from_counts(1, 1 << 20, experts_used=40, misses=10, vanilla_misses=20)
+    points = [
+        TrafficPoint(ForwardTraffic(number, kind, (0,), (number,), traffic), 0.5)
+        for number, kind in enumerate(kinds)
+    ]
+    paths = write_figures(tmp_path / "name", "title", points)
+    assert [path.name for path in paths] == ["name-light.svg", "name-dark.svg"]
+    assert all(path.read_text().startswith("<svg") for path in paths)
+
+
+def test_the_place_of_a_plot_is_tried_before_the_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "name.json").mkdir()
+    words = ["generate", "2", "--simulate-expert-memory", "35%", "--plot-traffic"]
+    for name in (tmp_path / "name", tmp_path / "nowhere" / "name"):
+        assert run([*words, str(name)]) == 2
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err.count("\n")) == ("", 1)
