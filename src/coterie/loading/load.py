@@ -58,7 +58,7 @@ class Model:
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """The tokens that no prompt may hold: the mask, and DELETE and SPLIT of models that edit."""
+        """The tokens that no prompt may hold: the mask, and DELETE and SPLIT if there are any."""
         return self.mask_id, *(self.family.defaults.edit_ids or ())
 
     @property
