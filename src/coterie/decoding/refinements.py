@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from coterie.decoding.block_edit import BlockEditRule, JointEditRule, JointThresholdInDelRule
-from coterie.decoding.unmask import UNMASK_RULES, BlockState, UnmaskRule
+from coterie.decoding.unmask import RULES, BlockState, UnmaskRule
 from coterie.errors import SpecError
 from coterie.specs import NonNegativeInt, UnitFraction, check_options, format_spec, parse_spec
 
@@ -103,7 +103,7 @@ class UnmaskStrategy:
     def __str__(self) -> str:
         refinements = (part for part in (self.edit, self.credit, self.smooth) if part is not None)
         specs = (format_spec(part, REFINEMENTS) for part in refinements)
-        return "+".join((format_spec(self.rule, RULES), *specs))
+        return "+".join((format_spec(self.rule, ALL_RULES), *specs))
 
 
 def parse_unmask(text: str) -> UnmaskStrategy:
@@ -116,14 +116,14 @@ def parse_unmask(text: str) -> UnmaskStrategy:
         if name in parts:
             raise SpecError(f"{name} is given twice in {text!r}")
         parts[name] = part
-    rule = parse_spec(first, RULES, "unmasking rule")
+    rule = parse_spec(first, ALL_RULES, "unmasking rule")
     if parts and isinstance(rule, BlockEditRule):
         raise SpecError(f"{first!r} edits blocks itself and takes no addition: {text!r}")
     return UnmaskStrategy(rule, **parts)  # pyright: ignore[reportArgumentType]
 
 
-RULES: dict[str, type[UnmaskRule | BlockEditRule]] = {
-    **UNMASK_RULES,
+ALL_RULES: dict[str, type[UnmaskRule | BlockEditRule]] = {
+    **RULES,
     "joint-edit": JointEditRule,
     "joint-threshold-indel": JointThresholdInDelRule,
 }

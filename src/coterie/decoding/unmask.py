@@ -197,7 +197,7 @@ def top_positions(confidence: Tensor, count: int) -> Tensor:
     return selected & (confidence > NEG_INF)
 
 
-UNMASK_RULES: dict[str, type[UnmaskRule]] = {
+RULES: dict[str, type[UnmaskRule]] = {
     "threshold": ThresholdRule,
     "dynamic": DynamicRule,
     "fixed": FixedRule,
