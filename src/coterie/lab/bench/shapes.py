@@ -118,7 +118,11 @@ _LLADA2_MINI = ModelSpec(
 )
 _LLADA22 = replace(
     LLADA2,
-    defaults=replace(LLADA2.defaults, unmask="joint-edit", edit_ids=tuple(EDIT_IDS.values())),
+    defaults=replace(
+        LLADA2.defaults,
+        unmask="joint-edit",
+        edit_ids=(EDIT_IDS["delete_token_id"], EDIT_IDS["split_token_id"]),
+    ),
 )
 _LLADA22_MINI = replace(
     _LLADA2_MINI,
