@@ -54,31 +54,6 @@ FAMILY_CONFIGS: dict[str, dict[str, Json]] = {
         "moe_router_enable_expert_bias": True,
         "routed_scaling_factor": 2.5,
     },
-    "llada2.2": {
-        "architectures": ["LLaDA2MoeModelLM"],
-        "model_type": "llada2_moe",
-        "head_dim": 8,
-        "partial_rotary_factor": 0.5,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.5,
-        },
-        "intermediate_size": 48,
-        "first_k_dense_replace": 1,
-        "moe_intermediate_size": 16,
-        "num_shared_experts": 1,
-        "n_group": 4,
-        "topk_group": 2,
-        "norm_topk_prob": True,
-        "score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-        "routed_scaling_factor": 2.5,
-        "expert_capacity": 8,
-        "block_size": 32,
-        "delete_token_id": 92,
-        "split_token_id": 93,
-    },
     "llada-moe": {
         "architectures": ["LLaDAMoEModelLM"],
         "model_type": "llada",
@@ -98,6 +73,17 @@ FAMILY_CONFIGS: dict[str, dict[str, Json]] = {
         "mlp_only_layers": [],
         "decoder_sparse_step": 1,
     },
+}
+FAMILY_CONFIGS["llada2.2"] = FAMILY_CONFIGS["llada2"] | {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+    },
+    "expert_capacity": 8,
+    "block_size": 32,
+    "delete_token_id": 92,
+    "split_token_id": 93,
 }
 
 

@@ -16,7 +16,7 @@ class Denoised:
     ``text`` is the part of the answer that has become final: joined, these parts are the answer.
     ``committed`` and ``edited`` tokens are part of the answer, but later edits may change them.
     ``remasked`` positions hold a mask again: an edit dropped or inserted a position before them.
-    A reader who applies all three to a row of masks has the canvas after this forward.
+    Applied to a row of masks, all three give the canvas after this forward.
     ``provisional`` tokens are the model's current guess at positions that are still masked.
     ``experts`` is the number of unique experts in each MoE layer. It is empty, and the votes are
     None, unless ``kind`` is "decode". ``reuse_vote_loss`` is None if no coreset could be reused.
