@@ -18,7 +18,7 @@ from coterie.model.transformer import Transformer, build
 from coterie.model.weights import allocate, slabs
 from coterie.offload.resident_store import ResidentExpertStore
 
-Json = bool | int | float | str | None | list[int] | list[str] | dict[str, str | float]
+Json = bool | int | float | str | None | list[int] | list[str]
 
 COMMON_CONFIG: dict[str, Json] = {
     "hidden_act": "silu",
@@ -75,11 +75,6 @@ FAMILY_CONFIGS: dict[str, dict[str, Json]] = {
     },
 }
 FAMILY_CONFIGS["llada2.2"] = FAMILY_CONFIGS["llada2"] | {
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.5,
-    },
     "expert_capacity": 8,
     "block_size": 32,
     "delete_token_id": 92,
