@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define COTERIE_ABI 7
+#define COTERIE_ABI 6
 #define COTERIE_LAYOUT 1  // version of the packed layout; described in `ops/packed_layout.py`
 #define COTERIE_API extern "C" __attribute__((visibility("default")))
 
@@ -102,12 +102,10 @@ struct RouteArgs {
   uint8_t* coresets;                 // [sequences, experts] output: the coresets in use
   uint8_t* reused;                   // [sequences] output: whether the previous coreset is reused
   double* vote_loss;                 // [sequences] output: share of votes lost by reuse
-  const int64_t* starts;  // [sequences] position of each first token, for `block`; null = all 0
   double mass, resident_bonus, max_vote_loss, reuse_tolerance;
   float scale, epsilon;
   int32_t stride, sequences, tokens, experts, k, groups, kept_groups, renormalise, biased;
   int32_t vote, union_size, count, min_experts, protect, max_experts;
-  int32_t capacity, block;  // experts that a block of positions admits (0 = all); its size
 };
 
 constexpr int MAX_GROUPS = 64;  // groups of experts: one bit each in a 64-bit mask

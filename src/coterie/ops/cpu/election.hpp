@@ -104,11 +104,11 @@ static void sort_down(const RouteArgs& e, const SelectionScratch& scratch, const
     int32_t* swapped = from;
     from = to, to = swapped;
   }
-  // Stable partition: protected experts first, those that are not electable last.
+  // Stable partition: protected experts first.
   int count = 0;
-  for (int tier = 2; tier >= 0; tier--)
+  for (int is_protected = 1; is_protected >= 0; is_protected--)
     for (int i = 0; i < e.experts; i++)
-      if (scratch.protected_mask[from[i]] + scratch.electable[from[i]] == tier) to[count++] = from[i];
+      if (scratch.protected_mask[from[i]] == is_protected) to[count++] = from[i];
   if (to != scratch.order) memcpy(scratch.order, to, size_t(e.experts) * sizeof *to);
 }
 
@@ -133,13 +133,13 @@ static void select_largest(const RouteArgs& e, const SelectionScratch& scratch, 
   Code low = INT64_MAX, high = LOWEST_CODE;
   int count = 0;  // experts with a key of at least `low`
   for (int i = 0; i < e.experts; i++) {
-    if (!scratch.electable[i] || (only_protected && !scratch.protected_mask[i])) continue;
+    if (only_protected && !scratch.protected_mask[i]) continue;
     low = key[i] < low ? key[i] : low;
     high = key[i] > high ? key[i] : high;
     count++;
   }
   for (int i = 0; i < padded_codes(e.experts); i++) {
-    bool eligible = i < e.experts && scratch.electable[i] && (!only_protected || scratch.protected_mask[i]);
+    bool eligible = i < e.experts && (!only_protected || scratch.protected_mask[i]);
     scratch.candidates[i] = !eligible                                      ? LOWEST_CODE
                             : scratch.protected_mask[i] && !only_protected ? high + 1
                                                                            : key[i];
@@ -227,24 +227,12 @@ static void apply_resident_bonus(const RouteArgs& e, const SelectionScratch& scr
   }
 }
 
-// Marks the experts that any block of a sequence admits; all others lose their votes.
-static void exclude_others(const RouteArgs& e, const SelectionScratch& scratch, int row) {
-  int last = block_of(e, row, e.tokens - 1);
-  for (int i = 0; i < e.experts; i++) {
-    scratch.electable[i] = 0;
-    for (int block = block_of(e, row, 0); block <= last; block++)
-      scratch.electable[i] |= !scratch.outside_of(e, row, block)[i];
-    if (!scratch.electable[i]) scratch.votes[i] = 0;
-  }
-}
-
 // Elects the coreset of one sequence.
 static void elect(const RouteArgs& e, const SelectionScratch& scratch, int row) {
   if (e.union_size > 0 && e.max_experts == 0)
     return mark_first_choices(e, row, e.union_size, scratch.coreset);
   mark_first_choices(e, row, e.union_size > 0 ? e.union_size : e.protect, scratch.protected_mask);
   count_votes(e, scratch, row);
-  if (e.capacity) exclude_others(e, scratch, row);
   bool has_bonus = e.resident_bonus > 0 && e.resident;
   select_coreset(e, scratch, scratch.votes, scratch.votes, has_bonus ? scratch.plain : scratch.coreset);
   if (has_bonus) apply_resident_bonus(e, scratch);

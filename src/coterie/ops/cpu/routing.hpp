@@ -32,10 +32,6 @@ static void choose_inside(const RouteArgs& e, const SelectionScratch& scratch, i
     write_codes(scratch.score, bias, scratch.coreset_tie_break, count, scratch.code);
     if (e.kept_groups < e.groups)
       penalise_dropped_groups(scratch.dropped[t], scratch.group, count, scratch.code);
-    if (e.capacity) {
-      const Code* outside = scratch.outside_of(e, row, block_of(e, row, int(t % e.tokens)));
-      for (int i = 0; i < count; i++) scratch.code[i] -= outside[scratch.member[i]];
-    }
     int chosen_count = choose(scratch.code, count, e.k, scratch.candidates, scratch.best);
     for (int j = 0; j < e.k; j++) e.ids[t * e.k + j] = j < chosen_count ? expert_of(e, scratch.best[j]) : -1;
   }
@@ -97,7 +93,6 @@ static int32_t run_route(const RouteArgs& e) {
   bool splits = e.ballots && !e.sums;
   // Margins are measured from the best score outside the top k.
   int choices = splits && e.vote == MARGIN ? min_int(e.k + 1, e.experts) : e.k;
-  for (int row = 0; row < e.sequences && e.capacity; row++) admit(e, scratch, row);
   for (size_t t = 0; t < tokens; t++) {
     choose_vanilla(e, scratch, t, choices);
     for (int j = 0; j < e.k; j++) e.vanilla_ids[t * e.k + j] = expert_of(e, scratch.best[j]);

@@ -23,6 +23,7 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
     if (
         kernels is None
         or not _supports(scores, vote_weight)
+        or scores.router.capacity
         or (rule is None and previous is not None)
     ):
         return None
@@ -74,9 +75,6 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
         min_experts=effective_rule.min_experts,
         protect=effective_rule.protect,
         max_experts=effective_rule.max_experts,
-        starts=optional_address(scores.starts, torch.int64, (rows,), "starts"),
-        capacity=router.capacity,
-        block=router.block,
     )
     run, isa = kernels.handle.coterie_route, kernels.isa()
     if rule is not None and (rule.max_experts or not rule.union) and rule.vote in SPLIT_VOTES:

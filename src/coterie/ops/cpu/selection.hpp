@@ -7,16 +7,6 @@
 
 namespace COTERIE_ISA::routing {
 
-// The most blocks that hold tokens of one sequence; 0 without a capacity.
-static inline size_t blocks_of(const RouteArgs& e) {
-  return e.capacity ? size_t(e.tokens + e.block - 2) / e.block + 1 : 0;
-}
-
-// The block of a token within its sequence.
-static inline int block_of(const RouteArgs& e, int row, int token) {
-  return int((e.starts ? e.starts[row] % e.block : 0) + token) / e.block;
-}
-
 // Sort key of an expert, largest first: inside the kept groups, then the score's bits, then the
 // lower index.
 using Code = int64_t;
@@ -49,14 +39,11 @@ struct SelectionScratch {
   int32_t *order, *swap, *restored, *evicted, *member;
   float *score, *bias;  // of each coreset member
   uint8_t *protected_mask, *plain, *coreset;
-  uint8_t* electable;  // experts that any block of the sequence admits
-  Code* dropped;       // [T] groups that the router dropped for this token, as bits
-  Code* outside;       // [sequences, blocks, experts] OUTSIDE_PENALTY for experts that a block does not admit
+  Code* dropped;  // [T] groups that the router dropped for this token, as bits
 
   explicit SelectionScratch(const RouteArgs& e) : wide_(size_t(padded_codes(e.experts)) + CODE_STRIDE) {
-    size_t all = wide_ * (9 * sizeof(Code) + 5 * sizeof(int32_t) + 2 * sizeof(float) + 4);
-    size_t tokens = size_t(e.sequences) * e.tokens;
-    all += (tokens + e.sequences * blocks_of(e) * wide_) * sizeof(Code);
+    size_t all = wide_ * (9 * sizeof(Code) + 5 * sizeof(int32_t) + 2 * sizeof(float) + 3);
+    all += size_t(e.sequences) * e.tokens * sizeof(Code);
     memory_ = aligned_alloc(64, (all + 63) / 64 * 64);
     at_ = static_cast<uint8_t*>(memory_);
     if (!memory_) return;
@@ -64,18 +51,12 @@ struct SelectionScratch {
         carve(coreset_tie_break);
     carve(group), carve(order), carve(swap), carve(restored), carve(evicted), carve(member), carve(score),
         carve(bias);
-    carve(protected_mask), carve(plain), carve(coreset), carve(electable);
-    dropped = reinterpret_cast<Code*>(at_);
-    outside = dropped + tokens;
-    memset(electable, 1, size_t(e.experts));
+    carve(protected_mask), carve(plain), carve(coreset), carve(dropped);
     for (int i = 0; i < e.experts; i++) tie_break[i] = e.experts - 1 - i;
   }
   SelectionScratch(const SelectionScratch&) = delete;
   ~SelectionScratch() { free(memory_); }
   bool is_allocated() const { return memory_; }
-  Code* outside_of(const RouteArgs& e, int row, int block) const {
-    return outside + (row * blocks_of(e) + block) * wide_;
-  }
 
  private:
   size_t wide_;
@@ -248,32 +229,9 @@ static Code drop_groups(const RouteArgs& e, const Code* code) {
 
 static inline bool in(Code groups, int g) { return (groups >> g) & 1; }
 
-// Admits the experts with the best score of any token in each block of a sequence.
-static void admit(const RouteArgs& e, const SelectionScratch& scratch, int row) {
-  for (int token = 0; token < e.tokens;) {
-    int block = block_of(e, row, token);
-    for (int i = 0; i < padded_codes(e.experts); i++) scratch.key[i] = LOWEST_CODE;
-    for (; token < e.tokens && block_of(e, row, token) == block; token++) {
-      const float* p = e.p + (size_t(row) * e.tokens + token) * e.stride;
-      write_codes(p, e.bias, scratch.tie_break, e.experts, scratch.code);
-      for (int i = 0; i < e.experts; i += WIDTH)
-        store(scratch.key + i, larger(load<Codes>(scratch.key + i), load<Codes>(scratch.code + i)));
-    }
-    int count = choose(scratch.key, e.experts, e.capacity, scratch.candidates, scratch.best);
-    Code* outside = scratch.outside_of(e, row, block);
-    for (int i = 0; i < e.experts; i++) outside[i] = OUTSIDE_PENALTY;
-    for (int j = 0; j < count; j++) outside[expert_of(e, scratch.best[j])] = 0;
-  }
-}
-
 // A token's top-k experts in the unmodified model, as codes in `scratch.best`.
 static void choose_vanilla(const RouteArgs& e, const SelectionScratch& scratch, size_t token, int k) {
   write_codes(e.p + token * e.stride, e.bias, scratch.tie_break, e.experts, scratch.code);
-  if (e.capacity) {
-    int row = int(token / e.tokens), block = block_of(e, row, int(token % e.tokens));
-    const Code* outside = scratch.outside_of(e, row, block);
-    for (int i = 0; i < e.experts; i++) scratch.code[i] -= outside[i];
-  }
   if (e.kept_groups == e.groups) {
     choose(scratch.code, e.experts, k, scratch.candidates, scratch.best);
     return;
