@@ -172,6 +172,12 @@ def test_inspect_reads_the_config_alone(capsys: Capture, model: str, tmp_path: P
     assert "16 a layer, 4 a token" in capsys.readouterr().out
 
 
+def test_inspect_names_the_experts_that_a_block_admits(capsys: Capture, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "llada2", expert_capacity=12)
+    assert run(["inspect", str(tmp_path)]) == 0
+    assert "of 12 that a block of 32 admits" in " ".join(capsys.readouterr().out.split())
+
+
 def test_policies_lists_every_policy(capsys: Capture) -> None:
     assert [entry["name"] for entry in document(capsys, "policies")] == list(POLICIES)  # type: ignore[index]
     assert run(["policies"]) == 0

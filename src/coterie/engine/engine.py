@@ -327,6 +327,7 @@ class Engine:
             stop_ids=self.model.eos_ids,
             vocabulary=self.model.spec.vocabulary,
             max_length=self.model.spec.max_length,
+            edit_ids=self.model.family.defaults.edit_ids,
         )
 
     def _event_stream(self, number: int) -> Iterator[Event]:
@@ -361,6 +362,7 @@ class Engine:
             text=active.next_text(self.model.tokenizer.decode),
             committed=update.committed,
             edited=update.edited,
+            remasked=update.remasked,
             provisional=update.provisional,
             experts=() if counts is None else tuple(map(int, counts.per_layer)),
             vote_mass_kept=None if counts is None else counts.vote_mass_kept,

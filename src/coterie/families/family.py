@@ -21,6 +21,7 @@ class FamilyDefaults:
     mask_id: int
     eos_ids: tuple[int, ...]
     chat_template: str  # jinja, for checkpoints without a template
+    edit_ids: tuple[int, int] | None = None  # the DELETE and SPLIT tokens of models that edit
 
 
 @dataclass(frozen=True)

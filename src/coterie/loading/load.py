@@ -60,6 +60,11 @@ class Model:
         return self.transformer.spec
 
     @property
+    def special_ids(self) -> tuple[int, ...]:
+        """The tokens that no prompt may hold: the mask, and DELETE and SPLIT if there are any."""
+        return self.mask_id, *(self.family.defaults.edit_ids or ())
+
+    @property
     def memory_config(self) -> ExpertMemoryConfig | None:
         """The requested expert memory."""
         return None if self.placement.plan is None else self.placement.plan.config

@@ -345,7 +345,7 @@ def _check_lengths(
 def _prompt_length(model: Model, request: EvalRequest) -> int:
     try:
         ids = model.tokenizer.encode(request.task.prompt(request.item))
-        check_prompt(ids, model.mask_id, model.spec.vocabulary)
+        check_prompt(ids, model.special_ids, model.spec.vocabulary)
     except ValueError as error:
         raise TaskError(f"task {request.task.name}, {request.item.id}: {error}") from None
     return len(ids)
