@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coterie.checkpoints.model_folder import ModelFolder
 from coterie.families import ModelConfig, detect_family
 from coterie.lab.records import Measurement
 from coterie.lab.replay.cache_simulation import ReplayPolicy
 from coterie.lab.replay.trace import Trace
 from coterie.loading.disk_offload import expert_file_spans
-from coterie.loading.target import ModelFolder
 from coterie.model.spec import ModelSpec
 from coterie.offload.cached_store import CachedExpertStore
 from coterie.offload.capacity import Capacity

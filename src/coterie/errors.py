@@ -1,6 +1,6 @@
 """The errors of the package. A message says what is wrong, where, and what would work.
 
-Only ``NonFiniteLogitsError`` belongs to a request: the model has no answer to it. Any other error
+Only ``NonFiniteLogitsError`` and ``AnswerTextError`` belong to a request. Any other error
 of a forward, an ``OSError`` included, says nothing about the requests, and they can be repeated.
 """
 
@@ -49,6 +49,14 @@ class NonFiniteLogitsError(GenerationError):
     ``rows`` are the requests that shared the forward, if the engine raises: at least one of them is
     the cause.
     """
+
+    def __init__(self, reason: str, rows: tuple[int, ...] = ()) -> None:
+        super().__init__(reason)
+        self.rows = rows
+
+
+class AnswerTextError(TokenizerError):
+    """The tokenizer cannot decode what the requests ``rows`` generated; they have ended."""
 
     def __init__(self, reason: str, rows: tuple[int, ...] = ()) -> None:
         super().__init__(reason)

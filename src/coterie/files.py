@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BufferedWriter
 from pathlib import Path
+from typing import Self
 
-from coterie.errors import CheckpointError, CoterieError
+from coterie.errors import CheckpointError, ConfigError, CoterieError
 
 MIB = 1 << 20
+LFS_START = b"version https://git-lfs.github.com/spec/"
+MAX_LFS_BYTES = 1024
+
+ProgressCallback = Callable[[int, int], None]
+"""Called with (bytes read, bytes in total)."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,23 @@ def open_file(file: Path) -> int:
     Raises OSError or CheckpointError, without the name, for anything else.
     """
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        _check_content(descriptor)
+    except BaseException:
         os.close(descriptor)
-        raise CheckpointError("cannot be read (not a regular file)")
+        raise
     return descriptor
+
+
+def _check_content(descriptor: int) -> None:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError("cannot be read (not a regular file)")
+    is_small = status.st_size < MAX_LFS_BYTES
+    if is_small and os.pread(descriptor, len(LFS_START), 0) == LFS_START:
+        raise CheckpointError(
+            "is a Git LFS pointer, not the file itself: run `git lfs pull`, or download it again"
+        )
 
 
 @contextmanager
@@ -80,10 +100,10 @@ def read_file(file: Path, limit: int) -> bytes:
 
 
 def read_text(file: Path, limit: int) -> str:
-    """The content as UTF-8 text."""
+    """The content as UTF-8 text, without a byte order mark."""
     content = read_file(file, limit)
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{file}: not UTF-8 text ({error.reason})") from None
 
@@ -123,3 +143,83 @@ def remove_partial(path: Path) -> None:
 
 def _partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".part")
+
+
+class LockedFile:
+    """A file to append to that no other process can open in the same way."""
+
+    def __init__(self, path: Path, error: type[CoterieError] = ConfigError) -> None:
+        """Raises an ``error`` if the file cannot be written, or another process writes it."""
+        self.path, self._error = path, error
+        while True:
+            try:
+                self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.close()
+                raise self._error(f"{path}: another process is writing it") from None
+            except OSError as reason:
+                raise self._error(f"{path}: cannot be written ({reason.strerror})") from None
+            if self._has_name():
+                return
+            self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read(self) -> bytes:
+        return os.pread(self._descriptor, self.size, 0)
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._descriptor).st_size
+
+    def append(self, content: bytes, *, sync: bool = False) -> None:
+        """Write all bytes; if that fails, raise an error, and the file ends as before."""
+        end = self.size
+        try:
+            while content:
+                content = content[os.write(self._descriptor, content) :]
+            if sync:
+                os.fsync(self._descriptor)
+        except OSError as reason:
+            self.truncate(end)
+            raise self._error(f"{self.path}: cannot be written ({reason.strerror})") from None
+
+    def truncate(self, size: int = 0) -> None:
+        os.ftruncate(self._descriptor, size)
+
+    def rename(self, path: Path) -> None:
+        """Give the complete file, on disk, its final name."""
+        try:
+            os.fsync(self._descriptor)
+            self.path.replace(path)
+        except OSError as reason:
+            raise self._error(f"{path}: cannot be written ({reason.strerror})") from None
+        self.path = path
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _has_name(self) -> bool:
+        """False if the file was renamed or removed before it was locked."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+
+def running_total(total: int, on_progress: ProgressCallback | None) -> Callable[[int], None]:
+    """A callback for the size of each part that was read, which reports the sum so far."""
+    done = 0
+
+    def on_bytes(size: int) -> None:
+        nonlocal done
+        done += size
+        if on_progress is not None:
+            on_progress(done, total)
+
+    return on_bytes

@@ -109,7 +109,7 @@ class QTensor:
     def __len__(self) -> int:
         return len(self.q)
 
-    def __getitem__(self, index: int | slice) -> QTensor:
+    def __getitem__(self, index: int | slice | Tensor) -> QTensor:
         return QTensor(self.q[index], self.scales[index], self.format, self.k)
 
     def int_values(self) -> Tensor:

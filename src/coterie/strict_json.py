@@ -26,11 +26,13 @@ def read_object(file: Path, limit: int = SMALL_FILE) -> dict[str, object]:
 def parse_object(raw: bytes, kind: str) -> dict[str, object]:
     """The object in ``raw``, a part of a file; errors call the file ``kind``.
 
+    A byte order mark before it is ignored.
+
     Raises CheckpointError for keys listed twice, deep nesting and endless numbers too: what is
     returned can be compared, converted and shown.
     """
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        value = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}"
         raise CheckpointError(f"not {kind} (no valid JSON at {place}: {error.msg})") from None

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coterie.families import FAMILIES, Family, ModelConfig
+from coterie.families import Family, ModelConfig, detect_family
 from coterie.families.names import weight_map
 from coterie.model.checkpoint import INDEX_FILE, SINGLE_FILE
 from coterie.model.spec import ModelSpec
@@ -110,10 +110,16 @@ FAMILY_CONFIGS: dict[str, dict[str, Json]] = {
         },
     },
 }
+FAMILY_CONFIGS["llada2.2"] = FAMILY_CONFIGS["llada2"] | {
+    "expert_capacity": 8,
+    "block_size": 32,
+    "delete_token_id": 92,
+    "split_token_id": 93,
+}
 
 
 def tiny_config(family: str, **overrides: Json) -> dict[str, Json]:
-    """A small config of a family in ``FAMILY_CONFIGS``, with some keys overridden.
+    """A small config of a key of ``FAMILY_CONFIGS``, with some keys overridden.
 
     The mask token, if there is one, is the last of the vocabulary. Keys of a ``text_config`` are
     overridden there.
@@ -131,13 +137,9 @@ def tiny_config(family: str, **overrides: Json) -> dict[str, Json]:
 
 def read_spec(config: Mapping[str, Json]) -> tuple[Family, ModelSpec]:
     """The family and spec of a config in memory."""
-    architectures = config["architectures"]
-    family = FAMILIES[
-        architectures[0]
-        if isinstance(architectures, list) and isinstance(architectures[0], str)
-        else ""
-    ]
-    return family, family.read_spec(ModelConfig(Path("config.json"), config))
+    source = ModelConfig(Path("config.json"), config)
+    family = detect_family(source)
+    return family, family.read_spec(source)
 
 
 def write_checkpoint(

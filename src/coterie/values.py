@@ -7,7 +7,8 @@ token. Invariants, which every producer guarantees and every consumer relies on:
 - QueryPositions: key_limits <= kv_length; limits are exclusive.
 - LayerKV: keys and values have one shape; cache_rows are unique.
 - LogitsSummary: an id of -1 means that no logit is a number; unmasked_argmax is never the mask id.
-- RouterSpec: groups divides experts, topk_groups <= groups, k <= experts.
+- RouterSpec: groups divides experts, topk_groups <= groups, k <= experts. With a capacity,
+  k <= capacity < experts, and there is one group.
 - DecodeProgress: a field that is None is unknown; a policy that needs it raises.
 - PreviousCoresets: an all-False row has no previous coreset.
 - CoresetReuse: vote_loss is in 0 .. 1, and 0 where reused is False.
@@ -143,6 +144,8 @@ class RouterSpec:
     topk_groups: int = 1
     biased_weight: bool = False  # the biased probability is also the weight (LLaDA-MoE with a bias)
     epsilon: float = 0.0  # added to the sum when renormalising (LLaDA2: 1e-20)
+    capacity: int = 0  # experts that a block admits (LLaDA2.2); 0 = all
+    block: int = 32  # positions of a block that admits experts, from multiples of it on
 
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.experts <= MAX_EXPERTS:
@@ -208,6 +211,8 @@ class Scores:
     moe_index: int = 0  # the index of the layer among those that route
     forward_indices: tuple[int, ...] = ()  # the decode-forward number of each row, for seeds
     vanilla_ids: Tensor | None = None  # [S, N, k] unmodified top-k ids; filled in by ``route``
+    starts: Tensor | None = None  # [S] int64: the position of each row's first token; None = 0
+    admitted: Tensor | None = None  # [S, N, E] bool, see ``admitted_experts``; by ``route``
 
     @cached_property
     def probability(self) -> Tensor:

@@ -13,9 +13,9 @@ import pytest
 
 from coterie.cli import bench_output
 from coterie.cli.entry import run
+from coterie.files import LockedFile
 from coterie.lab.bench import forward
 from coterie.lab.bench.plots import make_chart
-from coterie.lab.journal import LockedFile
 
 
 def test_the_layer_command_writes_a_record_and_figures(
@@ -38,7 +38,7 @@ def test_the_layer_command_writes_a_record_and_figures(
     chart = make_chart(record)
     assert set(chart.rows) == {"read", "ours"}
     samples = {each["name"]: each["samples"] for each in record["measures"]}
-    assert chart.samples["ours", "vanilla"] == samples["vanilla ours"]
+    assert chart.samples["vanilla"]["ours"] == samples["vanilla ours"]
     figure = tmp_path / "bench-layer-tiny-bf16-dark.svg"
     before = figure.read_text()
     figure.unlink()

@@ -189,7 +189,7 @@ def test_a_file_that_is_not_there_is_named(capsys: Capture, model: str, tmp_path
     for command in ("generate", "compare"):
         printed = refusal(capsys, command, "5 17 33", "-m", model, "-p", f"@{path}")
         assert printed == f"coterie: {path}: no such file; `coterie calibrate -o` writes one\n"
-    with pytest.raises(CoterieError, match=f"{tmp_path}.*Is a directory"):
+    with pytest.raises(CoterieError, match=f"{tmp_path}.*not a regular file"):
         read_calibrated_policy(tmp_path)
 
 

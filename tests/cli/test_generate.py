@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie.cli.entry import check_repeats, run, utf8_text, with_imports_first
-from coterie.cli.policies import MEANINGS
 from coterie.routing import POLICIES
+from coterie.routing.descriptions import MEANINGS
 from coterie.specs import spec_options
 from coterie.testing import write_checkpoint
 

@@ -75,7 +75,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FORMATS)
 def test_it_loads_as_what_is_quantised_while_loading(
     tmp_path: Path, family: str, stacked: bool, name: str
@@ -453,7 +453,7 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_memory_stays_bounded_while_quantising(tmp_path: Path, stacked: bool) -> None:
     source = write_checkpoint(
         tmp_path / "whole", "llada2", stacked=stacked, dtype=torch.bfloat16, **LARGE

@@ -382,7 +382,10 @@ def test_invalid_options_raise(options: dict[str, object], told: str) -> None:
     assert host.rows == ()
 
 
-@pytest.mark.parametrize("family", ["llada2", "llada-moe", "sdar-moe", "diffusion-gemma"])
+FAMILY_NAMES = ["llada2", "llada2.2", "llada-moe", "sdar-moe", "diffusion-gemma"]
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_every_family_runs_with_its_defaults(family: str) -> None:
     model = tiny(family)
     result = Engine(model).generate(PROMPT, max_new_tokens=40)

@@ -18,7 +18,6 @@ from coterie.lab.replay.cache_simulation import (
     CacheConfig,
     ReplayPolicy,
     TraceVotes,
-    depends_on_residents,
     replay_cache,
     select_experts,
 )
@@ -77,7 +76,7 @@ def test_a_store_moves_what_its_replay_says(
 ) -> None:
     trace = drawn(seed)
     memory = TraceVotes.of(trace)
-    chosen = None if depends_on_residents(play) else select_experts(memory, play)
+    chosen = None if play.depends_on_residents else select_experts(memory, play)
     foretold = replay_cache(memory, play, chosen, CacheConfig(rule, min(capacity, SHAPE.experts)))
     served = serve_trace(trace, play, store(trace, capacity, rule), torch.randn(6, HIDDEN))
     np.testing.assert_array_equal(served.used, foretold.used)

@@ -14,7 +14,14 @@ from released_configs import LLADA2_FLASH, LLADA2_MINI, LLADA_MOE, RELEASED, SDA
 
 from coterie.checkpoints.model_info import GIB, inspect
 from coterie.errors import CoterieError
-from coterie.families import FAMILIES, ModelConfig, detect_family, eos_ids, mask_id
+from coterie.families import (
+    FAMILIES,
+    FamilyDefaults,
+    ModelConfig,
+    detect_family,
+    eos_ids,
+    mask_id,
+)
 from coterie.families.names import weight_map
 from coterie.model.size import experts_that_fit, model_size
 from coterie.model.spec import ModelSpec
@@ -148,7 +155,7 @@ def test_dense_llada_shares_the_model_type_and_is_refused_by_architecture() -> N
     assert "LLaDAModelLM, a dense model" in message
 
 
-@pytest.mark.parametrize("listed", [None, [], ["A", "B"], "LLaDA2MoeModelLM", ["Qwen3"], [7]])
+@pytest.mark.parametrize("listed", [[], ["A", "B"], "LLaDA2MoeModelLM", ["Qwen3"], [7]])
 def test_unknown_architectures_are_refused_with_the_known_ones(listed: object) -> None:
     assert ", ".join(FAMILIES) in refusal("llada2", architectures=listed)
 
@@ -216,8 +223,9 @@ def test_sizes_and_numbers_must_be_what_they_are(family: str, key: str, value: o
         ("llada2", {"num_hidden_layers": 10**9}, "between 1 and 4096"),
         ("llada2", {"vocab_size": 10**12}, "vocab_size is 1000000000000; it must lie between"),
         ("llada2", {"torch_dtype": "bfloat16"}, "'float32', but torch_dtype is 'bfloat16'"),
+        ("llada2", {"use_regular_causal": True}, "use_regular_causal is true"),
         ("llada2", {"dtype": "int4"}, "dtype is"),
-        ("llada2", {"quantization_config": {"bits": 4}}, "checkpoints quantised by other tools"),
+        ("llada2", {"quantization_config": {"bits": 4}}, "quantization_config says that"),
         ("llada-moe", {"moe_layer_freq": [1, 1]}, "lists 2 of 3 layers"),
         ("llada-moe", {"moe_layer_freq": [1, 2, 1]}, "not a list of 0 and 1"),
         ("llada-moe", {"moe_layer_freq": 1}, "not a list of 0 and 1"),
@@ -298,3 +306,36 @@ def test_the_reported_fit_is_exact(memory: int, length: int) -> None:
         assert rest + fits * layers * weight.expert_bytes <= memory
     if 0 <= fits < spec.router.experts:
         assert rest + (fits + 1) * layers * weight.expert_bytes > memory
+
+
+def test_rope_parameters_may_repeat_or_replace_the_keys_beside_them() -> None:
+    plain = tiny_config("llada2")
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    moved = {k: v for k, v in plain.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    for values in (plain, moved):
+        assert spec_of({**values, "rope_parameters": rope}) == spec_of(plain)
+    for key, value in (("rope_theta", 10001), ("rope_type", "yarn"), ("other", 1)):
+        assert key in refusal("llada2", rope_parameters={**rope, key: value})
+
+
+def test_a_model_that_routes_by_block_ignores_groups() -> None:
+    keys = {"expert_capacity": 8, "n_group": None, "topk_group": 7}
+    router = spec_of(tiny_config("llada2", **keys)).router
+    assert (router.capacity, router.block, router.groups) == (8, 32, 1)
+    assert spec_of(tiny_config("llada2", expert_capacity=16)).router.capacity == 0
+    assert "expert_capacity is 3" in refusal("llada2", expert_capacity=3)
+    assert "block_size is 24" in refusal("llada2", block_size=24)
+
+
+def test_edit_tokens_make_a_checkpoint_edit_blocks() -> None:
+    def defaults(**keys: object) -> FamilyDefaults:
+        return detect_family(ModelConfig(FILE, tiny_config("llada2", **keys))).defaults  # type: ignore[arg-type]
+
+    assert defaults().unmask == "threshold:p=0.9"
+    both = defaults(delete_token_id=3, split_token_id=4, block_size=16)
+    assert (both.unmask, both.edit_ids, both.block) == ("joint-edit", (3, 4), 16)
+    released = defaults(expert_capacity=8, vocab_size=157184)
+    assert released.edit_ids == (156930, 156931)
+    assert defaults(expert_capacity=8).edit_ids is None
+    assert "delete_token_id is None" in refusal("llada2", split_token_id=3)
+    assert "delete_token_id is 96" in refusal("llada2", delete_token_id=96, split_token_id=3)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from policy_strategies import law
 
 from coterie.errors import ConfigError
-from coterie.lab.journal import Journal, LockedFile
+from coterie.files import LockedFile
+from coterie.lab.journal import Journal
 
 SAME = {"model": "tiny", "tokens": [3, 4]}
 VALUES = st.recursive(

@@ -8,14 +8,14 @@ import pytest
 
 from coterie.cli.entry import run
 from coterie.lab.traffic_plot import TrafficPoint, write_figures
-from coterie.offload.traffic import Traffic
+from coterie.offload.traffic import Traffic, Transfer
 from coterie.offload.traffic_log import ForwardTraffic
 
 
 @pytest.mark.parametrize("kinds", [(), ("decode",), ("prefill", "decode"), ("decode",) * 9])
 def test_a_figure_of_any_number_of_forwards(tmp_path: Path, kinds: tuple[str, ...]) -> None:
     """A warning of matplotlib would be an error here."""
-    traffic = Traffic.from_counts(1, 1 << 20, experts_used=40, misses=10, vanilla_misses=20)
+    traffic = Traffic(1, 1 << 20, 40, 30, {"elsewhere": Transfer(10, 10 << 20)}, vanilla_misses=20)
     points = [
         TrafficPoint(ForwardTraffic(number, kind, (0,), (number,), traffic), 0.5)
         for number, kind in enumerate(kinds)

@@ -96,6 +96,8 @@ def test_too_little_host_memory_is_an_error(
     folder = plain_or_packed_checkpoint(tmp_path, "plain")
     with pytest.raises(CoterieError, match="packed checkpoint"):
         load_engine(folder, host_memory("30KB"))
+    with pytest.raises(CoterieError, match="60 bytes are less than one expert"):
+        load_engine(folder, host_memory("60B"))
     monkeypatch.setattr(gpu_offload, "free_memory", lambda device: 1000)
     with pytest.raises(CoterieError, match=r"1,000 are free.*host_memory"):
         load_engine(folder, "25%")

@@ -11,6 +11,7 @@ from tiny_tokenizer import write_tokenizer
 from coterie.errors import CoterieError
 from coterie.loading.load import load_model
 from coterie.testing import FAMILY_CONFIGS, write_checkpoint
+from coterie.tokenizer import MASK_TOKEN
 
 MASK, END = 256, 257  # of the tiny tokenizer
 
@@ -22,8 +23,18 @@ def folder_with(path: Path, family: str = "llada2", **ids: object) -> Path:
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_a_model_without_a_mask_is_refused(tmp_path: Path, family: str) -> None:
+    write_tokenizer(folder_with(tmp_path, family))
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text("utf-8").replace(MASK_TOKEN, "<|other|>"), "utf-8")
     with pytest.raises(CoterieError, match=r"config\.json: mask_token_id is missing"):
-        load_model(folder_with(tmp_path, family), device="cpu")
+        load_model(tmp_path, device="cpu")
+
+
+def test_token_ids_as_text_have_the_last_id_as_mask_and_say_so(tmp_path: Path) -> None:
+    model = load_model(folder_with(tmp_path), device="cpu")
+    assert model.mask_id == 299
+    assert "299" in model.notes[0]
+    assert load_model(folder_with(tmp_path / "named", mask_token_id=7), device="cpu").notes == ()
 
 
 def test_one_file_that_names_the_mask_is_enough(tmp_path: Path) -> None:

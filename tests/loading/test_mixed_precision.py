@@ -27,10 +27,10 @@ from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.low_precision import (
     LowPrecisionExperts,
     PrecisionPolicy,
-    PrecisionSplit,
     PromoteUsed,
     StaticVotes,
     VoteMassPrecision,
+    split_slots,
 )
 from coterie.loading.saved_votes import SavedVotes
 from coterie.model.moe import MoE
@@ -251,17 +251,17 @@ def test_a_split_stays_inside_its_memory(
 ) -> None:
     fine = 40
     try:
-        split = PrecisionSplit.of(
+        high_slots, low_slots = split_slots(
             room * 10, share, experts=experts, high_bytes=fine, low_bytes=coarse
         )
     except CoterieError:
         return
-    assert split.high_slots * fine + split.low_slots * coarse <= room * 10
-    assert split.high_slots >= 1
-    assert split.low_slots >= 1
-    assert split.high_slots + split.low_slots <= experts
-    assert split.high_slots >= min(experts - 1, int(share * room * 10) // fine) or (
-        split.high_slots + split.low_slots == experts
+    assert high_slots * fine + low_slots * coarse <= room * 10
+    assert high_slots >= 1
+    assert low_slots >= 1
+    assert high_slots + low_slots <= experts
+    assert high_slots >= min(experts - 1, int(share * room * 10) // fine) or (
+        high_slots + low_slots == experts
     )
 
 

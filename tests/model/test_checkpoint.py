@@ -178,11 +178,62 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.float64, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float64, torch.bool])
 def test_a_dtype_that_is_no_plain_float_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     message = refusal(rewritten(one(tmp_path), lambda t: t.update({UP: t[UP].to(dtype)})))
     assert message.startswith(f"{tmp_path / SINGLE_FILE}: {UP} is ")
     assert "supported: F32" in message
+
+
+def renamed(tensors: dict[str, Tensor], name_of: Callable[[str], str]) -> None:
+    copies = {name_of(name): tensor for name, tensor in tensors.items()}
+    tensors.clear()
+    tensors.update(copies)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.", "module.", "base_model.model."])
+def test_a_prefix_of_all_tensor_names_is_named(tmp_path: Path, prefix: str) -> None:
+    rewritten(one(tmp_path), lambda tensors: renamed(tensors, lambda name: prefix + name))
+    assert f"prefix '{prefix}'" in refusal(tmp_path)
+
+
+def test_a_missing_prefix_is_named(tmp_path: Path) -> None:
+    rewritten(one(tmp_path), lambda ts: renamed(ts, lambda name: name.removeprefix("model.")))
+    assert "lack the prefix 'model.'" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "dtype", "title"),
+    [
+        ("weight", torch.float8_e4m3fn, "FP8"),
+        ("weight_scale_inv", torch.float32, "FP8"),
+        ("qzeros", torch.int32, "AWQ"),
+        ("g_idx", torch.int32, "GPTQ"),
+        ("weight", torch.uint32, "MLX"),
+        ("biases", torch.bfloat16, "MLX"),
+        ("weight_packed", torch.int32, "compressed-tensors"),
+    ],
+)
+def test_weights_of_a_foreign_quantisation_are_named_with_a_remedy(
+    tmp_path: Path, part: str, dtype: torch.dtype, title: str
+) -> None:
+    name = UP.replace("weight", part)
+    rewritten(one(tmp_path), lambda tensors: tensors.update({name: torch.ones(2, 2).to(dtype)}))
+    message = refusal(tmp_path)
+    assert title in message
+    assert "coterie quantize" in message
+
+
+@pytest.mark.parametrize("name", ["config.json", SINGLE_FILE])
+def test_a_git_lfs_pointer_is_called_one(tmp_path: Path, name: str) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7031\n"
+    (one(tmp_path) / name).write_text(pointer)
+    assert f"{name}: is a Git LFS pointer" in refusal(tmp_path)
+
+
+def test_gguf_is_named(tmp_path: Path) -> None:
+    (one(tmp_path) / SINGLE_FILE).rename(tmp_path / "model.gguf")
+    assert "model.gguf, but GGUF is not read" in refusal(tmp_path)
 
 
 def test_two_layouts_in_one_checkpoint_are_refused(tmp_path: Path) -> None:

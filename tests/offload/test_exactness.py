@@ -20,7 +20,7 @@ from torch import Tensor
 from coterie.engine.engine import Engine
 from coterie.engine.events import Finished
 from coterie.engine.generation_config import GenerationConfig
-from coterie.errors import CoterieError, NonFiniteLogitsError
+from coterie.errors import CoterieError
 from coterie.loading.load import Model
 from coterie.model.moe import MoE
 from coterie.offload.cached_store import CachedExpertStore
@@ -28,7 +28,7 @@ from coterie.offload.eviction import ByVotes, Eviction, Lfu, Lru
 from coterie.offload.fetchers import ThreadedFetcher
 from coterie.offload.host_cache import HostCache
 from coterie.offload.resident_store import ResidentExpertStore
-from coterie.offload.simulated_store import SimulatedCacheStore
+from coterie.offload.simulated_store import CacheSimulator, SimulatedCacheStore
 from coterie.offload.tiers import DiskTier, ExpertFileSpan, HostTier, Tier
 from coterie.testing import random_transformer, read_spec, tiny_config
 from coterie.tokenizer import IdTokenizer
@@ -168,7 +168,7 @@ def answers(model: Model, requests: Sequence[dict[str, object]]) -> list[tuple[i
         for _ in range(200):
             try:
                 told = engine.step()
-            except (NonFiniteLogitsError, KeyboardInterrupt):
+            except (CoterieError, KeyboardInterrupt):
                 continue
             found |= {one.row: one.result.tokens for one in told if isinstance(one, Finished)}
             if not engine.rows:
@@ -222,7 +222,9 @@ def hold_same_tokens(sizes: Sizes, chain: Chain, requests: list[dict[str, object
 def hold_same_election(sizes: Sizes, chain: Chain, requests: list[dict[str, object]]) -> None:
     """The same votes, the same preference: whoever prefers residents sees the same ones."""
     model, store = tiny(sizes), chain.store(sizes)
-    imagined = SimulatedCacheStore(resident(model), sizes[1], chain.capacity, chain.rule)
+    imagined = SimulatedCacheStore(
+        resident(model), CacheSimulator(sizes[1], chain.capacity, chain.rule)
+    )
     assert answers(over(model, store), requests) == answers(over(model, imagined), requests)
     real, simulated = store.traffic_log.traffic(), imagined.traffic_log.traffic()
     assert (real.experts_used, real.experts_moved) == (

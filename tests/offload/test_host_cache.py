@@ -16,7 +16,7 @@ from policy_strategies import law
 from torch import Tensor
 
 from coterie.errors import CoterieError
-from coterie.offload.host_cache import HostCache, host_cache_slots
+from coterie.offload.host_cache import HostCache
 from coterie.offload.tiers import HostTier, Tier
 
 LAYERS, EXPERTS, SIZE = (1, 4), 5, 64
@@ -130,10 +130,3 @@ def test_after_a_failed_read_a_waiting_thread_reads() -> None:
     assert [one is None for one in found].count(True) == 1
     assert all(one is None or torch.equal(one, WHOLE[1][3]) for one in found)
     assert len(below.reads) == 2
-
-
-def test_host_cache_needs_one_slot() -> None:
-    assert host_cache_slots(3 * SIZE + 1, layers=2, experts=5, expert_bytes=SIZE) == 3
-    assert host_cache_slots(1 << 40, layers=2, experts=5, expert_bytes=SIZE) == 10
-    with pytest.raises(CoterieError, match="63 bytes are less than one expert"):
-        host_cache_slots(SIZE - 1, layers=2, experts=5, expert_bytes=SIZE)

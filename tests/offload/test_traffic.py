@@ -14,7 +14,7 @@ from torch import Tensor
 import coterie.offload.traffic_log as ledgers
 from coterie.offload.eviction import Lru
 from coterie.offload.resident_store import ResidentExpertStore
-from coterie.offload.simulated_store import SIMULATED_TIER, SimulatedCacheStore
+from coterie.offload.simulated_store import SIMULATED_TIER, CacheSimulator, SimulatedCacheStore
 from coterie.offload.slot_table import Slots
 from coterie.offload.traffic import Traffic, Transfer
 from coterie.offload.traffic_log import TrafficLog
@@ -22,7 +22,7 @@ from coterie.values import ExpertRequest, Routing, Slab, expert_mask
 
 LAYERS = (1, 2, 4)
 SIZE = 100
-NOTHING = Slab(torch.empty(0), torch.empty(0), torch.empty(0))
+NOTHING = Slab(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def drawn(experts: int, forwards: int, seed: int) -> list[Asked]:
 
 def imagined(experts: int, capacity: int, *, compared: bool = True) -> SimulatedCacheStore:
     whole = ResidentExpertStore(dict.fromkeys(LAYERS, NOTHING))
-    store = SimulatedCacheStore(whole, experts, capacity, expert_bytes=SIZE)
+    store = SimulatedCacheStore(whole, CacheSimulator(experts, capacity), SIZE)
     if compared:
         store.traffic_log.track_vanilla()
     return store

@@ -19,7 +19,7 @@ from coterie.lab.replay.cache_simulation import ReplayPolicy
 from coterie.lab.replay.policies import fidelity
 from coterie.lab.replay.replay import replay
 from coterie.offload.resident_store import ResidentExpertStore
-from coterie.offload.simulated_store import SimulatedCacheStore
+from coterie.offload.simulated_store import CacheSimulator, SimulatedCacheStore
 from coterie.offload.tiers import HostTier
 from coterie.routing import DesVote, Election, format_policy, parse_policy, route
 from coterie.routing.router import coreset_of, route_by_mask, vanilla_ids, vanilla_votes
@@ -28,7 +28,7 @@ from coterie.values import Policy, RouterSpec, Scores
 
 def test_a_store_reports_its_slots() -> None:
     assert ResidentExpertStore({}).slots(0) is None
-    assert SimulatedCacheStore(ResidentExpertStore({}), 8, 5).slots(0) == 5
+    assert SimulatedCacheStore(ResidentExpertStore({}), CacheSimulator(8, 5)).slots(0) == 5
     assert cached_store(HostTier(expert_blobs(8)), 8, 3).slots(0) == 3
 
 

@@ -7,6 +7,7 @@ absent; the header and the summary of the run then say so.
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,19 @@ def golden_sets() -> list[str]:
     return [f"{path.parents[1].name}/{path.parent.name}" for path in found] or ["absent/absent"]
 
 
+def field_cases(kind: str, *, skipped: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """Folder and expectation of each case "configs" or "templates"; a stand-in where none is."""
+    index = SHARED / "cases" / kind / "index.jsonl"
+    lines = index.read_text(encoding="utf-8").splitlines() if index.is_file() else []
+    cases = [(case["folder"], case["expect"]) for case in map(json.loads, lines)]
+    return [case for case in cases if case[0] not in skipped] or [("absent", "ok")]
+
+
+def field_case(kind: str, *parts: str) -> Path:
+    """``field_case("configs", "01-llada2-plain")``: a case of ``field_cases``."""
+    return _present("cases", kind, *parts)
+
+
 def benchmark(*parts: str) -> Path:
     """``benchmark("gsm8k", "test.jsonl")``: a published benchmark file."""
     return _present("data", *parts)
@@ -35,6 +49,7 @@ def benchmark(*parts: str) -> Path:
 def missing() -> list[str]:
     """What the run cannot check, one line each."""
     wanted = {"golden": "parity with the golden vectors", "data": "the published benchmark files"}
+    wanted |= {"cases": "files as they are in the field"}
     absent = [
         f"NOT TESTED: {what} (no folder {SHARED / name}; set COTERIE_SHARED)"
         for name, what in wanted.items()

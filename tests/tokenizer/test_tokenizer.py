@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shared_data import field_case, field_cases
 from tiny_tokenizer import write_tokenizer
 
+from coterie.checkpoints.source import find_folder
 from coterie.errors import CoterieError, TokenizerError
 from coterie.families import FAMILIES
 from coterie.tokenizer import IdTokenizer, SubwordTokenizer, load_tokenizer, read_template
@@ -303,6 +306,81 @@ def test_end_ids_of_a_generation_config_are_ids(tmp_path: Path, value: object) -
 def test_a_generation_config_may_name_no_end(tmp_path: Path) -> None:
     write_json(write_tokenizer(tmp_path) / "generation_config.json", {"eos_token_id": None})
     assert subword_tokenizer(tmp_path).eos_ids == ()
+
+
+OTHER_TOKENIZERS = ["vocab.json", "merges.txt", "tokenizer.model", "vocab.txt", "a.tiktoken"]
+
+
+@pytest.mark.parametrize("name", OTHER_TOKENIZERS)
+def test_a_tokenizer_of_another_kind_is_not_answered_with_ids(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(TokenizerError, match=rf"{name} but no tokenizer\.json"):
+        load_tokenizer(tmp_path, template="", vocab_size=512)
+    assert subword_tokenizer(write_tokenizer(tmp_path))
+
+
+FILES = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7031\n"
+
+
+@pytest.mark.parametrize("name", [*FILES, "chat_template.jinja"])
+def test_a_git_lfs_pointer_is_called_one(tmp_path: Path, name: str) -> None:
+    (write_tokenizer(tmp_path) / name).write_text(LFS_POINTER)
+    with pytest.raises(CoterieError, match=f"{name}: is a Git LFS pointer"):
+        subword_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", [*FILES, "chat_template.jinja"])
+def test_a_byte_order_mark_changes_nothing(tmp_path: Path, name: str) -> None:
+    write_json(write_tokenizer(tmp_path) / "tokenizer_config.json", {"eos_token": "<|endoftext|>"})
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [260]})
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!", encoding="utf-8")
+    plain = subword_tokenizer(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    marked = subword_tokenizer(tmp_path)
+    assert (marked.template, marked.eos_ids) == (plain.template, plain.eos_ids)
+    assert marked.encode("Hi") == plain.encode("Hi")
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ {'b': 'é', 'a': 1} | tojson }}", '{"b": "é", "a": 1}'),
+        ("{{ 'é' | tojson(ensure_ascii=True) }}", r'"\u00e9"'),
+        ("{{ {'b': 1, 'a': 2} | tojson(sort_keys=True, indent=1) }}", '{\n "a": 2,\n "b": 1\n}'),
+        ("{{ [1, 2] | tojson(separators=(',', ':')) }}", "[1,2]"),
+        ("a{% generation %}{{ messages[0].content }}{% endgeneration %}b", "aHib"),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{% for m in messages %}{% break %}{% endfor %}ok", "ok"),
+    ],
+)
+def test_what_templates_of_transformers_may_use(tmp_path: Path, source: str, text: str) -> None:
+    (tmp_path / "chat_template.jinja").write_text(source, encoding="utf-8")
+    messages = [{"role": "user", "content": "Hi"}]
+    assert read_template(tmp_path, LLADA2).render(messages) == text
+
+
+@pytest.mark.parametrize(("folder", "expected"), field_cases("templates"))
+def test_templates_of_the_field_end_as_expected(tmp_path: Path, folder: str, expected: str) -> None:
+    for file in find_folder(None).iterdir():
+        if file.suffix in (".json", ".jinja"):
+            shutil.copy(file, tmp_path)
+    for file in field_case("templates", folder).iterdir():
+        shutil.copyfile(file, tmp_path / file.name)
+    drops = tmp_path / "DROP"
+    for name in drops.read_text().split() if drops.exists() else ():
+        (tmp_path / name).unlink(missing_ok=True)
+
+    def encode() -> list[int]:
+        return load_tokenizer(tmp_path, template=LLADA2, vocab_size=2048).encode("One pen costs 4")
+
+    if expected.startswith("ok"):
+        assert encode()
+        return
+    with pytest.raises(CoterieError) as raised:
+        encode()
+    assert str(tmp_path) in str(raised.value)
 
 
 @pytest.mark.parametrize("source", ["", " \n"])

@@ -16,6 +16,7 @@ from pathlib import Path
 from coterie.checkpoints.fingerprint import FILE_LIMIT, sample_bytes
 from coterie.checkpoints.journal import ConversionJournal
 from coterie.checkpoints.manifest import MANIFEST, Checksums
+from coterie.checkpoints.model_folder import ModelFolder
 from coterie.checkpoints.output_files import (
     ConvertedShard,
     OutputFile,
@@ -25,22 +26,24 @@ from coterie.checkpoints.output_files import (
 )
 from coterie.checkpoints.source import MODEL_FILES, find_folder
 from coterie.errors import CheckpointError, ConfigError
-from coterie.families import ModelConfig, detect_family
+from coterie.families import ModelConfig
 from coterie.families.common import EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY, PANEL_LAYOUT
-from coterie.families.names import is_expert, is_stacked, layer_of, packed_name, weight_map
+from coterie.families.names import is_expert, layer_of, packed_name
 from coterie.files import (
     OpenFiles,
+    ProgressCallback,
     atomic_write,
     atomic_write_json,
     atomic_writer,
     opened,
     read_file,
     remove_partial,
+    running_total,
 )
-from coterie.model.checkpoint import INDEX_FILE, Checkpoint
+from coterie.model.checkpoint import INDEX_FILE
 from coterie.model.safetensors_file import TensorEntry
-from coterie.model.spec import ModelSpec
 from coterie.model.weights import TensorTarget
+from coterie.offload.capacity import format_bytes
 from coterie.ops.packed_layout import LAYOUT_VERSION
 from coterie.quantization import FORMATS, QuantFormat, parse_format
 from coterie.strict_json import SMALL_FILE
@@ -50,8 +53,6 @@ BF16 = "bf16"
 PLAIN_LAYOUT = "plain"
 LAYOUTS = (PANEL_LAYOUT, PLAIN_LAYOUT)
 RESUMABLE = "; finished files are kept, and the same command resumes"
-
-ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,12 @@ class ConversionResult:
     files: int
     files_resumed: int  # finished by an earlier run
 
+    def describe(self) -> str:
+        before, after = format_bytes(self.bytes_before), format_bytes(self.bytes_after)
+        resumed = f", {self.files_resumed} of them finished before" if self.files_resumed else ""
+        sizes = f"{before} became {after} in {self.files} files{resumed}"
+        return f"{self.folder}: experts in {self.target}; {sizes}"
+
     def to_dict(self) -> dict[str, object]:
         """As JSON."""
         entry = self.target.manifest_entry
@@ -147,16 +154,10 @@ def convert(
     gets (bytes read, total bytes), and ``on_note`` a line about a damaged journal. Raises
     CheckpointError if the model cannot be converted, the folder is in use, or the disk is full.
     """
-    folder = find_folder(name)
-    config = ModelConfig.of(folder / CONFIG_FILE)
-    family = detect_family(config)
-    spec = family.read_spec(config)
-    _check_source(folder, spec, target)
-    checkpoint = Checkpoint.of(folder).without(family.tensor_names.skipped)
-    tensor_targets = weight_map(family.tensor_names, spec, stacked=is_stacked(checkpoint.tensors))
-    checkpoint.check(tensor_targets)
-    files = list(_output_files(checkpoint, tensor_targets, spec, target))
-    fingerprint = _fingerprint(config, checkpoint)
+    model = ModelFolder.open(find_folder(name))
+    _check_source(model, target)
+    files = list(_output_files(model, target))
+    fingerprint = _fingerprint(model)
     layout = target.packed and LAYOUT_VERSION
     identity = {"source": fingerprint, "experts": str(target), "layout": layout}
     with ConversionJournal.open(out, identity, on_note) as journal:
@@ -166,59 +167,58 @@ def convert(
         _check_disk_space(out, files, journal.finished)
         files_resumed = len(journal.finished)
         _write(out, files, journal, on_progress)
-        origin = {"name": str(name), "fingerprint": fingerprint, "bytes": checkpoint.bytes}
-        _write_metadata(config, out, target, {"source": origin}, journal.finished)
+        origin = {"name": str(name), "fingerprint": fingerprint, "bytes": model.checkpoint.bytes}
+        _write_metadata(model.config, out, target, {"source": origin}, journal.finished)
         journal.remove()
     bytes_after = sum(map(total_bytes, files))
-    return ConversionResult(out, target, checkpoint.bytes, bytes_after, len(files), files_resumed)
+    return ConversionResult(
+        out, target, model.checkpoint.bytes, bytes_after, len(files), files_resumed
+    )
 
 
 def _can_pack(expert_format: QuantFormat | None) -> bool:
     return expert_format is None or FORMATS[expert_format.name] == expert_format
 
 
-def _check_source(folder: Path, spec: ModelSpec, target: ConversionTarget) -> None:
+def _check_source(model: ModelFolder, target: ConversionTarget) -> None:
     """bf16 experts can be converted to any target; quantized ones can only be packed."""
+    spec = model.spec
     only_packs = target.packed and not spec.panels and spec.expert_format == target.expert_format
     if (spec.expert_format is not None or spec.panels) and not only_packs:
         raise CheckpointError(
-            f"{folder}: its experts are {spec.expert_storage} already; "
+            f"{model.path}: its experts are {spec.expert_storage} already; "
             f"{target} can only be made from the original model"
         )
 
 
-def _output_files(
-    checkpoint: Checkpoint,
-    tensor_targets: Mapping[str, TensorTarget],
-    spec: ModelSpec,
-    target: ConversionTarget,
-) -> Iterator[OutputFile]:
+def _output_files(model: ModelFolder, target: ConversionTarget) -> Iterator[OutputFile]:
     """One file per source file, or packed, one per MoE layer besides those without its experts."""
+    source_files = model.checkpoint.files
     if not target.packed:
-        for file, entries in checkpoint.files.items():
-            yield ConvertedShard.for_source(file, entries, tensor_targets, target.expert_format)
+        for file, entries in source_files.items():
+            yield ConvertedShard.for_source(file, entries, model.targets, target.expert_format)
         return
     experts: dict[int, list[tuple[Path, TensorEntry, TensorTarget]]] = {
-        layer: [] for layer in spec.moe_layers
+        layer: [] for layer in model.spec.moe_layers
     }
-    for file, entries in checkpoint.files.items():
+    for file, entries in source_files.items():
         other_entries = {}
         for name, entry in entries.items():
-            if is_expert(expert_target := tensor_targets[name]):
+            if is_expert(expert_target := model.targets[name]):
                 experts[layer_of(expert_target)].append((file, entry, expert_target))
             else:
                 other_entries[name] = entry
         if other_entries:
-            yield ConvertedShard.for_source(file, other_entries, tensor_targets, None)
-    converted_spec = replace(spec, expert_format=target.expert_format, panels=True)
+            yield ConvertedShard.for_source(file, other_entries, model.targets, None)
+    converted_spec = replace(model.spec, expert_format=target.expert_format, panels=True)
     for layer, sources in experts.items():
         yield PackedLayer(packed_name(layer), layer, converted_spec, sources)
 
 
-def _fingerprint(config: ModelConfig, checkpoint: Checkpoint) -> str:
+def _fingerprint(model: ModelFolder) -> str:
     """Identifies the source of a conversion: its config, and a sample of every tensor."""
-    digest = hashlib.sha256(read_file(config.file, SMALL_FILE))
-    for file, entries in checkpoint.files.items():
+    digest = hashlib.sha256(read_file(model.config.file, SMALL_FILE))
+    for file, entries in model.checkpoint.files.items():
         with opened(file) as descriptor:
             for entry in entries.values():
                 digest.update(f"{file.name} {entry.name} {entry.dtype} {entry.shape}".encode())
@@ -243,14 +243,7 @@ def _write(
     journal: ConversionJournal,
     on_progress: ProgressCallback | None,
 ) -> None:
-    done_bytes, source_bytes = 0, sum(file.source_bytes for file in files)
-
-    def on_bytes(size: int) -> None:
-        nonlocal done_bytes
-        done_bytes += size
-        if on_progress is not None:
-            on_progress(done_bytes, source_bytes)
-
+    on_bytes = running_total(sum(file.source_bytes for file in files), on_progress)
     with OpenFiles() as sources:
         for file in files:
             path = out / file.name

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from coterie.checkpoints.manifest import MANIFEST, Checksums
 from coterie.errors import CheckpointError
+from coterie.files import LockedFile
 from coterie.strict_json import parse_object
 
 JOURNAL = "quantising.jsonl"
@@ -20,8 +19,7 @@ JOURNAL = "quantising.jsonl"
 class ConversionJournal:
     """The finished files of an output folder, one JSON line each. It is locked while open."""
 
-    file: Path
-    descriptor: int
+    file: LockedFile
     finished: dict[str, Checksums]  # by file; ``add`` extends it
 
     @staticmethod
@@ -34,65 +32,52 @@ class ConversionJournal:
         holds anything else.
         """
         _check_output_folder(out)
-        file = out / JOURNAL
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        journal = ConversionJournal(LockedFile(out / JOURNAL, CheckpointError), {})
         try:
-            journal = ConversionJournal(file, descriptor, {})
             journal._resume(identity, on_note)
         except BaseException:
-            os.close(descriptor)
+            journal.file.close()
             raise
         return journal
 
     def add(self, file: str, checksums: Checksums) -> None:
         """Record a finished file. The record is on disk when this returns."""
-        self._write({"file": file, "tensors": checksums})
+        self._append({"file": file, "tensors": checksums})
         self.finished[file] = checksums
 
     def remove(self) -> None:
         """Delete the journal: the folder is complete."""
-        self.file.unlink()
+        self.file.path.unlink()
 
     def __enter__(self) -> ConversionJournal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self.descriptor)
+        self.file.close()
 
-    def _write(self, record: Mapping[str, object]) -> None:
-        unwritten = json.dumps(record).encode() + b"\n"
-        try:
-            while unwritten:
-                unwritten = unwritten[os.write(self.descriptor, unwritten) :]
-            os.fsync(self.descriptor)
-        except OSError as error:
-            raise CheckpointError(f"{self.file}: cannot be written ({error.strerror})") from None
+    def _append(self, record: Mapping[str, object]) -> None:
+        self.file.append(json.dumps(record).encode() + b"\n", sync=True)
 
     def _resume(self, identity: Mapping[str, object], on_note: Callable[[str], None]) -> None:
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(f"{self.file.parent}: another process is writing it") from None
-        valid_bytes = 0
-        for number, line in enumerate(self.file.read_bytes().splitlines(keepends=True), start=1):
+        path, valid_bytes = self.file.path, 0
+        for number, line in enumerate(self.file.read().splitlines(keepends=True), start=1):
             record = _parse_record(line)
             if record is None or (number > 1 and "file" not in record):
                 if line.endswith(b"\n") or b"\0" in line:  # else a stop cut it off
-                    on_note(f"{self.file}: line {number} is damaged: redone from there on")
+                    on_note(f"{path}: line {number} is damaged: redone from there on")
                 break
             if number > 1:
                 self.finished[str(record["file"])] = record["tensors"]  # type: ignore[assignment]
             elif record != identity:
                 raise CheckpointError(
-                    f"{self.file.parent}: holds the unfinished conversion of another model "
+                    f"{path.parent}: holds the unfinished conversion of another model "
                     f"({record.get('experts')}, source {str(record.get('source'))[:12]}); "
                     "name another folder, or remove this one"
                 )
             valid_bytes += len(line)
-        os.ftruncate(self.descriptor, valid_bytes)
-        os.lseek(self.descriptor, 0, os.SEEK_END)
+        self.file.truncate(valid_bytes)
         if not valid_bytes:
-            self._write(identity)
+            self._append(identity)
 
 
 def _parse_record(line: bytes) -> dict[str, object] | None:

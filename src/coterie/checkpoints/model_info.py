@@ -11,7 +11,8 @@ from coterie.checkpoints.source import CONFIG_FILES, EMBEDDED, find_folder
 from coterie.families import Family, ModelConfig, detect_family, eos_ids, mask_id
 from coterie.keys import to_json
 from coterie.model.size import ModelSize, experts_that_fit, model_size
-from coterie.model.spec import ModelSpec
+from coterie.model.spec import UNQUANTISED, ModelSpec
+from coterie.offload.capacity import format_bytes
 from coterie.values import NO_MASK
 
 GIB = 1 << 30
@@ -68,6 +69,47 @@ class ModelInfo:
             "cache_bytes_per_position": size.kv_bytes_per_token,
             "fits": [{"memory": fit.memory, "experts_per_layer": fit.experts} for fit in self.fits],
         }
+
+    def describe(self) -> list[tuple[str, str]]:
+        """Names and values, as text."""
+        spec, size, router = self.spec, self.size, self.spec.router
+        dtype = str(self.dtype).removeprefix("torch.")
+        mask = "none" if self.mask_id is None else self.mask_id
+        kinds = dict.fromkeys((layer.head_dim, layer.kv_heads) for layer in spec.attention)
+        admitted = f", of {spec.capacity} that a block of {router.block} admits"
+        quantised = spec.expert_storage != UNQUANTISED
+        return [
+            ("model", self.name),
+            ("family", f"{self.family.title} ({self.family.architecture})"),
+            (
+                "parameters",
+                f"{size.parameters:,}, of which a token uses {size.active_parameters:,}",
+            ),
+            ("layers", f"{spec.layers}, of which {len(spec.moe_layers)} have experts"),
+            (
+                "experts",
+                f"{router.experts} a layer, {router.k} a token{admitted if spec.capacity else ''}",
+            ),
+            ("hidden, expert, shared", f"{spec.hidden}, {spec.expert_width}, {spec.shared_width}"),
+            *(("heads", f"{spec.heads} of {dim}, {kv} for keys and values") for dim, kv in kinds),
+            ("vocabulary", f"{spec.vocabulary:,}"),
+            ("mask id, end ids", f"{mask}, {' '.join(map(str, self.eos_ids)) or 'none'}"),
+            *([("experts stored in", spec.expert_storage)] if quantised else []),
+            (f"weights in {dtype}", f"{format_bytes(size.bytes)} ({size.bytes:,} bytes)"),
+            ("one expert", f"{format_bytes(size.expert_bytes)} ({size.expert_bytes:,} bytes)"),
+            ("a layer's experts", format_bytes(size.layer_expert_bytes)),
+            ("keys and values", f"{format_bytes(size.kv_bytes_per_token)} a position"),
+            *((f"in {format_bytes(fit.memory)}", self._describe_fit(fit)) for fit in self.fits),
+        ]
+
+    def _describe_fit(self, fit: MemoryFit) -> str:
+        """How much of a model fits with the KV cache of one sequence."""
+        num_experts = self.spec.router.experts
+        if fit.experts < 0:
+            return "does not fit, even without its experts"
+        if fit.experts >= num_experts:
+            return f"all of it, with a sequence of {self.kv_length} positions"
+        return f"all but the experts, and {fit.experts} of {num_experts} experts a layer"
 
 
 def inspect(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedWriter
 from math import prod
 from pathlib import Path
@@ -242,17 +242,12 @@ def is_unquantized(target: TensorTarget) -> bool:
 
 
 def _expert_part(
-    entry: TensorEntry, tensor_target: TensorTarget, expert: int
+    entry: TensorEntry, target: TensorTarget, expert: int
 ) -> tuple[TensorEntry, TensorTarget] | None:
     """The part of a tensor that belongs to an expert, and its target; None if there is none."""
-    name = tensor_target.weight.partition(".experts.")[2]
-    region = tensor_target.region[0] if tensor_target.region else slice(None)
-    if isinstance(region, int):
-        part = TensorTarget(
-            name, tensor_target.shape, tensor_target.region[1:], tensor_target.dtype
-        )
-        return (entry, part) if region == expert else None
+    name, region = target.weight.partition(".experts.")[2], target.region
+    part = replace(target, weight=name, region=region[1:])
+    if region and isinstance(region[0], int):
+        return (entry, part) if region[0] == expert else None
     shape = entry.shape[1:]
-    return entry.part(shape, expert), TensorTarget(
-        name, shape, tensor_target.region[1:], tensor_target.dtype
-    )
+    return entry.part(shape, expert), replace(part, shape=shape)

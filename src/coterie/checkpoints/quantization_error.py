@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -11,9 +9,7 @@ from torch import Tensor
 
 from coterie import ops
 from coterie.checkpoints.manifest import manifest_checksums
-from coterie.model.checkpoint import Checkpoint
-from coterie.model.spec import ModelSpec
-from coterie.model.weights import TensorTarget, is_packed
+from coterie.checkpoints.model_folder import ModelFolder
 from coterie.quantization import QTensor, dequantize
 from coterie.values import Activation, PackedExperts, Slab
 
@@ -40,23 +36,20 @@ def expert_output(slab: Slab, x: Tensor, activation: Activation) -> Tensor:
     return ops.linear(ops.activate_and_mul(ops.linear(x, gate_up), activation), down)
 
 
-def quantization_errors(
-    checkpoint: Checkpoint, targets: Mapping[str, TensorTarget], spec: ModelSpec
-) -> dict[int, FloatArray] | None:
+def quantization_errors(model: ModelFolder) -> dict[int, FloatArray] | None:
     """The errors [E] of each layer's packed experts, relative to bf16.
 
     None if the manifest does not list them.
     """
+    spec = model.spec
     if spec.expert_format is None:
         return {layer: np.zeros(spec.router.experts) for layer in spec.moe_layers}
-    entries, errors = manifest_checksums(checkpoint.folder), {}
-    for name in checkpoint.tensors:
-        if not is_packed(target := targets[name].weight):
-            continue
-        values = entries.get(name, {}).get(ERROR_KEY)
+    entries, errors = manifest_checksums(model.path), {}
+    for layer, _, entry in model.packed_experts():
+        values = entries.get(entry.name, {}).get(ERROR_KEY)
         if not isinstance(values, list) or len(values) != spec.router.experts:
             return None
-        errors[int(target.split(".")[1])] = np.array(values, dtype=np.float64)
+        errors[layer] = np.array(values, dtype=np.float64)
     return errors
 
 

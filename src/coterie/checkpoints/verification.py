@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from coterie.checkpoints.manifest import MANIFEST, manifest_checksums
 from coterie.errors import CheckpointError
-from coterie.files import opened
+from coterie.files import ProgressCallback, opened, running_total
 from coterie.keys import Key
 from coterie.model.checkpoint import Checkpoint
 from coterie.model.safetensors_file import TensorEntry, read_chunks
+from coterie.offload.capacity import format_bytes
 from coterie.ops import cpu
 
 
@@ -25,8 +26,13 @@ class VerifyResult:
     experts: Annotated[int, Key("experts")]  # packed experts, which have a checksum each
     bytes: Annotated[int, Key("bytes")]
 
+    def describe(self) -> str:
+        experts = f", among them {self.experts} packed experts" if self.experts else ""
+        size = format_bytes(self.bytes)
+        return f"verified: {self.tensors} tensors{experts} ({size}) are what was written"
 
-def verify(folder: Path, on_progress: Callable[[int, int], None] | None = None) -> VerifyResult:
+
+def verify(folder: Path, on_progress: ProgressCallback | None = None) -> VerifyResult:
     """Compare every byte of the weights with the manifest.
 
     ``on_progress`` gets (bytes read, total bytes). Raises CheckpointError that names the first
@@ -38,7 +44,8 @@ def verify(folder: Path, on_progress: Callable[[int, int], None] | None = None) 
         raise CheckpointError(
             f"{folder / MANIFEST}: {mismatched[0]} is missing in it or in the files"
         )
-    bytes_read, experts, differences = 0, 0, []
+    experts, differences = 0, list[str]()
+    on_bytes = running_total(checkpoint.bytes, on_progress)
     for file, entries in checkpoint.files.items():
         with opened(file) as descriptor:
             for entry in entries.values():
@@ -47,15 +54,13 @@ def verify(folder: Path, on_progress: Callable[[int, int], None] | None = None) 
                     for difference in _differences(descriptor, entry, checksums)
                 ]
                 experts += entry.shape[0] if "crc32" in checksums[entry.name] else 0
-                bytes_read += entry.size
-                if on_progress is not None:
-                    on_progress(bytes_read, checkpoint.bytes)
+                on_bytes(entry.size)
     if differences:
         more = f", nor are {len(differences) - 1} more" if len(differences) > 1 else ""
         raise CheckpointError(
             f"{differences[0]} is not what was written{more}; copy or convert the files again"
         )
-    return VerifyResult(len(checksums), experts, bytes_read)
+    return VerifyResult(len(checksums), experts, checkpoint.bytes)
 
 
 def _differences(

@@ -1,9 +1,8 @@
 """``coterie bench``: times a layer, a forward or whole answers."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,23 +14,18 @@ from coterie.cli import bench_output as output
 from coterie.cli import engine_options as engines
 from coterie.cli import options as o
 from coterie.cli.output import print_note, print_text, progress_bar
-from coterie.engine.engine import Engine
-from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import ConfigError
 from coterie.lab.bench import forward as forwards
 from coterie.lab.bench import generate as answers
 from coterie.lab.bench.baselines import BASELINES, ResolvedBaseline, resolve_baselines
 from coterie.lab.bench.layer import time_layer
-from coterie.lab.bench.model import random_model
-from coterie.lab.bench.session import BenchConfig
+from coterie.lab.bench.model import random_engine, random_model
+from coterie.lab.bench.session import BenchConfig, free_budget
 from coterie.lab.bench.shapes import SHAPES, find_shape
-from coterie.loading.free_memory import free_memory
 from coterie.model.weights import weight_bytes
 
 NO_BASELINE = "none"
-RESERVED_BYTES = 2 << 30  # bytes left free by default
 DEFAULT_TOKENS = 32  # tokens of a block, which the titles of records leave out
-RANDOM_DTYPES = ("fp32", "bf16", "int8", "int4")
 measuring = o.panel("How to measure")
 LOGITS_HELP = "Logits per forward: a number, or block for the mean over a block of 8 steps."
 
@@ -110,9 +104,7 @@ class BaselineOptions:
         """Bytes for the baselines that run together, besides our own layer."""
         if self.baseline_memory is not None:
             return self.baseline_memory * 2**30
-        free = free_memory(torch.device("cpu"))
-        reserved = RESERVED_BYTES + config.shape.layer.bytes
-        return 4.0 * 2**30 if free is None else float(free - reserved)
+        return free_budget(config.shape)
 
 
 @bench.command("layer")
@@ -188,7 +180,7 @@ def forward_command(
     """
     specs = engines.distinct_policies(policies or find_shape(shape).policies)
     truncated = find_shape(shape).truncate(layers)
-    num_logits = _parse_num_logits(logits, tokens)
+    num_logits = forwards.parse_num_logits(logits, tokens)
     num_threads = threads or torch.get_num_threads()
     layers_suffix = "" if layers is None else f" {layers} layers"
     title = f"bench forward {shape} {expert_dtype}{layers_suffix}{_tokens_suffix(tokens)}"
@@ -207,7 +199,7 @@ def forward_command(
                 repeats=repeats, threads=num_threads, seed=seed + 1, journal=journal,
                 on_progress=on_progress,
             )  # fmt: skip
-        size, peak = weight_bytes(model.spec, model.transformer.dtype), _peak_memory()
+        size, peak = weight_bytes(model.spec, model.transformer.dtype), forwards.peak_memory()
         facts |= {
             "logits": result.logit_counts, "weights": size, "peak_memory": peak,
             "peak_times_weights": None if peak is None else peak / size,
@@ -283,7 +275,7 @@ def generate_command(
         # --dtype is the old name of a random model's --expert-dtype.
         dtype = engine_options.expert_dtype or engine_options.dtype or "bf16"
         dtypes = [] if dtype == "bf16" else [dtype]
-        engine = _random_engine(workload.shape, dtype, workload.layers, engine_options.device)
+        engine = random_engine(workload.shape, dtype, workload.layers, engine_options.device)
         prompts = answers.random_prompts(count, workload.length or 64, engine.model.plain_ids)
     layers = None if workload.layers is None else f"{workload.layers} layers"
     model, device = engine.model, str(engine.model.transformer.device)
@@ -323,16 +315,6 @@ def plot_command(
             print_text(str(file))
 
 
-def _random_engine(shape: str, dtype: str, layers: int | None, device: str) -> Engine:
-    if dtype not in RANDOM_DTYPES:
-        raise ConfigError(f"--expert-dtype {dtype} with --shape; known: {', '.join(RANDOM_DTYPES)}")
-    if device not in ("auto", "cpu"):
-        raise ConfigError(f"--device {device} with --shape: random models run on a CPU")
-    model = random_model(find_shape(shape), dtype, layers=layers)
-    generation = GenerationConfig.for_family(model.defaults).replace(early_stop="off")
-    return Engine(model, generation=generation)
-
-
 def _check_unused(options: Mapping[str, object], cause: str) -> None:
     """Raises for the first option that is given and that ``cause`` leaves without effect."""
     for flag, value in options.items():
@@ -342,23 +324,6 @@ def _check_unused(options: Mapping[str, object], cause: str) -> None:
 
 def _tokens_suffix(tokens: int) -> str:
     return "" if tokens == DEFAULT_TOKENS else f" {tokens} tokens"
-
-
-def _parse_num_logits(text: str, tokens: int) -> forwards.LogitCount:
-    """``--logits``, checked before a model is made."""
-    if text != "block" and not text.isdecimal():
-        raise ConfigError(f"--logits {text}: neither a number nor block")
-    num_logits = "block" if text == "block" else int(text)
-    forwards.logits_per_forward(num_logits, tokens)
-    return num_logits
-
-
-def _peak_memory() -> int | None:
-    """The peak memory of this process in bytes; None where the system does not report it."""
-    with suppress(ModuleNotFoundError):
-        resource = import_module("resource")
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return None
 
 
 @contextmanager

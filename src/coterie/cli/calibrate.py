@@ -14,9 +14,8 @@ from coterie.cli.engine_options import DecodeOptions, EngineOptions, check_engin
 from coterie.files import atomic_write_json
 from coterie.lab import calibration as lab
 from coterie.lab.calibration.calibration import check_target
-from coterie.lab.calibration.measurement import PolicyRun, PromptProgressCallback
+from coterie.lab.calibration.measurement import PromptProgressCallback
 from coterie.lab.calibration.search_space import SearchFamily
-from coterie.lab.calibration.target import Estimate
 from coterie.lab.journal import Journal
 from coterie.lab.records import package_versions
 
@@ -73,7 +72,8 @@ def calibrate_command(
             evaluator = replace(evaluator, on_progress=callback, journal=journal)
             result = lab.calibrate(evaluator, search_family, parsed_target, per_layer=per_layer)
         content = lab.calibration_record(evaluator, result, output.command_line())
-        output.print_result(content, calibration_table(result), *summary_lines(result), json=json)
+        parts = (calibration_table(result), "", *result.describe())
+        output.print_result(content, *parts, json=json)
         if out is not None:
             atomic_write_json(out, content)
             output.print_note(f"{out}; --policy @{out} takes it")
@@ -87,35 +87,8 @@ def calibration_table(calibration: lab.Calibration) -> Table:
     table.add_column("meets it")
     for step in calibration.steps:
         meets = "yes" if is_met(step.estimate) else "no"
-        table.add_row(step.policy, *format_estimate(step.estimate), meets)
+        table.add_row(step.policy, *step.estimate.format(), meets)
     return table
-
-
-def format_estimate(estimate: Estimate) -> tuple[str, str]:
-    low, high = estimate.interval
-    return f"{estimate.value:.4g}", f"{low:.4g} to {high:.4g}"
-
-
-def summary_lines(calibration: lab.Calibration) -> list[str]:
-    """The policy, its cost, and a warning where the search was not monotonic."""
-    value, interval = format_estimate(calibration.achieved)
-    noun = calibration.target.spec.description
-    run, vanilla = describe_run(calibration.run), describe_run(calibration.vanilla)
-    lines = [
-        "",
-        f"{calibration.policy} meets {calibration.target}: {noun} {value} ({interval}) "
-        f"on {calibration.achieved.n} prompt{'s' * (calibration.achieved.n != 1)}",
-        f"its decoding: {run}; vanilla: {vanilla}",
-    ]
-    if not calibration.is_monotonic:
-        lines.append(f"{noun} is not monotonic in this search: another policy may do as well")
-    return lines
-
-
-def describe_run(run: PolicyRun) -> str:
-    score = f", {sum(run.correct)} of {len(run.correct)} correct" if run.correct else ""
-    experts = run.experts_estimate().value
-    return f"{experts:.1f} experts a layer, {run.forwards_per_block:.2f} forwards a block{score}"
 
 
 def _progress_callback(progress: Progress) -> PromptProgressCallback:

@@ -6,10 +6,9 @@ from rich.table import Table
 
 from coterie.cli import engine_options as engines
 from coterie.cli import options as o
-from coterie.cli.generate import memory_document
 from coterie.cli.output import plain_table, print_result
-from coterie.engine.engine import Engine
 from coterie.engine.events import Result
+from coterie.engine.vanilla_comparison import run_documents, saved_share
 from coterie.offload.capacity import format_bytes
 
 
@@ -51,17 +50,6 @@ def compare(
     print_result(document, comparison_table(results), *answer_texts(results), json=json)
 
 
-def run_documents(engine: Engine, results: Sequence[Result]) -> list[dict[str, object]]:
-    """The runs as JSON; the first is vanilla. ``saved`` is a share of the bytes that it moved."""
-    vanilla = results[0]
-    documents = []
-    for result in results:
-        document = {**result.to_dict(), "equals_vanilla": result.tokens == vanilla.tokens}
-        document |= {} if result.traffic is None else {"saved": saved_share(result, vanilla)}
-        documents.append(document | memory_document(engine, result))
-    return documents
-
-
 def answer_texts(results: Sequence[Result]) -> Iterator[str]:
     """Each different answer once, under the policies that gave it."""
     policies: dict[str, list[str]] = {}
@@ -69,14 +57,6 @@ def answer_texts(results: Sequence[Result]) -> Iterator[str]:
         policies.setdefault(result.text, []).append(result.policy)
     for text, names in policies.items():
         yield f"\n{', '.join(names)}:\n{text}"
-
-
-def saved_share(result: Result, vanilla: Result) -> float | None:
-    """The share of vanilla's bytes that were not moved; None for vanilla, or if it moved none."""
-    if result == vanilla or result.traffic is None or vanilla.traffic is None:
-        return None
-    total = vanilla.traffic.bytes_moved
-    return 1 - result.traffic.bytes_moved / total if total else None
 
 
 def comparison_table(results: Sequence[Result]) -> Table:

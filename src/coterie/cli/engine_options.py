@@ -110,7 +110,7 @@ class EngineOptions:
             )  # fmt: skip
         if count_vanilla and (log := engine.model.store.traffic_log) is not None:
             log.track_vanilla()
-        for note in engine.model.placement.describe():
+        for note in (*engine.model.notes, *engine.model.placement.describe()):
             print_note(note)
         return engine
 
@@ -209,7 +209,7 @@ def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOption
     plan = str(options.get("plan", engine.generation.plan))
     scheme = parse_plan(plan).scheme
     ignored = f"has no effect with --kv-cache {plan}"
-    if "commit_routing" in options and not scheme.traits.writes_kv:
+    if "commit_routing" in options and not scheme.writes_kv:
         raise ConfigError(f"--commit-routing {ignored}: it commits no blocks")
     if "prefill_routing" in options and isinstance(scheme, NoCache | BlockCausalNoCache):
         raise ConfigError(f"--prefill-routing {ignored}: every forward decodes")

@@ -10,22 +10,14 @@ import typer
 from typer.core import TyperOption
 
 from coterie.cli.app import app
-from coterie.cli.memory_errors import is_out_of_memory, out_of_memory_message
 from coterie.cli.old_names import with_new_names
-from coterie.cli.output import print_note
+from coterie.cli.output import OLD_NAMES, print_note
 from coterie.errors import ConfigError
+from coterie.loading.memory_errors import is_out_of_memory, out_of_memory_message
 
 BAD_INPUT, BROKEN_PIPE, INTERRUPTED = 2, 1, 130
 RESUMABLE = {"study", "quantize"}  # `eval` says itself what it has kept
 FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
-OTHER_FIELDS = {  # from field of the library to option
-    "capacity": "expert_memory", "simulated": "simulate_expert_memory",
-    "low_precision": "fallback_model", "experts": "expert_dtype", "plan": "kv_cache",
-    "commit": "commit_routing", "prefill": "prefill_routing", "reuse_tolerance": "coreset_reuse",
-    "drift": "coreset_reuse", "items": "num_problems", "count": "num_problems",
-    "prompts": "prompt_file", "precision": "expert_dtype", "baselines": "baseline",
-    "python": "baseline_python", "reset_every": "reset_cache_every",
-}  # fmt: skip
 
 
 def main() -> None:
@@ -83,7 +75,7 @@ def name_flags(message: str, flags: Mapping[str, str]) -> str:
 
     def flag(match: re.Match[str]) -> str:
         field, value = match.groups()
-        name = flags.get(field) or flags.get(OTHER_FIELDS.get(field, ""))
+        name = flags.get(field) or flags.get(OLD_NAMES["fields"].get(field, ""))
         return match[0] if name is None else name if value is None else f"{name} {value}"
 
     return FIELD.sub(flag, message)

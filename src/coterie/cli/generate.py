@@ -1,7 +1,7 @@
 """``coterie generate``: answers one prompt."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +11,9 @@ from coterie.cli import output
 from coterie.cli.live_view import show_live
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised, Event, Finished, Result
+from coterie.engine.vanilla_comparison import memory_document, vanilla_document, vanilla_line
 from coterie.errors import ConfigError, CoterieError
-from coterie.lab.records import write_json
 from coterie.loading.expert_memory import ExpertMemoryConfig
-from coterie.offload.capacity import format_bytes
-from coterie.offload.traffic import Traffic
-from coterie.offload.traffic_log import KV_ONLY_KINDS
 
 PLOTTING = "coterie.lab.traffic_plot"
 ALL_RESIDENT = (
@@ -67,7 +64,10 @@ def generate(
     if not isinstance(last, Finished):
         raise RuntimeError("a stream ended without a result")
     if plot_traffic is not None:
-        write_traffic_plot(engine, plot_traffic, last.result, forwards)
+        plotting = output.require_extra(PLOTTING, "--plot-traffic")
+        log, slots = engine.model.store.traffic_log, engine.model.store.capacity
+        paths = plotting.write_traffic(plot_traffic, last.result, forwards, log, slots)
+        output.print_note(", ".join(map(str, paths)))
     vanilla = None
     if compare_vanilla:
         engine.reset_cache()
@@ -109,40 +109,6 @@ def print_result(
         terminal.print(result_summary(result, timed=not live), style="dim")
 
 
-def memory_document(engine: Engine, result: Result) -> dict[str, object]:
-    """As JSON, what the forwards of a result moved; empty where all experts are in memory. A
-    simulated cache has no stalls: both are None."""
-    if result.traffic is None:
-        return {}
-    document = {"slots": engine.model.store.capacity, **result.traffic.to_dict()}
-    if engine.model.memory_config is not None and engine.model.memory_config.simulated:
-        document |= {"stall_seconds": None, "stalled": None}
-    return {"expert_traffic": document}
-
-
-def vanilla_line(result: Result, vanilla: Result) -> str:
-    """One line: what a policy read, against a run of the unmodified model on the same prompt."""
-    counts = vanilla_document(result, vanilla)
-    forwards = f" in {result.forwards} forwards (vanilla {vanilla.forwards})"
-    forwards = "" if result.forwards == vanilla.forwards else forwards
-    same = "the same answer" if counts["same_answer"] else "another answer"
-    return (
-        f"{result.policy} read {result.experts.mean:.0f} of {result.experts.total} experts a layer "
-        f"(vanilla {vanilla.experts.mean:.0f}), {counts['bytes_ratio']:.2f}x the bytes{forwards}; "
-        f"{same}"
-    )
-
-
-def vanilla_document(result: Result, vanilla: Result) -> dict[str, object]:
-    """The same as JSON. The ratio is of expert bytes over all decoding forwards, 1 without any."""
-    size, base = (run.expert_bytes * run.experts.forwards for run in (result, vanilla))
-    return {
-        "text": vanilla.text, "forwards": vanilla.forwards, "experts_mean": vanilla.experts.mean,
-        "expert_bytes": vanilla.expert_bytes, "bytes_ratio": size / base if base else 1.0,
-        "same_answer": result.tokens == vanilla.tokens,
-    }  # fmt: skip
-
-
 def result_summary(result: Result, *, timed: bool) -> str:
     """One line of counts; without times where the live view slowed the run down."""
     speed = f"{result.seconds:.2f} s, {result.tokens_per_second:.1f} tokens/s, " if timed else ""
@@ -150,16 +116,8 @@ def result_summary(result: Result, *, timed: bool) -> str:
     return (
         f"{result.new_tokens} tokens{cut} in {result.forwards} forwards, {speed}"
         f"{result.experts.mean:.1f} of {result.experts.total} experts a layer ({result.policy})"
-        f"{'' if result.traffic is None else describe_traffic(result.traffic)}"
+        f"{'' if result.traffic is None else '; ' + result.traffic.describe()}"
     )
-
-
-def describe_traffic(traffic: Traffic) -> str:
-    """The hit rate, the bytes from each tier, and the time without computation."""
-    sizes = {tier: format_bytes(moved.bytes) for tier, moved in traffic.transfers.items()}
-    moved = " and ".join(f"{size} from {tier}" for tier, size in sizes.items()) or "nothing moved"
-    stall = f", {traffic.stall_seconds:.2f} s waited" if traffic.stall_seconds else ""
-    return f"; {traffic.hit_rate:.1%} cache hits, {moved}{stall}"
 
 
 def _check_output(
@@ -176,35 +134,3 @@ def _check_output(
         raise ConfigError(f"{ALL_RESIDENT}, --simulate-expert-memory 35% simulates that")
     output.check_output_file(plot.with_name(f"{plot.name}.json"))
     output.require_extra(PLOTTING, "--plot-traffic")
-
-
-def write_traffic_plot(
-    engine: Engine, name: Path, result: Result, forwards: Sequence[Event]
-) -> None:
-    """Writes NAME-light.svg, NAME-dark.svg and NAME.json for the one answer of this engine."""
-    store = engine.model.store
-    if store.traffic_log is None or result.traffic is None:
-        raise ConfigError(ALL_RESIDENT)
-    plotting = output.require_extra(PLOTTING, "--plot-traffic")
-    events = (event for event in forwards if isinstance(event, Denoised))
-    points = []
-    for forward in store.traffic_log.forwards:
-        event = None if forward.kind in KV_ONLY_KINDS else next(events)
-        vote_facts = () if event is None else (event.vote_mass_kept, event.reuse_vote_loss)
-        points.append(plotting.TrafficPoint(forward, *vote_facts))
-    title = f"{result.policy}, {store.capacity} of {result.experts.total} experts a layer in memory"
-    caption = f"{title}\n{traffic_summary(result.traffic)}"
-    paths = [name.with_name(f"{name.name}.json"), *plotting.write_figures(name, caption, points)]
-    documents = [point.to_dict() for point in points]
-    write_json(paths[0], {"model": result.model, "policy": result.policy, "forwards": documents})
-    output.print_note(", ".join(map(str, paths)))
-
-
-def traffic_summary(traffic: Traffic) -> str:
-    """One line: bytes moved, without a cache, and by the unmodified model."""
-    moved, without_cache = map(format_bytes, (traffic.bytes_moved, traffic.bytes_without_cache))
-    summary = f"{moved} moved, without a cache {without_cache}"
-    if traffic.vanilla_bytes is None or traffic.fraction_saved is None:
-        return summary
-    vanilla = format_bytes(traffic.vanilla_bytes)
-    return f"{summary}; vanilla with LRU {vanilla} ({traffic.fraction_saved:.0%} saved)"

@@ -52,7 +52,8 @@ def grade(
     """
     check_task_name(task)
     source = "standard input" if file == "-" else file
-    outputs = read_outputs(_read_text(file), source)
+    content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    outputs = read_outputs(content, source)
     check_output_file(out)
     if out is not None and file != "-" and out.exists() and out.samefile(file):
         raise TaskError(f"-o {out} would overwrite the outputs")
@@ -68,15 +69,6 @@ def grade(
     low, high = accuracy.interval
     share = f"{accuracy.value:.1%} (95 % interval {low:.1%} to {high:.1%})"
     print_note(f"{task}: {accuracy.successes} of {accuracy.n} correct, {share}")
-
-
-def _read_text(file: str) -> str:
-    try:
-        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise TaskError(f"{file}, line {line}: not UTF-8") from None
 
 
 def _grade_lines(job: GradingJob, task: str, correct: list[bool]) -> Iterator[str]:

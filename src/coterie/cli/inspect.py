@@ -7,7 +7,7 @@ from rich.progress import DownloadColumn, TimeRemainingColumn
 from rich.table import Table
 
 from coterie.checkpoints import verification as manifests
-from coterie.checkpoints.model_info import GIB, MemoryFit, ModelInfo
+from coterie.checkpoints.model_info import GIB
 from coterie.checkpoints.model_info import inspect as read_model_info
 from coterie.checkpoints.source import find_folder
 from coterie.cli import options as o
@@ -15,8 +15,6 @@ from coterie.cli.output import counted_progress, print_note, print_result
 from coterie.errors import ConfigError
 from coterie.keys import to_json
 from coterie.loading.load import DTYPES
-from coterie.model.spec import UNQUANTISED
-from coterie.offload.capacity import format_bytes
 
 DEFAULT_LENGTH = 2048
 DEFAULT_FIT_GIB = (8.0, 16.0, 24.0)
@@ -59,48 +57,7 @@ def inspect(
             verification = manifests.verify(find_folder(model), on_progress)
     verified = {} if verification is None else {"verified": to_json(verification)}
     table = Table.grid(padding=(0, 2))
-    for row in model_rows(info):
+    for row in info.describe():
         table.add_row(*row)
-    lines = [] if verification is None else [describe_verification(verification)]
+    lines = [] if verification is None else [verification.describe()]
     print_result({**info.to_dict(), **verified}, table, *lines, json=json)
-
-
-def describe_verification(verification: manifests.VerifyResult) -> str:
-    experts = f", among them {verification.experts} packed experts" if verification.experts else ""
-    size = format_bytes(verification.bytes)
-    return f"verified: {verification.tensors} tensors{experts} ({size}) are what was written"
-
-
-def model_rows(info: ModelInfo) -> list[tuple[str, str]]:
-    spec, size, router = info.spec, info.size, info.spec.router
-    dtype = str(info.dtype).removeprefix("torch.")
-    mask = "none" if info.mask_id is None else info.mask_id
-    kinds = dict.fromkeys((layer.head_dim, layer.kv_heads) for layer in spec.attention)
-    quantised = spec.expert_storage != UNQUANTISED
-    return [
-        ("model", info.name),
-        ("family", f"{info.family.title} ({info.family.architecture})"),
-        ("parameters", f"{size.parameters:,}, of which a token uses {size.active_parameters:,}"),
-        ("layers", f"{spec.layers}, of which {len(spec.moe_layers)} have experts"),
-        ("experts", f"{router.experts} a layer, {router.k} a token"),
-        ("hidden, expert, shared", f"{spec.hidden}, {spec.expert_width}, {spec.shared_width}"),
-        *(("heads", f"{spec.heads} of {dim}, {kv} for keys and values") for dim, kv in kinds),
-        ("vocabulary", f"{spec.vocabulary:,}"),
-        ("mask id, end ids", f"{mask}, {' '.join(map(str, info.eos_ids)) or 'none'}"),
-        *([("experts stored in", spec.expert_storage)] if quantised else []),
-        (f"weights in {dtype}", f"{format_bytes(size.bytes)} ({size.bytes:,} bytes)"),
-        ("one expert", f"{format_bytes(size.expert_bytes)} ({size.expert_bytes:,} bytes)"),
-        ("a layer's experts", format_bytes(size.layer_expert_bytes)),
-        ("keys and values", f"{format_bytes(size.kv_bytes_per_token)} a position"),
-        *((f"in {format_bytes(fit.memory)}", describe_fit(fit, info)) for fit in info.fits),
-    ]
-
-
-def describe_fit(fit: MemoryFit, info: ModelInfo) -> str:
-    """How much of a model fits with the KV cache of one sequence."""
-    num_experts = info.spec.router.experts
-    if fit.experts < 0:
-        return "does not fit, even without its experts"
-    if fit.experts >= num_experts:
-        return f"all of it, with a sequence of {info.kv_length} positions"
-    return f"all but the experts, and {fit.experts} of {num_experts} experts a layer"

@@ -50,6 +50,8 @@ class LiveView:
 
     def update(self, event: Denoised) -> None:
         """Adds one forward."""
+        for position in event.remasked:
+            self.tokens.pop(position, None)
         tokens_by_state = {"committed": event.committed, "edited": event.edited}
         for state, tokens in {**tokens_by_state, "provisional": event.provisional}.items():
             for token in tokens:

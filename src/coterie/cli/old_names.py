@@ -2,45 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 
-from coterie.cli.output import print_note
+from coterie.cli.output import OLD_NAMES, print_note
 
 LAST_VERSION = "0.2"
 END_OF_OPTIONS = "--"
+OLD_OPTIONS: Mapping[str, str] = OLD_NAMES["options"]
+OLD_OPTIONS_OF: Mapping[str, Mapping[str, str]] = OLD_NAMES["options_of"]  # by command
+OLD_VALUES: Mapping[str, Mapping[str, str]] = OLD_NAMES["values"]  # by option
 UNTOUCHED = ("lm-eval",)  # commands with the options of another program
-OLD_OPTIONS = {
-    "--plan": "--kv-cache", "--experts": "--expert-dtype",
-    "--imagine-memory": "--simulate-expert-memory", "--warm": "--warm-start",
-    "--coarse": "--fallback-model", "--placement": "--precision-policy",
-    "--drift": "--coreset-reuse", "--commit": "--commit-routing",
-    "--prefill": "--prefill-routing", "--traffic": "--plot-traffic",
-    "--raw": "--no-chat-template", "--rows": "--batch-size",
-    "--memory-lasts": "--reset-cache-every", "--items": "--num-problems",
-}  # fmt: skip
-OLD_OPTIONS_OF: Mapping[str, Mapping[str, str]] = {
-    "inspect": {"--memory": "--fit-gib"},
-    "calibrate": {"--prompts": "--prompt-file", "--sure": "--confident"},
-    "trace": {
-        "--prompts": "--prompt-file", "--votes": "--save-votes", "--forwards": "--max-forwards",
-    },
-    "quantize": {"--group": "--group-size"},
-    "study": {"--prompts": "--num-prompts", "--chapter": "--experiment", "--again": "--rerun"},
-    "replay": {
-        "--cache": "--eviction", "--capacity": "--expert-memory", "--precision": "--expert-dtype",
-        "--link": "--link-bandwidth", "--memory": "--memory-bandwidth",
-        "--latency": "--transfer-latency-ms", "--rest": "--other-ms",
-    },
-    "bench": {
-        "--even": "--uniform-routing", "--slow": "--include-slow", "--turns": "--repeats",
-        "--wanted": "--logits", "--peer": "--baseline", "--peer-python": "--baseline-python",
-        "--memory": "--baseline-memory", "--prompts": "--num-prompts",
-    },
-    "bench layer": {"--dtype": "--expert-dtype"},
-    "bench forward": {"--dtype": "--expert-dtype"},
-}  # fmt: skip
-OLD_VALUES: Mapping[str, Mapping[str, str]] = {
-    "--layout": {"panels": "packed"},
-    "--precision-policy": {"upgrades": "promote", "ballot": "vote-mass", "votes": "static"},
-}
 
 
 def with_new_names(arguments: Sequence[str]) -> list[str]:

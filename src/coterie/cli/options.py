@@ -16,7 +16,7 @@ from coterie.checkpoints import model_info
 from coterie.checkpoints.source import EMBEDDED
 from coterie.cli.output import print_note
 from coterie.decoding.kv_schemes import PLANS
-from coterie.decoding.unmask import RULES
+from coterie.decoding.refinements import ALL_RULES
 from coterie.errors import ConfigError
 from coterie.lab.calibration import PromptSet, prompts_from_file, prompts_from_tasks
 from coterie.lab.evals.task import TaskOptions
@@ -95,7 +95,7 @@ Block = Annotated[int | None, decoding(BLOCK_HELP, min=1)]
 CACHE_HELP = "KV-caching scheme, e.g. dual:before=16,after=16 (default: the model family's)."
 KVCache = Annotated[str | None, decoding(f"{CACHE_HELP} {one_of(PLANS)}")]
 UNMASK_HELP = "Unmasking rule, e.g. threshold:p=0.7+edit:p=0.5 (default: the model family's)."
-Unmask = Annotated[str | None, decoding(f"{UNMASK_HELP} {one_of(RULES)}")]
+Unmask = Annotated[str | None, decoding(f"{UNMASK_HELP} {one_of(ALL_RULES)}")]
 Threshold = Annotated[
     float | None, decoding("Probability P; short for --unmask threshold:p=P.", min=0.0, max=1.0)
 ]

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -22,16 +23,8 @@ from coterie.lab.records import Measurement, make_record, write_record
 Document = Mapping[str, object]
 PIPE_WIDTH = 200  # columns of a table that goes to a file or a pipe
 SCHEMA = 2  # version of the JSON documents; schema 1 has only the old keys
-# Old key -> new key; schema 2 has both, and the old ones go with 0.2.
-NEW_KEYS = {
-    "stalled": "stall_fraction", "votes_fine": "high_precision_share",
-    "votes_coarse": "low_precision_share", "fine_slots": "high_precision_slots",
-    "coarse_slots": "low_precision_slots", "also": "other_metrics",
-    "moved_a_forward": "bytes_per_forward", "bytes_a_forward": "bytes_per_forward",
-    "saved_on_same_forwards": "saved_vs_vanilla_same_forwards", "lasts": "reset_every",
-    "foretold_ms": "predicted_ms", "off_by": "relative_error",
-    "rates_learnt_from_it": "used_for_fit", "torn": "truncated",
-}  # fmt: skip
+# Old name -> new name, by kind: of options, of their values, of keys of JSON, of fields.
+OLD_NAMES = tomllib.loads(Path(__file__).with_name("old_names.toml").read_text("utf-8"))
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -108,7 +101,7 @@ def print_result(document: Document | Sequence[object], *parts: RenderableType, 
 def with_new_keys(value: object) -> object:
     """The same JSON value; each old key is followed by its new name with the same value."""
     if isinstance(value, Mapping):
-        names = {key: [key, *filter(None, [NEW_KEYS.get(key)])] for key in value}
+        names = {key: [key, *filter(None, [OLD_NAMES["keys"].get(key)])] for key in value}
         return {name: with_new_keys(value[key]) for key in value for name in names[key]}
     return [with_new_keys(inner) for inner in value] if isinstance(value, list | tuple) else value
 

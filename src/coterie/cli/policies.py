@@ -1,6 +1,5 @@
 """``coterie policies``: the routing policies and their options."""
 
-import re
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -11,20 +10,9 @@ from coterie.cli import options as o
 from coterie.cli.output import plain_table, print_result
 from coterie.errors import ConfigError
 from coterie.routing import POLICIES
+from coterie.routing.descriptions import MEANINGS, policy_doc, spec_form, split_source
 from coterie.specs import Option, spec_options
 
-MEANINGS = {
-    "k": "experts of each token", "beta": "share of experts, or of probability (naee, mc-moe)",
-    "m": "experts of a block", "tau": "share of all votes that the coreset holds",
-    "least": "fewest experts of a block (default k)", "price": "price of one more expert, in votes",
-    "voters": "positions of the block that vote", "vote": "what a token gives each expert",
-    "tally": "how votes become a coreset", "scope": "rows that share one coreset",
-    "protect": "experts that are always elected; mc-moe: share of tokens that keep theirs",
-    "max": "most experts of a coreset; slots: those that fit into memory",
-    "resident_bonus": "factor on the votes of experts in fast memory",
-    "max_vote_loss": "most votes that the bonus may cost, as a share",
-    "seed": "seed of random coresets",
-}  # fmt: skip
 NAME_HELP = "Policy to explain, with every option (default: list all)."
 
 
@@ -80,21 +68,3 @@ def option_table(options: Iterable[Option], *, defaults: bool = False) -> Table:
     )
     heads = ("option", *(["default"] if defaults else []), "meaning", "values")
     return plain_table(*heads, rows=rows, unwrapped=("option", "default"))
-
-
-def spec_form(name: str) -> str:
-    """The policy with the options that it needs: ``des-vote:beta=..``."""
-    options = spec_options(POLICIES[name]).values()
-    needed = ",".join(f"{option.name}=.." for option in options if option.default == "required")
-    return f"{name}:{needed}" if needed else name
-
-
-def policy_doc(cls: type) -> str:
-    return " ".join((cls.__doc__ or "").split())
-
-
-def split_source(text: str) -> tuple[str, str]:
-    """A docstring without its first parenthesis, which holds the source; and that source."""
-    text = text.replace("``", "")
-    match = re.search(r" \(([^()]*)\)", text)
-    return (text, "") if match is None else (text[: match.start()] + text[match.end() :], match[1])

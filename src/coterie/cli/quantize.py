@@ -9,7 +9,6 @@ from rich.progress import DownloadColumn, TimeRemainingColumn
 from coterie.checkpoints import conversion as checkpoints
 from coterie.cli import options as o
 from coterie.cli.output import counted_progress, print_note, print_result
-from coterie.offload.capacity import format_bytes
 from coterie.quantization import FORMATS
 
 LAYOUT_NAMES = {"packed": checkpoints.PANEL_LAYOUT, "plain": checkpoints.PLAIN_LAYOUT}
@@ -49,7 +48,4 @@ def quantize(
     columns = (DownloadColumn(binary_units=True), TimeRemainingColumn())
     with counted_progress(f"experts to {target}", *columns) as on_progress:
         result = checkpoints.convert(model, output, target, on_progress, print_note)
-    before, after = format_bytes(result.bytes_before), format_bytes(result.bytes_after)
-    line = f"{result.folder}: experts in {result.target}; {before} became {after} in "
-    resumed = f", {result.files_resumed} of them finished before" if result.files_resumed else ""
-    print_result(result.to_dict(), f"{line}{result.files} files{resumed}", json=json)
+    print_result(result.to_dict(), result.describe(), json=json)

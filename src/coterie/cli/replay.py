@@ -17,11 +17,11 @@ from coterie.cli.engine_options import VANILLA, check_reuse, distinct_policies, 
 from coterie.errors import ConfigError
 from coterie.files import atomic_write
 from coterie.lab.replay.cache_simulation import ReplayPolicy, VoteArray
-from coterie.lab.replay.hardware_model import HardwareModel, expert_sizes, parse_bandwidth
+from coterie.lab.replay.hardware_model import expert_sizes, hardware_models
 from coterie.lab.replay.overlap import StepOverlap
 from coterie.lab.replay.replay import EVICTION_NAMES, ReplayGrid, ReplayPoint, ReplayResult, replay
 from coterie.lab.replay.replay import decoding_only as only_decoding
-from coterie.lab.replay.trace import KINDS, Trace
+from coterie.lab.replay.trace import Trace
 from coterie.lab.replay.trace_file import read_trace
 from coterie.offload.capacity import Capacity, format_bytes
 from coterie.routing import check_layers, parse_policy
@@ -100,7 +100,7 @@ def replay_command(
         [Capacity.parse(text, "--expert-memory") for text in _split_list(expert_memory)],
         expert_sizes(header.expert_bytes, formats, machine.expert_bytes),
         hardware_models(
-            machine.link_bandwidth, machine.memory_bandwidth, machine.other_ms,
+            _split_list(machine.link_bandwidth), machine.memory_bandwidth, machine.other_ms,
             latency_ms=machine.transfer_latency_ms, overlap=machine.overlap,
         ),
         None if warm_start is None else warm_start_votes(warm_start, trace),
@@ -108,7 +108,7 @@ def replay_command(
     columns = (MofNCompleteColumn(), TimeElapsedColumn())
     with output.counted_progress("replaying", *columns) as on_progress:
         results = replay(trace, grid, on_progress)
-    content = results_document(trace, path, results)
+    content = results.to_dict(trace, path)
     table = output.format_csv([point.to_dict() for point in results.points])
     if csv:
         sys.stdout.write(table)
@@ -135,20 +135,6 @@ def replay_policies(
     return replay_list
 
 
-def hardware_models(
-    links: str, memory: str | None, other_ms: float, *, latency_ms: float, overlap: float
-) -> dict[str, HardwareModel]:
-    """One model for each link; raises for an overlap with computing that takes no time."""
-    if memory is None and overlap != 1:
-        raise ConfigError("--overlap has no effect without --memory-bandwidth")
-    speed = None if memory is None else parse_bandwidth(memory, "--memory-bandwidth")
-    bandwidths = {text: parse_bandwidth(text, "--link-bandwidth") for text in _split_list(links)}
-    return {
-        text: HardwareModel(bandwidth, speed, other_ms / 1e3, overlap, latency_ms / 1e3)
-        for text, bandwidth in bandwidths.items()
-    }
-
-
 def warm_start_votes(path: Path, trace: Trace) -> VoteArray:
     """[L, E] of another trace or of a file of votes; raises ConfigError for other sizes."""
     saved, header = load_votes(path), trace.header
@@ -159,20 +145,6 @@ def warm_start_votes(path: Path, trace: Trace) -> VoteArray:
             f"the trace is of {header.model}, with {len(header.layers)} of {header.experts}"
         )
     return np.array(saved.votes)
-
-
-def results_document(trace: Trace, path: Path, results: ReplayResult) -> dict[str, object]:
-    header = trace.header
-    kinds = {kind: sum(each.kind == kind for each in trace.forwards) for kind in KINDS}
-    return {
-        "trace": str(path), "torn": trace.truncated, "model": header.model,
-        "traced_under": header.policy, "plan": header.plan, "unmask": header.unmask,
-        "layers": list(header.layers), "experts": header.experts,
-        "prompts": dict(header.prompts), "made": dict(header.provenance), "forwards": kinds,
-        "steps_per_block": results.steps_per_block,
-        "points": [point.to_dict() for point in results.points],
-        "overlap": {name: overlap.to_dict() for name, overlap in results.overlaps.items()},
-    }  # fmt: skip
 
 
 def _save_results(out: Path, content: output.Document, table: str, results: ReplayResult) -> None:

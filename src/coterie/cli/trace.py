@@ -14,7 +14,7 @@ from coterie.lab.records import git_commit
 from coterie.lab.replay.cache_simulation import TraceVotes
 from coterie.lab.replay.recorder import bias_of, record_trace, trace_header
 from coterie.lab.replay.replay import steps_per_block
-from coterie.lab.replay.trace import KINDS, Trace
+from coterie.lab.replay.trace import Trace
 from coterie.lab.replay.trace_file import TraceWriter, check_new_trace, read_trace
 from coterie.loading.saved_votes import SavedVotes, router_checksum, write_votes
 from coterie.offload.capacity import format_bytes
@@ -93,11 +93,10 @@ def _note_if_stopped(writer: TraceWriter) -> Iterator[None]:
 def trace_document(path: Path, recorded: Trace) -> dict[str, object]:
     """The contents of a trace in short, as JSON."""
     forwards, size = recorded.forwards, path.stat().st_size
-    kinds = {kind: sum(forward.kind == kind for forward in forwards) for kind in KINDS}
     return {
         "trace": str(path), "model": recorded.header.model, "policy": recorded.header.policy,
         "forwards": len(forwards), "rows": len({forward.row for forward in forwards}),
-        "kinds": kinds, "steps_per_block": steps_per_block(recorded) if forwards else None,
+        "kinds": recorded.kinds, "steps_per_block": steps_per_block(recorded) if forwards else None,
         "bytes": size, "bytes_a_forward": size / len(forwards) if forwards else None,
     }  # fmt: skip
 

@@ -56,21 +56,28 @@ class StepCounter:
         return self.total - self.in_block
 
 
-@dataclass(frozen=True)
-class SchemeTraits:
-    """Properties of a scheme that decide blocks, prefill and commits."""
-
-    aligned: bool = False  # block borders are multiples of the width, not counted from the prompt
-    whole_blocks: bool = False  # the last block is not cut off at the last new token
-    writes_kv: bool = False  # the prompt and finished blocks are computed once for their keys
-    encodes: bool = False  # these passes are causal from token to token: those of an encoder
-
-
 class CachingScheme(Protocol):
     """A KV-caching scheme; a frozen dataclass of options."""
 
     @property
-    def traits(self) -> SchemeTraits: ...
+    def aligned(self) -> bool:
+        """Whether block borders are multiples of the width, not counted from the prompt."""
+        ...
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether the last block is not cut off at the last new token."""
+        ...
+
+    @property
+    def writes_kv(self) -> bool:
+        """Whether the prompt and finished blocks are computed once for their keys."""
+        ...
+
+    @property
+    def encodes(self) -> bool:
+        """Whether these passes are causal from token to token: those of an encoder."""
+        ...
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         """The next denoising forward of a block on a canvas of this length."""
@@ -83,9 +90,7 @@ class NoCache:
 
     aligned: bool = False
 
-    @property
-    def traits(self) -> SchemeTraits:
-        return SchemeTraits(self.aligned)
+    whole_blocks = writes_kv = encodes = False
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         return ForwardPass(0, length, length, voters=(block.start, block.stop), use_cache=False)
@@ -97,9 +102,7 @@ class PrefixCache:
 
     aligned: bool = False
 
-    @property
-    def traits(self) -> SchemeTraits:
-        return SchemeTraits(self.aligned)
+    whole_blocks = writes_kv = encodes = False
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         if steps.in_block == 0:
@@ -121,11 +124,8 @@ class DualCache:
     warmup: NonNegativeInt = 0
     aligned: bool = False
 
+    whole_blocks = writes_kv = encodes = False
     __post_init__ = check_options
-
-    @property
-    def traits(self) -> SchemeTraits:
-        return SchemeTraits(self.aligned)
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         if steps.total < self.warmup:
@@ -144,9 +144,8 @@ class BlockCausalCache:
     masks (a commit, counted separately) to store its final keys.
     """
 
-    @property
-    def traits(self) -> SchemeTraits:
-        return SchemeTraits(aligned=True, whole_blocks=True, writes_kv=True)
+    aligned = whole_blocks = writes_kv = True
+    encodes = False
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         return ForwardPass(block.start, block.stop, block.stop, voters=(block.start, block.stop))
@@ -160,9 +159,8 @@ class EncoderCache:
     replaces the keys that the decoder writes.
     """
 
-    @property
-    def traits(self) -> SchemeTraits:
-        return SchemeTraits(whole_blocks=True, writes_kv=True, encodes=True)
+    aligned = False
+    whole_blocks = writes_kv = encodes = True
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         return ForwardPass(block.start, block.stop, block.stop, voters=(block.start, block.stop))
@@ -172,9 +170,8 @@ class EncoderCache:
 class BlockCausalNoCache:
     """Block-causal attention; a forward computes everything up to the block (official LLaDA2)."""
 
-    @property
-    def traits(self) -> SchemeTraits:
-        return SchemeTraits(aligned=True, whole_blocks=True)
+    aligned = whole_blocks = True
+    writes_kv = encodes = False
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         span = (block.start, block.stop)
@@ -213,21 +210,20 @@ class DecodePlan:
         self, prompt_length: int, max_new_tokens: int, block_length: int
     ) -> tuple[Block, ...]:
         """The blocks to fill, in order; the ``stop`` of the last is the length of the canvas."""
-        traits = self.scheme.traits
         return split_into_blocks(
             prompt_length,
             max_new_tokens,
             block_length,
-            aligned=traits.aligned,
-            whole_blocks=traits.whole_blocks,
+            aligned=self.scheme.aligned,
+            whole_blocks=self.scheme.whole_blocks,
         )
 
     def prefill_passes(self, first: Block) -> tuple[ForwardPass, ...]:
         """The passes before the first block."""
-        if not self.scheme.traits.writes_kv or first.start == 0:
+        if not self.scheme.writes_kv or first.start == 0:
             return ()
         span = (0, first.start)
-        causal_block = 1 if self.scheme.traits.encodes else first.width
+        causal_block = 1 if self.scheme.encodes else first.width
         return (ForwardPass(*span, first.start, "prefill", span, causal_block),)
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
@@ -250,10 +246,10 @@ class DecodePlan:
 
     def commit_passes(self, block: Block) -> tuple[ForwardPass, ...]:
         """The passes between a finished block and the next one."""
-        if not self.scheme.traits.writes_kv:
+        if not self.scheme.writes_kv:
             return ()
         span = (block.start, block.stop)
-        causal_block = 1 if self.scheme.traits.encodes else 0
+        causal_block = 1 if self.scheme.encodes else 0
         return (ForwardPass(*span, block.stop, "commit", span, causal_block),)
 
     def __str__(self) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from coterie.decoding.block_edit import BlockEditRule, JointEditRule, JointThresholdInDelRule
 from coterie.decoding.unmask import RULES, BlockState, RenoiseRule, UnmaskRule
 from coterie.errors import SpecError
 from coterie.specs import NonNegativeInt, UnitFraction, check_options, format_spec, parse_spec
@@ -89,10 +90,15 @@ class Smooth:
 class UnmaskStrategy:
     """A rule with its refinements; its text is ``rule:..+edit:..+credit:..+smooth:..``."""
 
-    rule: UnmaskRule
+    rule: UnmaskRule | BlockEditRule
     edit: Edit | None = None
     credit: Credit | None = None
     smooth: Smooth | None = None
+
+    @property
+    def edits(self) -> bool:
+        """Whether a later forward may change tokens of the current block."""
+        return self.edit is not None or isinstance(self.rule, BlockEditRule)
 
     @property
     def renoises(self) -> bool:
@@ -102,7 +108,7 @@ class UnmaskStrategy:
     def __str__(self) -> str:
         refinements = (part for part in (self.edit, self.credit, self.smooth) if part is not None)
         specs = (format_spec(part, REFINEMENTS) for part in refinements)
-        return "+".join((format_spec(self.rule, RULES), *specs))
+        return "+".join((format_spec(self.rule, ALL_RULES), *specs))
 
 
 def parse_unmask(text: str) -> UnmaskStrategy:
@@ -115,12 +121,19 @@ def parse_unmask(text: str) -> UnmaskStrategy:
         if name in parts:
             raise SpecError(f"{name} is given twice in {text!r}")
         parts[name] = part
-    rule = parse_spec(first, RULES, "unmasking rule")
+    rule = parse_spec(first, ALL_RULES, "unmasking rule")
+    if parts and isinstance(rule, BlockEditRule):
+        raise SpecError(f"{first!r} edits blocks itself and takes no addition: {text!r}")
     if parts and isinstance(rule, RenoiseRule):
         raise SpecError(f"renoise takes no additions, and {text!r} has some")
     return UnmaskStrategy(rule, **parts)  # pyright: ignore[reportArgumentType]
 
 
+ALL_RULES: dict[str, type[UnmaskRule | BlockEditRule]] = {
+    **RULES,
+    "joint-edit": JointEditRule,
+    "joint-threshold-indel": JointThresholdInDelRule,
+}
 REFINEMENTS: dict[str, type[Edit | Credit | Smooth]] = {
     "edit": Edit,
     "credit": Credit,

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from coterie.decoding.block_edit import BlockEditRule, EditIds, EditState, Predictions
 from coterie.decoding.canvas import Block, Canvas
 from coterie.decoding.kv_schemes import DecodePlan, ForwardPass, StepCounter
 from coterie.decoding.refinements import UnmaskStrategy
@@ -40,6 +41,7 @@ class DecodeRequest:
     eos_ids: tuple[int, ...]
     mask_id: int
     vocabulary: int = 0  # for rules that draw random tokens
+    edit_ids: tuple[int, int] | None = None  # DELETE and SPLIT, for a rule that edits blocks
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class BlockUpdate:
 
     committed: tuple[Token, ...] = ()
     edited: tuple[Token, ...] = ()
+    remasked: tuple[int, ...] = ()  # positions that hold a mask again
     provisional: tuple[Token, ...] = ()  # proposed, still masked
 
 
@@ -106,7 +109,7 @@ class SequenceState:
         unmask, block = self.request.unmask, self.block
         masked = self.canvas.is_masked(block.start, block.stop)
         needs_all = (
-            unmask.edit or unmask.credit or unmask.smooth or self.request.sampling.temperature
+            unmask.edits or unmask.credit or unmask.smooth or self.request.sampling.temperature
         )
         if needs_all or not bool(masked.any()):
             return torch.arange(block.width)
@@ -159,6 +162,8 @@ class SequenceState:
         proposal = propose(
             logits, sampling, mask_id, self._generator, entropy=needs_entropy, summary=summary
         )
+        if isinstance(unmask.rule, BlockEditRule):
+            return self._edit_block(unmask.rule, logits, proposal)
         if indices is not None:
             proposal = proposal.scatter(indices, block.width)
         state = self._block_state(proposal, masked)
@@ -216,7 +221,9 @@ class SequenceState:
             return proposal.ids, state.masked
         if self._edit_limit_reached():
             return proposal.unmasked_ids, state.masked
-        selected = self.request.unmask.rule.choose(state) & state.masked
+        rule = self.request.unmask.rule
+        assert not isinstance(rule, BlockEditRule)
+        selected = rule.choose(state) & state.masked
         if bool((selected & (proposal.ids != state.mask_id)).any()):
             return proposal.ids, selected
         return proposal.unmasked_ids, top_positions(state.confidence, 1)
@@ -239,6 +246,47 @@ class SequenceState:
             and bool(eos_written.any())
             and self._has_complete_answer()
         )
+
+    def _edit_block(self, rule: BlockEditRule, logits: Tensor, proposal: Proposal) -> BlockUpdate:
+        """One forward under a rule that edits the block; logits [w, V]."""
+        block, before = self.block, self._edit_state
+        assert before is not None
+        predictions = Predictions(logits, proposal)
+        after = before.unchanged()
+        if not before.done:
+            after = rule.advance(before, predictions, self._generator)
+        self._edit_state = after
+        span = slice(block.start, block.stop)
+        confidence = predictions.confidence_after(
+            before, after, self.canvas.confidence[span].tolist()
+        )
+        self.canvas.tokens[span] = torch.tensor(after.tokens, dtype=torch.int64)
+        self.canvas.confidence[span] = torch.tensor(confidence)
+        self.steps = StepCounter(self.steps.total + 1, self.steps.in_block + 1)
+        return self._edit_update(before, after, predictions, confidence)
+
+    def _edit_update(
+        self,
+        before: EditState,
+        after: EditState,
+        predictions: Predictions,
+        confidence: Sequence[float],
+    ) -> BlockUpdate:
+        """The difference of two states, position by position."""
+        first, mask = self.block.start - self.canvas.prompt_length, before.ids.mask
+        committed, edited, remasked, provisional = [], [], [], []
+        for i, (old, new) in enumerate(zip(before.tokens, after.tokens, strict=True)):
+            token, source = Token(first + i, new, confidence[i]), after.sources[i]
+            if new == mask:
+                remasked += [first + i] if old != mask else []
+                guess = mask if source < 0 else predictions.ids[source]
+                if guess not in before.ids.all:
+                    provisional.append(Token(first + i, guess, confidence[i]))
+            elif old == mask:
+                committed.append(token)
+            elif old != new:
+                edited.append(token)
+        return BlockUpdate(tuple(committed), tuple(edited), tuple(remasked), tuple(provisional))
 
     def _block_update(
         self, state: BlockState, ids: Tensor, commit: Tensor, edit: Tensor
@@ -263,12 +311,25 @@ class SequenceState:
         self._credit_memory: Tensor | None = None  # of ``credit``
         self._edit_forwards = 0  # forwards that started without a mask
         self._edits_converged = False  # whether the last of them edited nothing
+        self._edit_state = self._start_edits(block)
         self.stopped_early = False
         self._noise = self._random_tokens() if self.request.unmask.renoises else None
         self._best: list[Tensor] = []  # the most probable tokens of each step
 
+    def _start_edits(self, block: Block) -> EditState | None:
+        """The first state of a block under a rule that edits blocks."""
+        if not isinstance(self.request.unmask.rule, BlockEditRule) or not self.request.edit_ids:
+            return None
+        tokens = self.canvas.tokens[block.start : block.stop].tolist()
+        prompt = max(0, self.canvas.prompt_length - block.start)
+        return EditState.start(
+            tokens, prompt, EditIds(self.request.mask_id, *self.request.edit_ids)
+        )
+
     def _is_block_done(self) -> bool:
         """Whether the block needs no further forward."""
+        if self._edit_state is not None:
+            return self._edit_state.done
         if not self.canvas.is_filled(self.block.start, self.block.stop):
             return False
         edit = self.request.unmask.edit
@@ -300,7 +361,7 @@ class SequenceState:
         if self.next_pass is None:
             return self.answer
         tokens = self._new_tokens()[: self._eos_index()]
-        if self.request.unmask.edit is not None:
+        if self.request.unmask.edits:
             tokens = tokens[: max(0, self.block.start - self.canvas.prompt_length)]
         return tokens[: first_index_of(tokens, (self.request.mask_id,))]
 

@@ -99,11 +99,9 @@ class DynamicRule:
         if self.steps:
             min_count = max(min_count, even_share(state.width, self.steps, state.step))
         confident = state.confidence > max(self.p, state.threshold_floor)
-        return (
-            confident
-            if int(confident.sum()) >= min_count
-            else top_positions(state.confidence, min_count)
-        )
+        if int(confident.sum()) >= min_count:
+            return confident
+        return top_positions(state.confidence, min_count)
 
 
 @dataclass(frozen=True)
@@ -115,9 +113,8 @@ class FixedRule:
     __post_init__ = check_options
 
     def choose(self, state: BlockState) -> Tensor:
-        return top_positions(
-            state.confidence, max(1, even_share(state.initial_masked, self.steps, state.step))
-        )
+        count = even_share(state.initial_masked, self.steps, state.step)
+        return top_positions(state.confidence, count)
 
 
 @dataclass(frozen=True)
@@ -129,9 +126,7 @@ class StaticRule:
     __post_init__ = check_options
 
     def choose(self, state: BlockState) -> Tensor:
-        return top_positions(
-            state.confidence, max(1, even_share(state.width, self.steps, state.step))
-        )
+        return top_positions(state.confidence, even_share(state.width, self.steps, state.step))
 
 
 @dataclass(frozen=True)
@@ -144,7 +139,7 @@ class SequentialRule:
 
     def choose(self, state: BlockState) -> Tensor:
         first = int(state.masked.int().argmax())
-        stop = first + max(1, even_share(state.width, self.steps, state.step))
+        stop = first + even_share(state.width, self.steps, state.step)
         positions = torch.arange(state.width)
         return state.masked & (positions >= first) & (positions < stop)
 
@@ -228,8 +223,8 @@ class HierarchyRule:
 
 
 def even_share(total: int, steps: int, step: int) -> int:
-    """The part of ``total`` in ``step`` if it is spread evenly; the first steps have more."""
-    return total // steps + (1 if step < total % steps else 0)
+    """The part of ``total`` in ``step``, at least 1, spread evenly; the first steps have more."""
+    return max(1, total // steps + (step < total % steps))
 
 
 def top_positions(confidence: Tensor, count: int) -> Tensor:

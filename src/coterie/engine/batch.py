@@ -5,7 +5,7 @@ Shapes: B sequences, W positions of the window, L MoE layers, E experts, H hidde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +19,7 @@ from coterie.telemetry import NullRecorder
 from coterie.values import DecodeProgress, Window
 
 NULL_RECORDER = NullRecorder()
+PROGRESS_FIELDS = tuple(vars(DecodeProgress()))
 
 
 @dataclass(frozen=True)
@@ -76,18 +77,24 @@ class ForwardBatch:
 
 def to_device(context: ForwardContext, device: torch.device) -> ForwardContext:
     """The context with routing's inputs on the device; the window stays on the host."""
+    tensors = {name: tensor.to(device) for name, tensor in routing_inputs(context).items()}
+    return with_routing_inputs(context, tensors)
 
-    def move(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device)
 
-    progress = context.progress
-    if progress is not None:
-        progress = DecodeProgress(**{name: move(value) for name, value in vars(progress).items()})
+def routing_inputs(context: ForwardContext) -> dict[str, Tensor]:
+    """The tensors of a context, except the window's and those that are on the device."""
+    tensors = {"logits_indices": context.logits_indices, "voters": context.voters}
+    tensors |= vars(context.progress or DecodeProgress())
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def with_routing_inputs(context: ForwardContext, tensors: Mapping[str, Tensor]) -> ForwardContext:
+    """The context with these tensors in place of its ``routing_inputs``."""
     return replace(
         context,
-        logits_indices=move(context.logits_indices),
-        voters=move(context.voters),
-        progress=progress,
+        logits_indices=tensors.get("logits_indices"),
+        voters=tensors.get("voters"),
+        progress=DecodeProgress(**{name: tensors.get(name) for name in PROGRESS_FIELDS}),
     )
 
 

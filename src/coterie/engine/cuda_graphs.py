@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from coterie.engine.batch import routing_inputs, with_routing_inputs
 from coterie.model.cache import KVCache
 from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import MoE
 from coterie.model.transformer import Transformer
 from coterie.routing import POLICIES, Election, format_policy, needs_importance
 from coterie.telemetry import ExpertCounter, RowId
-from coterie.values import DecodeProgress, Policy, Window
+from coterie.values import Policy, Window
 
 ForwardOutput = tuple[Tensor, ExpertCounter]
 Replay = Callable[[], object]
@@ -221,35 +222,17 @@ def _truncated(cache: KVCache, length: int) -> KVCache:
 
 def _input_tensors(tokens: Tensor, context: ForwardContext) -> dict[str, Tensor]:
     """The tensors that change from forward to forward, by name."""
-    progress = context.progress or DecodeProgress()
-    tensors = {
-        "tokens": tokens,
-        "start": context.window.start,
-        "visible": context.window.visible,
-        "logits_indices": context.logits_indices,
-        "voters": context.voters,
-        **{f"progress {name}": value for name, value in vars(progress).items()},
-    }
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    window = {"start": context.window.start, "visible": context.window.visible}
+    return {"tokens": tokens, **window, **routing_inputs(context)}
 
 
 def _with_device_views(
     views: Mapping[str, Tensor], context: ForwardContext
 ) -> tuple[Tensor, ForwardContext]:
     """The tokens, and the context with its tensors replaced by views of the device buffer."""
-    window = Window(views["start"], context.window.width, views["visible"], context.window.block)
-    progress = None
-    if context.progress is not None:
-        names = vars(context.progress)
-        progress = DecodeProgress(**{name: views.get(f"progress {name}") for name in names})
-    cache = (
-        None if context.cache is None else replace(context.cache, row_indices=views["cache_rows"])
-    )
-    return views["tokens"], replace(
-        context,
-        window=window,
-        cache=cache,
-        logits_indices=views.get("logits_indices"),
-        voters=views.get("voters"),
-        progress=progress,
-    )
+    window = replace(context.window, start=views["start"], visible=views["visible"])
+    cache = context.cache
+    if cache is not None:
+        cache = replace(cache, row_indices=views["cache_rows"])
+    context = with_routing_inputs(context, views)
+    return views["tokens"], replace(context, window=window, cache=cache)

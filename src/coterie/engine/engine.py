@@ -22,7 +22,14 @@ from coterie.engine.events import Denoised, Event, ExpertUsage, Finished, Result
 from coterie.engine.forward import run_forward
 from coterie.engine.generation_config import GenerationConfig, make_request
 from coterie.engine.kv_pool import KVCachePool
-from coterie.errors import ConfigError, CoterieError, GenerationError, NonFiniteLogitsError
+from coterie.errors import (
+    AnswerTextError,
+    ConfigError,
+    CoterieError,
+    GenerationError,
+    NonFiniteLogitsError,
+    TokenizerError,
+)
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.load import Model, load_model
 from coterie.model.weights import expert_bytes
@@ -171,25 +178,30 @@ class Engine:
         Returns the events of requests that no ``stream`` reads. A failed group does not stop the
         others: the error is raised after all groups have run, and the next call returns their
         events. The requests of a failed group have not advanced. Raises NonFiniteLogitsError with
-        these requests if their logits are not finite. Every other error is raised as it is.
+        these requests if their logits are not finite, and AnswerTextError for requests whose text
+        cannot be decoded, which end. Every other error is raised as it is.
         """
         errors: list[Exception] = []
         reasons: dict[int, str] = {}  # of requests with non-finite logits
+        without_text: dict[int, str] = {}
         for group in group_sequences(self._active.values()):
             try:
-                self._advance(group)
+                without_text |= self._advance(group)
             except NonFiniteLogitsError as error:
                 reasons |= {active.number: str(error) for active in group}
             except (CoterieError, OSError) as error:
                 errors.append(error)
         if errors:
             raise errors[0]
+        if without_text:
+            raise AnswerTextError(next(iter(without_text.values())), tuple(without_text))
         if reasons:
             raise NonFiniteLogitsError(next(iter(reasons.values())), tuple(reasons))
         events, self._events = self._events, []
         return events
 
-    def _advance(self, group: list[ActiveSequence]) -> None:
+    def _advance(self, group: list[ActiveSequence]) -> dict[int, str]:
+        """Run one forward; returns why the text of a request that ends here cannot be decoded."""
         passes = [(active, active.next_pass, active.sequence.block) for active in group]
         with self._logged_forward(group):
             updates = run_forward(
@@ -201,12 +213,18 @@ class Engine:
                 graphs=self._graphs,
                 record_all=self._record_all,
             )
+        reasons: dict[int, str] = {}
         for (active, next_pass, block), update in zip(passes, updates, strict=True):
-            if next_pass.is_denoising:
-                self._emit(self._denoised(active, next_pass.kind, block, update))
-            if active.sequence.next_pass is None:
-                self._emit(Finished(active.number, self.result(active.number)))
+            try:
+                if next_pass.is_denoising:
+                    self._emit(self._denoised(active, next_pass.kind, block, update))
+                if active.sequence.next_pass is None:
+                    self._emit(Finished(active.number, self.result(active.number)))
+                    self.cancel(active.number)
+            except TokenizerError as error:
+                reasons[active.number] = str(error)
                 self.cancel(active.number)
+        return reasons
 
     @contextmanager
     def _logged_forward(self, group: Sequence[ActiveSequence]) -> Iterator[None]:
@@ -309,6 +327,7 @@ class Engine:
             stop_ids=self.model.eos_ids,
             vocabulary=self.model.spec.vocabulary,
             max_length=self.model.spec.max_length,
+            edit_ids=self.model.family.defaults.edit_ids,
         )
 
     def _event_stream(self, number: int) -> Iterator[Event]:
@@ -343,6 +362,7 @@ class Engine:
             text=active.next_text(self.model.tokenizer.decode),
             committed=update.committed,
             edited=update.edited,
+            remasked=update.remasked,
             provisional=update.provisional,
             experts=() if counts is None else tuple(map(int, counts.per_layer)),
             vote_mass_kept=None if counts is None else counts.vote_mass_kept,

@@ -15,6 +15,8 @@ class Denoised:
 
     ``text`` is the part of the answer that has become final: joined, these parts are the answer.
     ``committed`` and ``edited`` tokens are part of the answer, but later edits may change them.
+    ``remasked`` positions hold a mask again: an edit dropped or inserted a position before them.
+    Applied to a row of masks, all three give the canvas after this forward.
     ``provisional`` tokens are the model's current guess at positions that are still masked.
     ``experts`` is the number of unique experts in each MoE layer. It is empty, and the votes are
     None, unless ``kind`` is "decode". ``reuse_vote_loss`` is None if no coreset could be reused.
@@ -29,6 +31,7 @@ class Denoised:
     text: str = ""
     committed: tuple[Token, ...] = ()
     edited: tuple[Token, ...] = ()
+    remasked: tuple[int, ...] = ()
     provisional: tuple[Token, ...] = ()
     experts: tuple[int, ...] = ()
     vote_mass_kept: float | None = None

@@ -15,6 +15,7 @@ from coterie.decoding import (
     parse_plan,
     parse_unmask,
 )
+from coterie.decoding.block_edit import BlockEditRule
 from coterie.decoding.sequence import EarlyStop
 from coterie.errors import ConfigError, GenerationError
 from coterie.families import FamilyDefaults
@@ -114,14 +115,18 @@ def make_request(
     stop_ids: tuple[int, ...],
     vocabulary: int,
     max_length: int,
+    edit_ids: tuple[int, int] | None = None,
 ) -> DecodeRequest:
     """The decode request of a prompt.
 
-    Raises GenerationError for an invalid prompt, or one that exceeds ``max_length`` positions.
+    Raises GenerationError for an invalid prompt, or one that exceeds ``max_length`` positions, and
+    ConfigError for an unmasking rule that needs ``edit_ids`` where there are none.
     """
-    check_prompt(prompt, mask_id, vocabulary)
+    check_prompt(prompt, (mask_id, *(edit_ids or ())), vocabulary)
     plan, unmask = parse_plan(config.plan), parse_unmask(config.unmask)
     _check_denoising(plan, unmask, mask_id)
+    if edit_ids is None and isinstance(unmask.rule, BlockEditRule):
+        raise ConfigError(f"{unmask} needs DELETE and SPLIT tokens, and this model has none")
     length = len(prompt) + config.max_new_tokens
     # A larger request is refused below; its list of blocks could exceed memory.
     if length <= max_length:
@@ -143,23 +148,28 @@ def make_request(
         eos_ids=stop_ids,
         mask_id=mask_id,
         vocabulary=vocabulary,
+        edit_ids=edit_ids,
     )
 
 
 def _check_denoising(plan: DecodePlan, unmask: UnmaskStrategy, mask_id: int) -> None:
     """Raises ConfigError unless model, plan and rule all denoise masks, or all random tokens."""
-    if (mask_id == NO_MASK) == unmask.renoises == plan.scheme.traits.encodes:
+    if (mask_id == NO_MASK) == unmask.renoises == plan.scheme.encodes:
         return
     denoised = "random tokens" if mask_id == NO_MASK else "masks"
     raise ConfigError(f"the model denoises {denoised}: plan {plan} and rule {unmask} do not fit")
 
 
-def check_prompt(prompt: Sequence[int], mask_id: int, vocabulary: int) -> None:
-    """Raises GenerationError for a prompt that no request can have."""
+def check_prompt(prompt: Sequence[int], special_ids: tuple[int, ...], vocabulary: int) -> None:
+    """Raises GenerationError for a prompt that no request can have.
+
+    ``special_ids`` are the mask, and DELETE and SPLIT where a model has them.
+    """
     if not prompt:
         raise GenerationError("the prompt is empty")
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocabulary:
             raise GenerationError(f"prompt: {token!r} is not a token id below {vocabulary}")
-        if token == mask_id:
-            raise GenerationError(f"the prompt contains the mask token ({mask_id})")
+        if token in special_ids:
+            name = ("mask", "DELETE", "SPLIT")[special_ids.index(token)]
+            raise GenerationError(f"the prompt contains the {name} token ({token})")

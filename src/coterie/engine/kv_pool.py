@@ -27,11 +27,12 @@ class KVCachePool:
 
     def allocate(self, length: int) -> int:
         """The index of a cleared row with at least ``length`` positions."""
-        if self._cache is None or not self._free_rows or self._cache.length < length:
+        old = self._cache
+        if old is None or not self._free_rows or old.length < length:
             self._grow(length)
         row = self._free_rows.pop(0)
-        if self._cache is not None:
-            self._cache.clear([row])
+        if old is not None:  # else the memory is new
+            self.full_cache().clear([row])
         return row
 
     def free(self, row: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,28 +101,11 @@ def observe_forwards(
 def collect_observations(
     engine: Engine,
     prompts: Sequence[Prompt],
-    *,
-    policy: str | Policy = "vanilla",
-    batch_size: int = 16,
-    layers: Collection[int] | None = None,
-    max_forwards: int | None = None,
-    **options: object,
+    **options: Any,
 ) -> list[LayerObservation]:
     """All observations of ``observe_forwards`` in a list: H + E numbers per position and layer."""
     observations: list[LayerObservation] = []
-    observe_forwards(
-        engine,
-        prompts,
-        observations.append,
-        policy=policy,
-        batch_size=batch_size,
-        layers=layers,
-        max_forwards=max_forwards,
-        on_result=None,
-        record_all=False,
-        reset_cache=False,
-        **options,
-    )
+    observe_forwards(engine, prompts, observations.append, **options)
     return observations
 
 

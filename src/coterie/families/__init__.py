@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from coterie.errors import quote
 from coterie.families.config import ModelConfig
 from coterie.families.diffusion_gemma import FAMILY as DIFFUSION_GEMMA
 from coterie.families.family import Family, FamilyDefaults
 from coterie.families.llada2 import FAMILY as LLADA2
 from coterie.families.llada_moe import FAMILY as LLADA_MOE
+from coterie.families.llada_moe_v2 import check_not_llada_moe_v2
 from coterie.families.sdar_moe import FAMILY as SDAR_MOE
 from coterie.tokenizer.token_ids import read_token_ids
 
@@ -24,13 +27,19 @@ __all__ = [
 # Dense models that share a model_type with a supported family, or are often tried.
 DENSE_ARCHITECTURES = ("LLaDAModelLM", "LLaDAModel", "SDARForCausalLM", "DreamModel")
 
+SHARED_MODEL_TYPES = ("llada",)
+"""Types of a supported family that dense models have too."""
+
 
 def detect_family(config: ModelConfig) -> Family:
-    """The family of ``architectures``; ``model_type`` alone identifies few families.
+    """The family of ``architectures``, with the defaults of this checkpoint.
 
     Raises ConfigError for a model that is dense, unknown or inconsistent.
     """
-    architectures = config.values.get("architectures", _only_architecture(config))
+    check_not_llada_moe_v2(config)
+    architectures = config.values.get("architectures")
+    if architectures is None:
+        architectures = _architectures_of_type(config)
     if (
         not isinstance(architectures, list)
         or len(architectures) != 1
@@ -49,16 +58,16 @@ def detect_family(config: ModelConfig) -> Family:
     if model_type not in family.model_types:
         known = " or ".join(family.model_types)
         raise config.error("model_type", f"is {quote(model_type)}, but {name} is {known}")
-    return family
+    if family.read_defaults is None:
+        return family
+    return replace(family, defaults=family.read_defaults(config, family.defaults))
 
 
-def _only_architecture(config: ModelConfig) -> list[str] | None:
-    """The architecture of a ``model_type`` that has only one."""
-    for family in FAMILIES.values():
-        identified = family.identified_by_model_type
-        if identified and config.values.get("model_type") in family.model_types:
-            return [family.architecture]
-    return None
+def _architectures_of_type(config: ModelConfig) -> list[str] | None:
+    """The only architecture of ``model_type``; None if there is not exactly one."""
+    kind = config.values.get("model_type")
+    named = [f.architecture for f in FAMILIES.values() if kind in f.model_types]
+    return named if len(named) == 1 and kind not in SHARED_MODEL_TYPES else None
 
 
 def mask_id(config: ModelConfig, family: Family, vocabulary: int) -> int | None:

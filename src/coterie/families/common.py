@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from coterie.errors import ConfigError, CoterieError, quote
 from coterie.families.config import ModelConfig
+from coterie.families.family import FamilyDefaults
+from coterie.families.rope import with_rope_parameters
+from coterie.model.quant_methods import REMEDY, method_of_config
 from coterie.model.spec import ModelSpec
 from coterie.ops.packed_layout import LAYOUT_VERSION
 from coterie.quantization import FORMATS, QuantFormat, parse_format
@@ -40,6 +45,7 @@ def model_spec(
     of a head that RoPE rotates (None: the config must have it). ``has_head_dim_key``: the family
     has the key ``head_dim``.
     """
+    config = with_rope_parameters(config)
     if not any(moe):
         raise ConfigError(f"{config.file}: no layer has experts")
     if sum(moe) * router.experts > MAX_TOTAL_EXPERTS:
@@ -117,17 +123,49 @@ def has_packed_experts(config: ModelConfig, form: QuantFormat | None) -> bool:
 
 
 def check_supported(config: ModelConfig) -> None:
-    """Rejects what no family supports, such as RoPE scaling, biases and local attention."""
-    dtypes = [config.values.get(key) for key in ("dtype", "torch_dtype")]
-    if None not in dtypes and dtypes[0] != dtypes[1]:
-        pair = f"is {quote(dtypes[0])}, but torch_dtype is {quote(dtypes[1])}"
-        raise config.error("dtype", pair)
-    for key in ("dtype", "torch_dtype"):
-        config.allow_only(key, "float32", "bfloat16", "float16", None)
-    config.allow_only("hidden_act", "silu")
-    config.allow_only("rope_scaling", None)
+    """Rejects what no family supports, such as foreign quantisation, biases, local attention."""
+    _check_quantization(config)
+    _check_dtypes(config)
+    config.allow_only("hidden_act", "silu", "swish")
     config.allow_only("attention_bias", False)
     config.allow_only("use_sliding_window", False)
+    if (kinds := config.get("layer_types")) is not None:
+        layers = layer_count(config)
+        if kinds != ["full_attention"] * layers:
+            problem = f'is {quote(kinds)}; supported: "full_attention" for each of {layers} layers'
+            raise config.error("layer_types", problem)
+
+
+def read_block_size(config: ModelConfig, defaults: FamilyDefaults) -> FamilyDefaults:
+    """The defaults of a checkpoint that was trained with blocks of ``block_size`` tokens."""
+    size = config.optional_size("block_size")
+    if size is None:
+        return defaults
+    if size & (size - 1):
+        raise config.error("block_size", f"is {size}, no power of two")
+    return replace(defaults, block=size)
+
+
+def _check_quantization(config: ModelConfig) -> None:
+    for key in ("quantization_config", "quantization", "compression_config"):
+        if value := config.get(key):
+            title = method_of_config(value) if isinstance(value, dict) else quote(value)
+            raise config.error(key, f"says that {title} quantised the weights: {REMEDY}")
+
+
+def _check_dtypes(config: ModelConfig) -> None:
+    names = {
+        key: value.removeprefix("torch.") if isinstance(value, str) else value
+        for key in ("dtype", "torch_dtype")
+        if (value := config.get(key)) is not None
+    }
+    for key, name in names.items():
+        if name not in ("float32", "bfloat16", "float16"):
+            problem = f"is {quote(name)}; supported: float32, bfloat16, float16"
+            raise config.error(key, problem)
+    if len({*names.values()}) > 1:
+        pair = "is {dtype!r}, but torch_dtype is {torch_dtype!r}".format(**names)
+        raise config.error("dtype", pair)
 
 
 def dense_layer_width(config: ModelConfig, key: str, *, required: bool) -> int:

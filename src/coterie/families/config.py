@@ -18,15 +18,35 @@ MAX_SIZE = 1 << 24
 
 IGNORED_KEYS = frozenset(
     (
-        *("_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout"),
-        *("auto_map", "bos_token_id", "embedding_dropout", "eos_token_id"),
-        *("initializer_range", "mask_token_id", "max_window_layers", "model_type"),
-        *("output_attentions", "output_dropout", "output_hidden_states", "output_router_logits"),
-        *("pad_token_id", "return_dict", "router_aux_loss_coef", "sliding_window"),
-        *("transformers_version", "use_cache"),
+        *("_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal"),
+        *("_commit_hash", "_experts_implementation", "_moe_implementation", "_name_or_path"),
+        *("architectures", "attention_dropout", "attn_implementation", "auto_map"),
+        *("bos_token_id", "embedding_dropout", "eos_token_id", "finetuning_task"),
+        *("fuse_cross_entropy", "gradient_checkpointing", "id2label", "initializer_range"),
+        *(
+            "is_decoder",
+            "label2id",
+            "mask_token_id",
+            "max_window_layers",
+            "model_type",
+            "output_attentions",
+        ),
+        *("output_dropout", "output_hidden_states", "output_router_logits", "pad_token_id"),
+        *("problem_type", "return_dict", "router_aux_loss_coef", "sliding_window"),
+        *("task_specific_params", "tokenizer_class", "torchscript", "transformers_version"),
+        *("unsloth_fixed", "unsloth_version", "use_cache", "use_return_dict"),
     )
 )
 """Keys without effect on a forward pass: training, bookkeeping, and token ids (read separately)."""
+
+NEUTRAL_VALUES: Mapping[str, tuple[bool | int, ...]] = {
+    "add_cross_attention": (False,),
+    "chunk_size_feed_forward": (0,),
+    "is_encoder_decoder": (False,),
+    "tie_encoder_decoder": (False,),
+    "use_regular_causal": (False,),
+}
+"""Keys that change a forward pass, except with these values."""
 
 
 @dataclass(frozen=True)
@@ -92,24 +112,27 @@ class ModelConfig:
         return value
 
     def allow_only(self, key: str, *supported: bool | int | float | str | None) -> None:
-        """Raises ConfigError if the key is present with another value than these."""
-        if key not in self.values:
-            return
+        """Raises ConfigError if the key is present with another value than these.
+
+        Null is false, as in the models' own code.
+        """
         value = self.get(key)
+        if key not in self.values or (value is None and False in supported):
+            return
         same_type = (v for v in supported if type(v) is type(value) or _are_numbers(v, value))
         if not any(v == value for v in same_type):
             known = " or ".join(json.dumps(v) for v in supported)
             raise self.error(key, f"is {clip(json.dumps(value))}; supported: {known}")
 
     def check_unknown_keys(self) -> None:
-        """Raises ConfigError for keys that are neither read nor known to have no effect."""
-        if self.values.get("quantization_config") is not None:
-            raise self.error(
-                "quantization_config",
-                "is set; checkpoints quantised by other tools are not supported",
-            )
-        known = self.read_keys | IGNORED_KEYS | {"quantization_config"}
-        if unknown := sorted(set(self.values) - known):
+        """Raises ConfigError for keys that are neither read nor known to have no effect.
+
+        A null has no effect under any key.
+        """
+        for key, neutral in NEUTRAL_VALUES.items():
+            self.allow_only(key, *neutral, None)
+        known = self.read_keys | IGNORED_KEYS
+        if unknown := sorted(key for key in set(self.values) - known if self.get(key) is not None):
             raise ConfigError(
                 f"{self.file}: unknown key {clip(', '.join(map(repr, unknown)), 300)}"
             )

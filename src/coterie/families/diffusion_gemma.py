@@ -168,5 +168,4 @@ FAMILY = Family(
         chat_template=CHAT_TEMPLATE,
         hidden_span=("<|channel>", "<channel|>"),
     ),
-    identified_by_model_type=True,
 )

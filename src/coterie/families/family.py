@@ -22,6 +22,7 @@ class FamilyDefaults:
     eos_ids: tuple[int, ...]
     chat_template: str  # jinja, for checkpoints without a template
     hidden_span: tuple[str, str] | None = None  # marks around text that is no part of an answer
+    edit_ids: tuple[int, int] | None = None  # the DELETE and SPLIT tokens of models that edit
 
 
 @dataclass(frozen=True)
@@ -35,4 +36,5 @@ class Family:
     read_spec: Callable[[ModelConfig], ModelSpec]
     tensor_names: TensorNames
     defaults: FamilyDefaults
-    identified_by_model_type: bool = False  # even in a config without ``architectures``
+    # The defaults of one checkpoint; None: those of the family.
+    read_defaults: Callable[[ModelConfig, FamilyDefaults], FamilyDefaults] | None = None

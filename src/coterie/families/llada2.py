@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from coterie.families.common import (
     check_supported,
     expert_count,
@@ -14,6 +16,10 @@ from coterie.families.family import Family, FamilyDefaults
 from coterie.families.names import FUSED_QKV_NAMES
 from coterie.model.spec import ModelSpec
 from coterie.values import RouterSpec
+
+BLOCK = 32
+EDIT_IDS = {"delete_token_id": 156930, "split_token_id": 156931}
+"""The config keys of the tokens with which LLaDA2.2 edits a block, and their released values."""
 
 CHAT_TEMPLATE = (
     "{% if messages[0].role != 'system' %}"
@@ -57,10 +63,8 @@ def _check_supported(config: ModelConfig) -> None:
     config.allow_only("use_rmsnorm", True)
     config.allow_only("norm_topk_prob", True)
     config.allow_only("score_function", "sigmoid")
-    config.allow_only("router_dtype", "fp32", "float32", None)
+    config.allow_only("router_dtype", "fp32", "float32", "torch.float32", None)
     config.allow_only("num_nextn_predict_layers", 0, None)
-    # LLaDA2.2 selects so many experts for a block before its tokens choose theirs.
-    config.allow_only("expert_capacity", 0, None)
 
 
 def _shared_width(config: ModelConfig) -> int:
@@ -77,7 +81,33 @@ def _shared_width(config: ModelConfig) -> int:
 def _router(config: ModelConfig) -> RouterSpec:
     experts = expert_count(config)
     k = experts_per_token(config, experts)
-    groups, kept_groups = config.size("n_group"), config.size("topk_group")
+    block = block_size(config)
+    capacity = config.optional_size("expert_capacity", minimum=0) or None
+    if capacity is None:
+        groups, kept_groups = _groups(config, experts, k)
+    else:
+        groups = kept_groups = 1  # a model that routes by block ignores them
+        config.get("n_group"), config.get("topk_group")
+        if not k <= capacity <= experts:
+            problem = f"is {capacity}, not between {k} experts per token and {experts} experts"
+            raise config.error("expert_capacity", problem)
+    return RouterSpec(
+        experts=experts,
+        k=k,
+        activation="sigmoid",
+        renormalise=k > 1 or capacity is not None,
+        scale=config.number("routed_scaling_factor", 1.0),
+        groups=groups,
+        topk_groups=kept_groups,
+        epsilon=1e-20,
+        capacity=capacity if capacity is not None and capacity < experts else 0,
+        block=block,
+    )
+
+
+def _groups(config: ModelConfig, experts: int, k: int) -> tuple[int, int]:
+    """The number of expert groups, and how many of them a token keeps."""
+    groups, kept_groups = _group_counts(config)
     if experts % groups:
         raise config.error("n_group", f"is {groups}, no divisor of num_experts {experts}")
     if kept_groups > groups:
@@ -91,16 +121,44 @@ def _router(config: ModelConfig) -> RouterSpec:
         raise config.error(
             "num_experts_per_tok", f"is {k}; {kept_groups} groups of {group_size} hold fewer"
         )
-    return RouterSpec(
-        experts=experts,
-        k=k,
-        activation="sigmoid",
-        renormalise=k > 1,
-        scale=config.number("routed_scaling_factor", 1.0),
-        groups=groups,
-        topk_groups=kept_groups,
-        epsilon=1e-20,
-    )
+    return groups, kept_groups
+
+
+def block_size(config: ModelConfig) -> int:
+    """Tokens of a block, a power of two."""
+    size = config.optional_size("block_size") or BLOCK
+    if size & (size - 1):
+        raise config.error("block_size", f"is {size}, no power of two")
+    return size
+
+
+def read_defaults(config: ModelConfig, defaults: FamilyDefaults) -> FamilyDefaults:
+    """The defaults of a checkpoint: one that has DELETE and SPLIT tokens edits its blocks."""
+    ids = [_edit_id(config, key) for key in EDIT_IDS]
+    defaults = replace(defaults, block=block_size(config))
+    if ids == [None, None] and config.get("expert_capacity"):
+        ids = [i if i < config.size("vocab_size") else None for i in EDIT_IDS.values()]
+    if ids == [None, None]:
+        return defaults
+    delete_id, split_id = ids
+    if delete_id is None or split_id is None or delete_id == split_id:
+        raise config.error("delete_token_id", f"is {delete_id}, and split_token_id is {split_id}")
+    return replace(defaults, edit_ids=(delete_id, split_id), unmask="joint-edit")
+
+
+def _edit_id(config: ModelConfig, key: str) -> int | None:
+    token = config.optional_size(key, minimum=0)
+    if token is not None and token >= config.size("vocab_size"):
+        raise config.error(key, f"is {token}, outside the vocabulary")
+    return token
+
+
+def _group_counts(config: ModelConfig) -> tuple[int, int]:
+    """The number of expert groups, and of those that a token keeps; 0 or absent: no groups."""
+    counts = [config.optional_size(key, minimum=0) for key in ("n_group", "topk_group")]
+    if counts[0] == 0 or all(count in (None, 0, 1) for count in counts):
+        return 1, 1
+    return config.size("n_group"), config.size("topk_group")
 
 
 FAMILY = Family(
@@ -111,7 +169,7 @@ FAMILY = Family(
     read_spec=read_spec,
     tensor_names=FUSED_QKV_NAMES,
     defaults=FamilyDefaults(
-        block=32,
+        block=BLOCK,
         block_causal=True,
         plan="block-causal",
         unmask="threshold:p=0.9",
@@ -119,4 +177,5 @@ FAMILY = Family(
         eos_ids=(156892,),
         chat_template=CHAT_TEMPLATE,
     ),
+    read_defaults=read_defaults,
 )

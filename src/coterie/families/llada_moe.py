@@ -9,6 +9,7 @@ from coterie.families.common import (
     experts_per_token,
     layer_count,
     model_spec,
+    read_block_size,
 )
 from coterie.families.config import ModelConfig
 from coterie.families.family import Family, FamilyDefaults
@@ -95,4 +96,5 @@ FAMILY = Family(
         eos_ids=(156892,),
         chat_template=CHAT_TEMPLATE,
     ),
+    read_defaults=read_block_size,
 )

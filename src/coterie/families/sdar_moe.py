@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from coterie.errors import quote
 from coterie.families.common import (
     check_supported,
@@ -9,6 +11,7 @@ from coterie.families.common import (
     experts_per_token,
     layer_count,
     model_spec,
+    read_block_size,
 )
 from coterie.families.config import ModelConfig
 from coterie.families.family import Family, FamilyDefaults
@@ -43,6 +46,12 @@ def read_spec(config: ModelConfig) -> ModelSpec:
     )
 
 
+def read_defaults(config: ModelConfig, defaults: FamilyDefaults) -> FamilyDefaults:
+    """The block of the checkpoint, with as many denoising steps as it has tokens."""
+    defaults = read_block_size(config, defaults)
+    return replace(defaults, unmask=f"dynamic:p=0.95,steps={defaults.block}")
+
+
 def _moe_layers(config: ModelConfig, layers: int) -> tuple[bool, ...]:
     """Which layers have experts: every ``decoder_sparse_step``-th, except ``mlp_only_layers``."""
     step = config.optional_size("decoder_sparse_step") or 1
@@ -71,4 +80,5 @@ FAMILY = Family(
         eos_ids=(151643, 151645),
         chat_template=CHAT_TEMPLATE,
     ),
+    read_defaults=read_defaults,
 )

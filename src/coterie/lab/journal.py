@@ -1,82 +1,14 @@
-"""Files of long commands: locked while they are written, and a journal of finished steps."""
+"""The journal of a long command's finished steps."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from coterie.errors import ConfigError
-
-
-class LockedFile:
-    """A file to append to that no other process can open in the same way."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises ConfigError if the file cannot be written, or another process writes it."""
-        self.path = path
-        while True:
-            try:
-                self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.close()
-                raise ConfigError(f"{path}: another process is writing it") from None
-            except OSError as error:
-                raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
-            if self._has_name():
-                return
-            self.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def read(self) -> bytes:
-        return os.pread(self._descriptor, self.size, 0)
-
-    @property
-    def size(self) -> int:
-        return os.fstat(self._descriptor).st_size
-
-    def append(self, content: bytes, *, sync: bool = False) -> None:
-        """Write all bytes; if that fails, the file ends as before. Raises ConfigError."""
-        end = self.size
-        try:
-            while content:
-                content = content[os.write(self._descriptor, content) :]
-            if sync:
-                os.fsync(self._descriptor)
-        except OSError as error:
-            self.truncate(end)
-            raise ConfigError(f"{self.path}: cannot be written ({error.strerror})") from None
-
-    def truncate(self, size: int = 0) -> None:
-        os.ftruncate(self._descriptor, size)
-
-    def rename(self, path: Path) -> None:
-        """Give the complete file, on disk, its final name."""
-        try:
-            os.fsync(self._descriptor)
-            self.path.replace(path)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written ({error.strerror})") from None
-        self.path = path
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-    def _has_name(self) -> bool:
-        """False if the file was renamed or removed before it was locked."""
-        try:
-            return os.path.samestat(os.fstat(self._descriptor), self.path.stat())
-        except FileNotFoundError:
-            return False
+from coterie.files import LockedFile
 
 
 class Journal:

@@ -9,10 +9,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from coterie.engine.events import Denoised, Event, Result
 from coterie.lab import plotting
+from coterie.lab.records import write_json
 from coterie.offload.simulated_store import SIMULATED_TIER
 from coterie.offload.traffic import Traffic
-from coterie.offload.traffic_log import KV_ONLY_KINDS, ForwardTraffic
+from coterie.offload.traffic_log import KV_ONLY_KINDS, ForwardTraffic, TrafficLog
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,6 +51,25 @@ class TrafficPoint:
             "vote_mass_kept": self.vote_share,
             "drift": self.reuse_loss,
         }
+
+
+def write_traffic(
+    name: Path, result: Result, events: Sequence[Event], log: TrafficLog, slots: int
+) -> list[Path]:
+    """Write NAME.json, NAME-light.svg and NAME-dark.svg of an engine's only answer."""
+    denoised = (event for event in events if isinstance(event, Denoised))
+    points = []
+    for forward in log.forwards:
+        event = None if forward.kind in KV_ONLY_KINDS else next(denoised)
+        votes = () if event is None else (event.vote_mass_kept, event.reuse_vote_loss)
+        points.append(TrafficPoint(forward, *votes))
+    title = f"{result.policy}, {slots} of {result.experts.total} experts a layer in memory"
+    savings = "" if result.traffic is None else result.traffic.describe_savings()
+    path = name.with_name(f"{name.name}.json")
+    figures = write_figures(name, f"{title}\n{savings}", points)
+    documents = [point.to_dict() for point in points]
+    write_json(path, {"model": result.model, "policy": result.policy, "forwards": documents})
+    return [path, *figures]
 
 
 def write_figures(name: Path, title: str, points: Sequence[TrafficPoint]) -> list[Path]:

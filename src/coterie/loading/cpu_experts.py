@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from coterie import ops
+from coterie.checkpoints.model_folder import ModelFolder
 from coterie.errors import OffloadError
 from coterie.files import opened
 from coterie.loading.free_memory import free_memory
-from coterie.loading.target import ModelFolder
 from coterie.model.weight_loader import map_tensor
 from coterie.offload.cpu_experts import BreakEven
 from coterie.offload.fetchers import ExpertFetcher
 from coterie.ops import cpu
 from coterie.ops.expert_layout import ExpertLayout
-from coterie.ops.packed_layout import slab_of_packed
 from coterie.values import Routing, Slab
 
 HOST_DEVICE = torch.device("cpu")
@@ -54,12 +53,11 @@ def host_slabs(
 
 
 def _mapped_slabs(model: ModelFolder) -> dict[int, Slab]:
-    spec, slabs = model.spec, {}
-    sizes = {"hidden": spec.hidden, "width": spec.expert_width}
+    slabs = {}
     for layer, file, entry in model.packed_experts():
         with opened(file) as descriptor:
             packed = map_tensor(descriptor, entry)
-        slabs[layer] = slab_of_packed(packed, spec.panel_kind, torch.arange(len(packed)), **sizes)
+        slabs[layer] = model.packed_slab(packed, torch.arange(len(packed)))
     return slabs
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from coterie.checkpoints.manifest import MANIFEST
+from coterie.checkpoints.model_folder import ModelFolder
 from coterie.checkpoints.verification import manifest_checksums
 from coterie.errors import CheckpointError, OffloadError
+from coterie.files import ProgressCallback
 from coterie.loading.expert_memory import (
     ExpertMemoryConfig,
     ExpertMemoryPlan,
@@ -17,14 +17,12 @@ from coterie.loading.expert_memory import (
 )
 from coterie.loading.free_memory import free_memory
 from coterie.loading.placement import LoadedModel
-from coterie.loading.target import LoadTarget, ModelFolder, ProgressCallback
+from coterie.loading.target import LoadTarget
 from coterie.offload.cached_store import CachedExpertStore
 from coterie.offload.eviction import Eviction, FloatArray
 from coterie.offload.fetchers import ThreadedFetcher
 from coterie.offload.tiers import DiskTier, ExpertFileSpan, FileIdentity
 from coterie.ops.cpu.experts import allocate as allocate_panels
-from coterie.ops.packed_layout import slab_of_packed
-from coterie.values import Slab
 
 
 @dataclass(frozen=True)
@@ -32,11 +30,6 @@ class DiskOffload:
     """Experts in the files of a packed checkpoint, and a cache of some in memory."""
 
     plan: ExpertMemoryPlan
-
-    @staticmethod
-    def of(config: ExpertMemoryConfig, target: LoadTarget) -> DiskOffload:
-        """Raises OffloadError for a checkpoint that is not packed, and for less than one expert."""
-        return DiskOffload(plan_disk_offload(config, target))
 
     def load(self, target: LoadTarget, on_progress: ProgressCallback | None) -> LoadedModel:
         plan, model = self.plan, target.model
@@ -79,19 +72,12 @@ def disk_store(
     model: ModelFolder, slots: int, eviction: Eviction, warm_votes: Mapping[int, FloatArray]
 ) -> CachedExpertStore:
     """A cache over a packed checkpoint; raises CheckpointError if it has no expert checksums."""
-    spec = model.spec
-
-    def make_slab(buffer: Tensor, slot_of: Tensor) -> Slab:
-        return slab_of_packed(
-            buffer, spec.panel_kind, slot_of, hidden=spec.hidden, width=spec.expert_width
-        )
-
     return CachedExpertStore(
         ThreadedFetcher(DiskTier(expert_file_spans(model))),
-        make_slab,
+        model.packed_slab,
         allocate_panels,
-        experts=spec.router.experts,
-        expert_bytes=spec.expert_stride,
+        experts=model.spec.router.experts,
+        expert_bytes=model.spec.expert_stride,
         capacity=slots,
         eviction=eviction,
         warm_votes=warm_votes,

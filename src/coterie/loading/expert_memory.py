@@ -58,16 +58,16 @@ class ExpertMemoryConfig:
         ``capacity`` is "35%", "47" (slots per layer), "6GiB" or "auto"; ``host_memory`` "20GiB" or
         "auto"; ``eviction`` "lru"; ``cpu_experts`` "off", "auto" or a maximum number of tokens.
         """
-        name = "`simulate_expert_memory`" if simulated else "`expert_memory`"
-        other_forms = "" if simulated else ", or auto"
+        name, forms = "`expert_memory`", ", or auto"
+        if simulated:
+            name, forms = "`simulate_expert_memory`", ""
+        host_bytes: int | Auto | None = AUTO
+        if host_memory != AUTO:
+            host_bytes = None if host_memory is None else parse_bytes(host_memory, "`host_memory`")
         return ExpertMemoryConfig(
-            AUTO if capacity.strip() == AUTO else Capacity.parse(capacity, name, other_forms),
-            AUTO
-            if host_memory == AUTO
-            else None
-            if host_memory is None
-            else parse_bytes(host_memory, "`host_memory`"),
-            Lru() if eviction is None else parse_eviction(eviction),
+            AUTO if capacity.strip() == AUTO else Capacity.parse(capacity, name, forms),
+            host_bytes,
+            parse_eviction(eviction or "lru"),
             warm_start,
             fallback_model,
             None if cpu_experts is None else parse_cpu_experts(cpu_experts),
@@ -101,8 +101,8 @@ class ExpertMemoryConfig:
 class ExpertMemoryPlan:
     """The slots per layer that a config leads to.
 
-    Where "auto" chose them, ``free_bytes`` were free and ``other_bytes`` of these are left for all
-    else. On a GPU, ``host_bytes`` of the host hold experts; 0 if the slots hold all of them.
+    ``auto_note`` is about the memory that "auto" found. On a GPU, ``host_bytes`` of the host hold
+    experts; 0 if the slots hold all of them.
     """
 
     config: ExpertMemoryConfig
@@ -110,8 +110,7 @@ class ExpertMemoryPlan:
     experts: int
     layers: int
     expert_bytes: int
-    free_bytes: int | None = None
-    other_bytes: int | None = None
+    auto_note: str = ""
     host_bytes: int | None = None
 
     @property
@@ -140,14 +139,6 @@ class ExpertMemoryPlan:
     @property
     def slots_size(self) -> str:
         return format_bytes(self.slot_bytes)
-
-    @property
-    def auto_note(self) -> str:
-        """For "auto", the memory that it found; otherwise empty."""
-        if self.free_bytes is None or self.other_bytes is None:
-            return ""
-        free, other = format_bytes(self.free_bytes), format_bytes(self.other_bytes)
-        return f"{free} are free, {other} kept for all else: "
 
     @property
     def summary(self) -> str:
@@ -183,7 +174,8 @@ def plan_expert_memory(
             f"`expert_memory=auto`: {free_bytes:,} bytes are free, all else needs {other_bytes:,}, "
             f"and one expert in each of {layers} layers needs {layers * expert_bytes:,} more"
         )
-    return ExpertMemoryPlan(config, slots, experts, layers, expert_bytes, free_bytes, other_bytes)
+    note = f"{format_bytes(free_bytes)} are free, {format_bytes(other_bytes)} kept for all else: "
+    return ExpertMemoryPlan(config, slots, experts, layers, expert_bytes, note)
 
 
 def non_expert_bytes(spec: ModelSpec, dtype: torch.dtype, free_bytes: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,7 @@ def free_memory(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    limits = [_available_memory(Path("/proc/meminfo")), cgroup_free_memory(), _free_addresses()]
-    return min((limit for limit in limits if limit is not None), default=None)
+    return _lowest([_available_memory(), cgroup_free_memory(), _free_addresses()])
 
 
 def _free_addresses() -> int | None:
@@ -48,14 +47,12 @@ def cgroup_free_memory(
     free_bytes = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        files = CGROUP_V2 if controllers == "" else CGROUP_V1
-        free_bytes += [
-            files.free_memory(folder)
-            for folder in _cgroup_and_parents(cgroup_root / controllers, path)
-        ]
-    return min((free for free in free_bytes if free is not None), default=None)
+        if controllers in ("", "memory"):
+            files, root = CGROUP_V1 if controllers else CGROUP_V2, cgroup_root / controllers
+            group = root / path.lstrip("/")
+            groups = [group, *(folder for folder in group.parents if folder.is_relative_to(root))]
+            free_bytes += map(files.free_memory, groups)
+    return _lowest(free_bytes)
 
 
 @dataclass(frozen=True)
@@ -84,16 +81,13 @@ CGROUP_V1 = CgroupFiles(
 CGROUP_V2 = CgroupFiles("memory.max", "memory.current", r"^(?:in)?active_file (\d+)")
 
 
-def _cgroup_and_parents(root: Path, path: str) -> Iterator[Path]:
-    """The group's folder and its parents below the root."""
-    own_folder = root / path.lstrip("/")
-    yield own_folder
-    yield from (folder for folder in own_folder.parents if folder.is_relative_to(root))
-
-
-def _available_memory(path: Path) -> int | None:
+def _available_memory() -> int | None:
     try:
-        match = re.search(r"MemAvailable:\s*(\d+) kB", path.read_text())
+        match = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
         return None
     return int(match[1]) * 1024 if match else None
+
+
+def _lowest(limits: Iterable[int | None]) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from coterie import ops
+from coterie.checkpoints.model_folder import ModelFolder
 from coterie.errors import OffloadError
+from coterie.files import ProgressCallback
 from coterie.loading.cpu_experts import host_slabs, measure_break_even
 from coterie.loading.disk_offload import expert_file_spans
 from coterie.loading.expert_memory import (
@@ -21,19 +23,18 @@ from coterie.loading.expert_memory import (
 )
 from coterie.loading.free_memory import free_memory
 from coterie.loading.placement import LoadedModel
-from coterie.loading.target import LoadTarget, ProgressCallback
+from coterie.loading.target import LoadTarget
 from coterie.model.spec import ModelSpec
 from coterie.offload.cached_store import CachedExpertStore
 from coterie.offload.capacity import format_bytes
 from coterie.offload.cpu_experts import CpuExperts, CpuSelection
 from coterie.offload.fetchers import ExpertFetcher
 from coterie.offload.gpu_fetchers import CopyStream, GpuFetcher
-from coterie.offload.host_cache import HostCache, host_cache_slots
+from coterie.offload.host_cache import HostCache
 from coterie.offload.pinned_memory import allocate_pinned
 from coterie.offload.tiers import DiskTier, HostTier, Tier
 from coterie.ops.cpu.experts import allocate as allocate_panels
 from coterie.ops.expert_layout import ExpertLayout
-from coterie.ops.packed_layout import slab_of_packed
 
 HOST_DEVICE = torch.device("cpu")
 HOST_SPARE_SHARE = 0.1  # share of the free host memory that "auto" leaves to other processes
@@ -121,14 +122,9 @@ class HostOffload:
         stream = CopyStream(target.device)
         if self._host_holds_all:
             return GpuFetcher(HostTier(blobs), stream)
-        plan, size = self.plan, self.layout.size
-        disk = UnpackingTier(
-            DiskTier(expert_file_spans(target.model)), target.model.spec, self.layout
-        )
-        slots = host_cache_slots(
-            plan.host_bytes or 0, layers=plan.layers, experts=plan.experts, expert_bytes=size
-        )
-        memory = allocate_pinned(slots, size, target.device)
+        size = self.layout.size
+        disk = UnpackingTier(DiskTier(expert_file_spans(target.model)), target.model, self.layout)
+        memory = allocate_pinned((self.plan.host_bytes or 0) // size, size, target.device)
         return GpuFetcher(HostCache(disk, memory), stream)
 
     def _cpu_experts(
@@ -167,6 +163,10 @@ def _plan_host_bytes(plan: ExpertMemoryPlan, *, packed: bool) -> int:
     if budget == AUTO:
         budget = total_bytes if free_bytes is None else int((1 - HOST_SPARE_SHARE) * free_bytes)
     budget = total_bytes if budget is None else min(total_bytes, budget)
+    if budget < plan.expert_bytes:
+        raise OffloadError(
+            f"`host_memory`: {budget:,} bytes are less than one expert of {plan.expert_bytes:,}"
+        )
     if budget < total_bytes and not packed:
         raise OffloadError(
             f"all experts together need {total_bytes:,} bytes, more than the {budget:,} of "
@@ -186,23 +186,16 @@ class UnpackingTier:
     """Another tier's experts, converted from the CPU kernels' layout to that of a GPU slot."""
 
     backing_tier: Tier
-    stored_spec: ModelSpec
+    model: ModelFolder
     layout: ExpertLayout
     _buffers: threading.local = field(default_factory=threading.local)
 
     def fetch(self, layer: int, expert: int, target: Tensor) -> str:
-        spec = self.stored_spec
         with torch.inference_mode():
             if not hasattr(self._buffers, "packed"):
-                self._buffers.packed = allocate_panels(1, spec.expert_stride)
+                self._buffers.packed = allocate_panels(1, self.model.spec.expert_stride)
             packed: Tensor = self._buffers.packed
             tier = self.backing_tier.fetch(layer, expert, packed[0])
-            slab = slab_of_packed(
-                packed,
-                spec.panel_kind,
-                torch.zeros(1).long(),
-                hidden=spec.hidden,
-                width=spec.expert_width,
-            )
+            slab = self.model.packed_slab(packed, torch.zeros(1, dtype=torch.int64))
             self.layout.fill(target[None], ops.unpack(slab))
             return tier

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import torch
 
+from coterie.checkpoints.model_folder import ModelFolder
 from coterie.checkpoints.source import EMBEDDED, find_folder
 from coterie.errors import ConfigError
 from coterie.families import Family, FamilyDefaults, eos_ids, mask_id
-from coterie.loading.disk_offload import DiskOffload
+from coterie.files import ProgressCallback
+from coterie.loading.disk_offload import DiskOffload, plan_disk_offload
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.gpu_offload import HostOffload
 from coterie.loading.mixed_precision import MixedPrecision
 from coterie.loading.placement import Placement, Resident, Simulated
-from coterie.loading.target import LoadTarget, ModelFolder, ProgressCallback
+from coterie.loading.target import LoadTarget
 from coterie.model.spec import ModelSpec
 from coterie.model.transformer import Transformer, build
 from coterie.model.weights import weight_bytes
@@ -23,7 +25,7 @@ from coterie.offload.resident_store import ResidentExpertStore
 from coterie.offload.store import TrackedExpertStore
 from coterie.ops import cpu
 from coterie.quantization import QuantFormat, parse_format
-from coterie.tokenizer import MASK_TOKEN, TextTokenizer, load_tokenizer
+from coterie.tokenizer import MASK_TOKEN, IdTokenizer, TextTokenizer, load_tokenizer
 from coterie.values import NO_MASK
 
 DTYPES = {
@@ -52,6 +54,7 @@ class Model:
     # The transformer's expert store. The default suits a model made in memory: nothing is fetched.
     store: TrackedExpertStore = field(default_factory=lambda: ResidentExpertStore({}))
     placement: Placement = field(default_factory=Resident)
+    notes: tuple[str, ...] = ()  # for the user, one line each
 
     @property
     def spec(self) -> ModelSpec:
@@ -67,6 +70,11 @@ class Model:
     def plain_ids(self) -> int:
         """Ids below this are tokens, and none is the mask."""
         return self.spec.vocabulary if self.mask_id == NO_MASK else self.mask_id
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """The tokens that no prompt may hold: the mask, and DELETE and SPLIT if there are any."""
+        return self.mask_id, *(self.family.defaults.edit_ids or ())
 
     @property
     def memory_config(self) -> ExpertMemoryConfig | None:
@@ -105,6 +113,7 @@ def load_model(
         model.path, template=template, vocab_size=vocab_size, hidden_span=hidden_span
     )
     mask, stop_ids = _token_ids(model, tokenizer)
+    guessed = mask_id(model.config, family, vocab_size) is None and tokenizer.mask_id is None
     loaded = placement.load(target, on_progress)
     return Model(
         name=EMBEDDED if name_or_path is None else str(name_or_path),
@@ -116,6 +125,7 @@ def load_model(
         folder=model.path,
         store=loaded.store,
         placement=loaded.placement,
+        notes=(f"no file names the mask token: the last id, {mask}, is taken",) if guessed else (),
     )
 
 
@@ -137,7 +147,7 @@ def choose_placement(
     elif config.fallback_model is not None:
         placement = MixedPrecision.of(config, config.fallback_model, target)
     else:
-        placement = DiskOffload.of(config, target)
+        placement = DiskOffload(plan_disk_offload(config, target))
     return Resident(placement.plan) if placement.plan.holds_all else placement
 
 
@@ -196,7 +206,8 @@ def choose_dtype(
 def _token_ids(model: ModelFolder, tokenizer: TextTokenizer) -> tuple[int, tuple[int, ...]]:
     """The mask token and the end-of-text tokens, on which all files must agree.
 
-    The family's mask token is used if the vocabulary has it and no file names one.
+    The family's mask token is used if the vocabulary has it and no file names one. Without it, a
+    folder without a tokenizer (token ids as text) uses the last id; with one, that is an error.
     """
     config, vocabulary = model.config, model.spec.vocabulary
     mask = mask_id(config, model.family, vocabulary)
@@ -206,6 +217,8 @@ def _token_ids(model: ModelFolder, tokenizer: TextTokenizer) -> tuple[int, tuple
                 "mask_token_id", f"is {mask}, but tokenizer.json has {tokenizer.mask_id}"
             )
         mask = tokenizer.mask_id
+    if mask is None and isinstance(tokenizer, IdTokenizer):
+        mask = vocabulary - 1
     if mask is None:
         raise config.error(
             "mask_token_id", f"is missing, and tokenizer.json has no {MASK_TOKEN} either"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated
 
 from coterie.errors import OffloadError
 from coterie.specs import (
@@ -17,25 +17,6 @@ from coterie.specs import (
 )
 
 OpenShare = Annotated[float, Bounds(ge=0.01, le=0.99)]  # neither nothing nor all
-
-
-class PrecisionPolicy(Protocol):
-    """Which experts are served in high precision; the others are served in low precision."""
-
-    @property
-    def share(self) -> float:
-        """Share of the expert memory for high precision; more if low precision needs less."""
-        ...
-
-    @property
-    def most(self) -> int:
-        """Experts promoted to high precision after each forward of a layer, at most."""
-        ...
-
-    @property
-    def mass(self) -> float:
-        """Share of a forward's votes: the experts that hold it are promoted before the forward."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -74,6 +55,14 @@ class StaticVotes:
     __post_init__ = check_options
 
 
+PrecisionPolicy = PromoteUsed | VoteMassPrecision | StaticVotes
+"""Which experts are served in high precision; the others are served in low precision.
+
+``share`` is the part of the expert memory for high precision; more if low precision needs less. At
+most ``most`` experts are promoted after each forward of a layer. Before it, those are promoted that
+hold the share ``mass`` of its votes.
+"""
+
 PRECISION_POLICIES: dict[str, type[PrecisionPolicy]] = {
     "promote": PromoteUsed,
     "vote-mass": VoteMassPrecision,
@@ -105,33 +94,25 @@ class LowPrecisionExperts:
         return {"coarse": str(self.folder), "placement": f"{SAVED_NAMES[name]}{colon}{options}"}
 
 
-@dataclass(frozen=True)
-class PrecisionSplit:
-    """Slots per layer of each precision."""
+def split_slots(
+    layer_bytes: int, share: float, *, experts: int, high_bytes: int, low_bytes: int
+) -> tuple[int, int]:
+    """The high-precision and the low-precision slots of a layer with ``layer_bytes``.
 
-    high_slots: int
-    low_slots: int
-
-    @staticmethod
-    def of(
-        layer_bytes: int, share: float, *, experts: int, high_bytes: int, low_bytes: int
-    ) -> PrecisionSplit:
-        """Split ``layer_bytes`` into slots for experts of two sizes.
-
-        If all experts fit in one precision or the other, spare bytes turn low-precision slots into
-        high-precision ones. Raises OffloadError unless each precision has a slot.
-        """
-        if layer_bytes >= experts * high_bytes:
-            raise OffloadError("`fallback_model` has no effect: all experts fit into memory")
-        high_slots = int(share * layer_bytes) // high_bytes
-        low_slots = (layer_bytes - high_slots * high_bytes) // low_bytes
-        if high_slots + low_slots > experts:
-            high_slots = (layer_bytes - experts * low_bytes) // (high_bytes - low_bytes)
-            low_slots = experts - high_slots
-        if high_slots < 1 or low_slots < 1:
-            raise OffloadError(
-                f"`expert_memory`: {layer_bytes:,} bytes per layer, {share:.0%} of them for "
-                f"experts of {high_bytes:,} bytes and the rest for experts of {low_bytes:,}, are "
-                "less than one of each"
-            )
-        return PrecisionSplit(high_slots, low_slots)
+    If all experts fit in one precision or the other, spare bytes turn low-precision slots into
+    high-precision ones. Raises OffloadError unless each precision has a slot.
+    """
+    if layer_bytes >= experts * high_bytes:
+        raise OffloadError("`fallback_model` has no effect: all experts fit into memory")
+    high_slots = int(share * layer_bytes) // high_bytes
+    low_slots = (layer_bytes - high_slots * high_bytes) // low_bytes
+    if high_slots + low_slots > experts:
+        high_slots = (layer_bytes - experts * low_bytes) // (high_bytes - low_bytes)
+        low_slots = experts - high_slots
+    if high_slots < 1 or low_slots < 1:
+        raise OffloadError(
+            f"`expert_memory`: {layer_bytes:,} bytes per layer, {share:.0%} of them for experts of "
+            f"{high_bytes:,} bytes and the rest for experts of {low_bytes:,}, are less than one of "
+            "each"
+        )
+    return high_slots, low_slots

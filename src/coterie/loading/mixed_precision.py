@@ -9,16 +9,18 @@ from pathlib import Path
 import numpy as np
 
 from coterie.checkpoints.manifest import MANIFEST
+from coterie.checkpoints.model_folder import ModelFolder
 from coterie.checkpoints.quantization_error import quantization_errors
 from coterie.checkpoints.source import find_folder
 from coterie.checkpoints.verification import manifest_checksums
 from coterie.errors import CheckpointError, OffloadError, quote
 from coterie.families.common import EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY
+from coterie.files import ProgressCallback
 from coterie.loading.disk_offload import disk_store, plan_disk_offload
 from coterie.loading.expert_memory import ExpertMemoryConfig, ExpertMemoryPlan
-from coterie.loading.low_precision import LowPrecisionExperts, PrecisionSplit
+from coterie.loading.low_precision import LowPrecisionExperts, split_slots
 from coterie.loading.placement import LoadedModel
-from coterie.loading.target import LoadTarget, ModelFolder, ProgressCallback
+from coterie.loading.target import LoadTarget
 from coterie.offload.capacity import format_bytes
 from coterie.offload.eviction import ByVotes, FloatArray
 from coterie.offload.mixed_precision_store import MixedPrecisionStore
@@ -37,7 +39,8 @@ class MixedPrecision:
     low_precision: LowPrecisionExperts
     high: ModelFolder
     low: ModelFolder
-    split: PrecisionSplit
+    high_slots: int  # per layer
+    low_slots: int
     errors: Mapping[int, PrecisionErrors]  # by layer; empty if a manifest has none
 
     @staticmethod
@@ -56,7 +59,7 @@ class MixedPrecision:
                 "`precision_policy` static needs the votes of `warm_start`; `coterie trace` saves "
                 "votes"
             )
-        split = PrecisionSplit.of(
+        slots = split_slots(
             plan.slots * plan.expert_bytes,
             policy.share,
             experts=plan.experts,
@@ -64,7 +67,7 @@ class MixedPrecision:
             low_bytes=low.spec.expert_stride,
         )
         errors = precision_errors(target.model, low)
-        return MixedPrecision(plan, low_precision, target.model, low, split, errors)
+        return MixedPrecision(plan, low_precision, target.model, low, *slots, errors)
 
     def load(self, target: LoadTarget, on_progress: ProgressCallback | None) -> LoadedModel:
         weights = target.load_weights(
@@ -75,8 +78,8 @@ class MixedPrecision:
             layer: self._low_precision_votes(votes) for layer, votes in config.warm_votes.items()
         }
         store = MixedPrecisionStore(
-            disk_store(self.high, self.split.high_slots, ByVotes(), config.warm_votes),
-            disk_store(self.low, self.split.low_slots, config.eviction, low_votes),
+            disk_store(self.high, self.high_slots, ByVotes(), config.warm_votes),
+            disk_store(self.low, self.low_slots, config.eviction, low_votes),
             policy.most,
             policy.mass,
             errors=self.errors,
@@ -86,17 +89,15 @@ class MixedPrecision:
         return LoadedModel(weights, store, self)
 
     def describe(self) -> tuple[str, ...]:
-        split, plan, (high_format, low_format) = self.split, self.plan, self._formats
-        low_bytes = split.low_slots * self.low.spec.expert_stride
-        size = format_bytes((split.high_slots * plan.expert_bytes + low_bytes) * plan.layers)
-        on_disk = (
-            "" if split.high_slots + split.low_slots >= plan.experts
-            else f", the others on disk in {low_format}"
-        )  # fmt: skip
+        plan, (high_format, low_format) = self.plan, self._formats
+        low_bytes = self.low_slots * self.low.spec.expert_stride
+        size = format_bytes((self.high_slots * plan.expert_bytes + low_bytes) * plan.layers)
+        holds_all = self.high_slots + self.low_slots >= plan.experts
+        on_disk = "" if holds_all else f", the others on disk in {low_format}"
         no_bound = "" if self.errors else "; a manifest has no quantization errors: no error bound"
         return (
-            f"{split.high_slots} of {plan.experts} experts per layer in {high_format} and "
-            f"{split.low_slots} in {low_format} in memory ({size}){on_disk}{no_bound}",
+            f"{self.high_slots} of {plan.experts} experts per layer in {high_format} and "
+            f"{self.low_slots} in {low_format} in memory ({size}){on_disk}{no_bound}",
         )
 
     @property
@@ -105,7 +106,7 @@ class MixedPrecision:
 
     def _low_precision_votes(self, votes: FloatArray) -> FloatArray:
         """[E]: votes for the low-precision cache: 0 for the initial high-precision experts."""
-        top_ids = np.lexsort((np.arange(len(votes)), -votes))[: self.split.high_slots]
+        top_ids = np.lexsort((np.arange(len(votes)), -votes))[: self.high_slots]
         low_votes = votes + UNVOTED_SCORE
         low_votes[top_ids] = 0.0
         return low_votes
@@ -124,9 +125,7 @@ def open_packed(folder: Path) -> ModelFolder:
 
 def precision_errors(high: ModelFolder, low: ModelFolder) -> dict[int, PrecisionErrors]:
     """Quantization errors by layer; empty if a manifest has none."""
-    high_errors, low_errors = (
-        quantization_errors(model.checkpoint, model.targets, model.spec) for model in (high, low)
-    )
+    high_errors, low_errors = (quantization_errors(model) for model in (high, low))
     if high_errors is None or low_errors is None:
         return {}
     return {layer: PrecisionErrors(high_errors[layer], low_errors[layer]) for layer in high_errors}

@@ -9,25 +9,22 @@ from torch import Tensor
 
 from coterie import ops
 from coterie.errors import OffloadError
+from coterie.files import ProgressCallback
 from coterie.loading.expert_memory import (
     AUTO,
     ExpertMemoryConfig,
     ExpertMemoryPlan,
     plan_expert_memory,
 )
-from coterie.loading.target import LoadTarget, ProgressCallback
+from coterie.loading.target import LoadTarget
 from coterie.model.weights import expert_bytes, take_slab
 from coterie.offload.resident_store import ResidentExpertStore
-from coterie.offload.simulated_store import SimulatedCacheStore
+from coterie.offload.simulated_store import CacheSimulator, SimulatedCacheStore
 from coterie.offload.store import TrackedExpertStore
 
 
 class Placement(Protocol):
-    """Where the experts of one model are kept.
-
-    A placement is made by its static method ``of``, which plans it and raises OffloadError for
-    options that have no effect or cannot be met.
-    """
+    """Where the experts of one model are kept."""
 
     @property
     def plan(self) -> ExpertMemoryPlan | None:
@@ -101,16 +98,10 @@ class Simulated:
         )
 
     def load(self, target: LoadTarget, on_progress: ProgressCallback | None) -> LoadedModel:
-        loaded = Resident().load(target, on_progress)
-        store = SimulatedCacheStore(
-            loaded.store,
-            self.plan.experts,
-            self.plan.slots,
-            self.plan.config.eviction,
-            warm_votes=self.plan.config.warm_votes,
-            expert_bytes=self.plan.expert_bytes,
-            device=target.device,
-        )
+        plan, loaded = self.plan, Resident().load(target, on_progress)
+        config = plan.config
+        cache = CacheSimulator(plan.experts, plan.slots, config.eviction, config.warm_votes)
+        store = SimulatedCacheStore(loaded.store, cache, plan.expert_bytes, target.device)
         for layer in target.spec.moe_layers:
             store.resident(layer)
         return replace(loaded, store=store, placement=self)

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from coterie.checkpoints.model_folder import ModelFolder
 from coterie.errors import CheckpointError, ConfigError, CoterieError
 from coterie.files import atomic_write, opened
-from coterie.loading.target import ModelFolder
 from coterie.model.safetensors_file import read_chunks
 from coterie.model.spec import ModelSpec
 from coterie.strict_json import read_object

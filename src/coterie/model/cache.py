@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from coterie.model.spec import ModelSpec
+from coterie.ops.threads import limited_threads
 from coterie.values import LayerKV, Window
 
 
@@ -36,9 +38,9 @@ class KVCache:
     ) -> KVCache:
         """An empty cache of ``rows`` rows with ``length`` positions each."""
         shapes = [(rows, kind.kv_heads, length, kind.head_dim) for kind in spec.attention]
-        keys = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
-        values = tuple(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
-        return KVCache(keys, values)
+        with limited_threads(2 * sum(map(math.prod, shapes)), regions=1):
+            memory = [torch.zeros(s, dtype=dtype, device=device) for s in shapes for _ in range(2)]
+        return KVCache(tuple(memory[::2]), tuple(memory[1::2]))
 
     @property
     def length(self) -> int:
@@ -75,8 +77,11 @@ class KVCache:
 
     def clear(self, indices: Sequence[int]) -> None:
         """Zeroes these rows, so that a new request starts as in an empty cache."""
-        for tensor in (*self.keys, *self.values):
-            tensor[list(indices)] = 0
+        tensors = (*self.keys, *self.values)
+        elements = len(tensors) * len(indices) * self.keys[0][0].numel()
+        with limited_threads(elements, regions=1):
+            for tensor in tensors:
+                tensor[list(indices)] = 0
 
     def _cache_rows(self, rows: int) -> Tensor:
         """[rows] int64: the rows of the underlying tensors."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from coterie.errors import CheckpointError, clip, quote
 from coterie.files import opened
+from coterie.model.quant_methods import REMEDY
 from coterie.model.safetensors_file import DTYPE_NAMES, TensorEntry, not_float_message, read_header
 from coterie.model.weights import TensorTarget
 from coterie.strict_json import LISTING_FILE, read_object
@@ -57,6 +58,7 @@ class Checkpoint:
         """Raises CheckpointError unless exactly these tensors exist, with shape and dtype."""
         file_of = {name: file for file, entries in self.files.items() for name in entries}
         if missing := sorted(set(targets) - set(file_of)):
+            _check_prefix(self._listing_file(), missing, set(file_of) - set(targets))
             raise CheckpointError(f"{self._listing_file()}: {_first_of(missing)} missing")
         if extra := sorted(set(file_of) - set(targets)):
             raise CheckpointError(
@@ -97,6 +99,23 @@ class Checkpoint:
         """The file that lists all tensors."""
         index = self.folder / INDEX_FILE
         return index if index.exists() else self.folder / SINGLE_FILE
+
+
+def _check_prefix(file: Path, missing: Sequence[str], extra: Collection[str]) -> None:
+    """Raises CheckpointError if all names have a prefix too many, or lack one."""
+    name = min(missing, key=len)
+    prefix = next((n.removesuffix(name) for n in extra if n.endswith(f".{name}")), "")
+    if prefix and all(prefix + name in extra for name in missing):
+        raise CheckpointError(
+            f"{file}: the tensor names have the prefix {clip(prefix)!r}; save the model without "
+            "the wrapper that adds it"
+        )
+    prefixes = {name.partition(".")[0] + "." for name in missing}
+    if len(prefixes) == 1 and all(n.removeprefix(*prefixes) in extra for n in missing):
+        raise CheckpointError(
+            f"{file}: the tensor names lack the prefix {prefixes.pop()!r}; save the whole model "
+            "with its head"
+        )
 
 
 def _dtype_problem(entry: TensorEntry, target: TensorTarget) -> str | None:
@@ -163,6 +182,8 @@ def _no_weights_error(folder: Path) -> CheckpointError:
             f"{folder}: has {pickles[0]} but no {SINGLE_FILE}; pickled weights are never opened, "
             "convert them to safetensors"
         )
+    if others := sorted(f.name for f in folder.glob("*.gguf")):
+        return CheckpointError(f"{folder}: has {others[0]}, but GGUF is not read: {REMEDY}")
     shards = sorted(f.name for f in folder.glob("*.safetensors"))
     if shards:
         return CheckpointError(

@@ -109,4 +109,5 @@ class MoE:
             layer=self.layer,
             moe_index=ordinal,
             forward_indices=context.forward,
+            starts=context.window.start.to(x.device) if self.spec.router.capacity else None,
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from coterie.errors import CheckpointError, clip, quote
 from coterie.files import opened
+from coterie.model.quant_methods import REMEDY, method_of_dtype, method_of_tensors
 from coterie.strict_json import parse_object
 
 FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -57,6 +58,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         header_size = _header_size(handle.read(8), file_size)
         listing = parse_object(handle.read(header_size), "a safetensors file")
         listing.pop("__metadata__", None)
+        if (title := method_of_tensors(listing)) is not None:
+            raise CheckpointError(f"{title} quantised the weights: {REMEDY}")
         entries = [_parse_entry(name, listing[name], 8 + header_size) for name in listing]
         entries.sort(key=lambda entry: (entry.start, entry.size))
         _check_layout(entries, 8 + header_size, file_size)
@@ -117,6 +120,8 @@ def read_chunks(descriptor: int, entry: TensorEntry) -> Iterator[Tensor]:
 
 def not_float_message(name: str, dtype: str) -> str:
     """The message for a tensor of a dtype that is not a float."""
+    if (title := method_of_dtype(dtype)) is not None:
+        return f"{name} is {dtype}: {title} quantised the weights: {REMEDY}"
     return f"{name} is {dtype}; supported: {', '.join(FLOAT_DTYPES)}"
 
 

@@ -16,7 +16,7 @@ from coterie.errors import OffloadError
 from coterie.offload.cpu_experts import CpuExperts, TokenCounts
 from coterie.offload.eviction import Eviction, FloatArray, Lru, Mask, eviction_votes
 from coterie.offload.fetchers import ExpertFetcher
-from coterie.offload.slot_table import EMPTY, SlotIndices, Slots, Wave
+from coterie.offload.slot_table import EMPTY, Slots, Wave
 from coterie.offload.traffic_log import TrafficLog
 from coterie.values import ExpertRequest, Slab
 
@@ -92,12 +92,13 @@ class CachedExpertStore:
             yield from self.resident_slabs(cache)
             return
         missed_mask = used_mask & ~cache.slots.resident
-        cpu_mask = self._cpu_misses(missed_mask, token_counts)
+        cpu_mask = np.zeros_like(missed_mask)
+        if self.cpu_experts is not None and token_counts is not None:
+            cpu_mask = self.cpu_experts.selection.select(missed_mask, token_counts)
         used, missed, on_cpu = (
             int(np.count_nonzero(mask)) for mask in (used_mask, missed_mask, cpu_mask)
         )
         self.traffic_log.log_layer(layer, request, used=used, hits=used - missed, on_cpu=on_cpu)
-        slot_of = cache.slots.slot_of.copy()
         cache.invalidate()
         # From here on the slot table may list experts that are not loaded yet.
         with self.rollback_on_error(layer, cache):
@@ -105,7 +106,7 @@ class CachedExpertStore:
             if on_cpu:
                 # First, so that the other waves' fetches run while the CPU computes.
                 waves.insert(0, Wave(tuple(np.flatnonzero(cpu_mask).tolist())))
-            yield from self._wave_slabs(layer, cache, waves, slot_of, on_cpu=on_cpu > 0)
+            yield from self._wave_slabs(layer, cache, waves)
 
     def resident(self, layer: int) -> Tensor | None:
         cache = self.layer_cache(layer)
@@ -192,32 +193,20 @@ class CachedExpertStore:
                 self._memory[layer] = memory
             raise
 
-    def _wave_slabs(
-        self,
-        layer: int,
-        cache: LayerCache,
-        waves: Sequence[Wave],
-        slot_of: SlotIndices,
-        *,
-        on_cpu: bool,
-    ) -> Iterator[Slab]:
-        """One slab per wave; with ``on_cpu`` the first wave is computed in host memory."""
+    def _wave_slabs(self, layer: int, cache: LayerCache, waves: Sequence[Wave]) -> Iterator[Slab]:
+        """One slab per wave; a wave without slots is computed in host memory."""
         for index, wave in enumerate(waves):
             self.fetch(layer, cache, wave.loads)
             if wave.loads:
                 self.wait(cache)
-            slot_of = _slots_after(slot_of, wave.loads)
-            self.fetch(layer, cache, _prefetchable_loads(waves[index:], slot_of))
-            if on_cpu and self.cpu_experts and not index:
+            self.fetch(layer, cache, _prefetchable_loads(waves[index:]))
+            if self.cpu_experts is not None and not wave.slots:
                 yield self.cpu_experts.slab(layer, wave.experts)
-            else:
-                yield from self._with_release(self._wave_slab(cache, slot_of, wave.experts))
-
-    def _wave_slab(self, cache: LayerCache, slot_of: SlotIndices, experts: Sequence[int]) -> Slab:
-        wave_slot_of = np.full(self.experts, EMPTY, dtype=np.int64)
-        selected_ids = list(experts)
-        wave_slot_of[selected_ids] = slot_of[selected_ids]
-        return self.make_slab(cache.memory, self.fetcher.to_device(wave_slot_of))
+                continue
+            slot_of = np.full(self.experts, EMPTY, dtype=np.int64)
+            slot_of[list(wave.experts)] = wave.slots
+            slab = self.make_slab(cache.memory, self.fetcher.to_device(slot_of))
+            yield from self._with_release(slab)
 
     def _with_release(self, slab: Slab) -> Iterator[Slab]:
         """Later fetches may overwrite the slab's slots only after its compute."""
@@ -233,12 +222,6 @@ class CachedExpertStore:
             return request.used.cpu().numpy(), None
         both = torch.stack([request.used.to(tokens.dtype), tokens]).cpu().numpy()
         return both[0] > 0, both[1]
-
-    def _cpu_misses(self, missed_mask: Mask, token_counts: TokenCounts | None) -> Mask:
-        """[E]: the misses that the CPU computes."""
-        if self.cpu_experts is None or token_counts is None:
-            return np.zeros_like(missed_mask)
-        return self.cpu_experts.selection.select(missed_mask, token_counts)
 
     def _log_fetches(self, cache: LayerCache) -> None:
         """Log finished fetches, and forget all."""
@@ -261,20 +244,11 @@ def allocate_slots(allocate: SlotAllocator, slots: int, expert_bytes: int) -> Te
         ) from None
 
 
-def _prefetchable_loads(waves: Sequence[Wave], slot_of: SlotIndices) -> list[tuple[int, int]]:
+def _prefetchable_loads(waves: Sequence[Wave]) -> list[tuple[int, int]]:
     """Of the next wave with loads, those into slots that no wave before it reads."""
     read_slots: set[int] = set()
     for previous, wave in pairwise(waves):
-        read_slots |= set(slot_of[list(previous.experts)].tolist())
+        read_slots |= set(previous.slots)
         if wave.loads:
             return [(expert, slot) for expert, slot in wave.loads if slot not in read_slots]
     return []
-
-
-def _slots_after(slot_of: SlotIndices, loads: Sequence[tuple[int, int]]) -> SlotIndices:
-    """The slot of each expert [E] once these loads are done."""
-    slot_of = slot_of.copy()
-    for expert, slot in loads:
-        slot_of[slot_of == slot] = EMPTY
-        slot_of[expert] = slot
-    return slot_of

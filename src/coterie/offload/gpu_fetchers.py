@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from coterie.offload.fetchers import NumpyTable, fetch_threads
+from coterie.offload.host_cache import HostCache
 from coterie.offload.tiers import HOST, HostTier
 
 DONE_FETCH: Future[str] = Future()
@@ -81,23 +80,15 @@ class CopyStream:
             self._stall_seconds += start.elapsed_time(end) / 1e3
 
 
-class PinnedSource(Protocol):
-    """Pinned host memory that holds some experts and reads the others in."""
-
-    def pin(self, layer: int, expert: int) -> AbstractContextManager[tuple[Tensor, str]]:
-        """An expert's bytes, not evicted inside the context, and their tier; thread-safe."""
-        ...
-
-
 @dataclass(frozen=True)
 class GpuFetcher:
     """Copies experts from pinned host memory into GPU slots.
 
-    From a ``HostTier``, which holds every expert, copies are enqueued directly. From any other
-    source, threads read the experts in, and copy them.
+    From a ``HostTier``, which holds every expert, copies are enqueued directly. For a
+    ``HostCache``, threads read the experts in, and copy them.
     """
 
-    source: HostTier | PinnedSource
+    source: HostTier | HostCache
     stream: CopyStream
     _threads: ThreadPoolExecutor = field(default_factory=fetch_threads)
 
@@ -128,7 +119,7 @@ class GpuFetcher:
     def to_device(self, table: NumpyTable) -> Tensor:
         return self.stream.to_device(table)
 
-    def _stage(self, source: PinnedSource, layer: int, expert: int, target: Tensor) -> str:
+    def _stage(self, source: HostCache, layer: int, expert: int, target: Tensor) -> str:
         # Threads do not inherit inference mode, in which the slots may have been made.
         with torch.inference_mode(), source.pin(layer, expert) as (blob, tier):
             self.stream.copy(blob, target)

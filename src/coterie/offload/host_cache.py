@@ -10,7 +10,6 @@ from threading import Condition
 
 from torch import Tensor
 
-from coterie.errors import OffloadError
 from coterie.offload.tiers import HOST, Tier
 
 ExpertKey = tuple[int, int]
@@ -110,12 +109,3 @@ class HostCache:
             return None
         victim = min(idle, key=lambda key: (self._uses[key], -key[0], -key[1]))
         return self._slots.pop(victim).index
-
-
-def host_cache_slots(budget: int, *, layers: int, experts: int, expert_bytes: int) -> int:
-    """Experts that fit into ``budget`` bytes; raises OffloadError for less than one."""
-    if budget < expert_bytes:
-        raise OffloadError(
-            f"`host_memory`: {budget:,} bytes are less than one expert of {expert_bytes:,} bytes"
-        )
-    return min(layers * experts, budget // expert_bytes)

@@ -63,7 +63,7 @@ class MixedPrecisionStore:
         self._promote(layer, cache, top_mask & ~resident_before, len(used))
         high_mask = used & cache.slots.resident
         low_mask = used & ~high_mask
-        low_resident = self._low_resident(layer)
+        low_resident = self.low.layer_cache(layer).slots.resident
         hits = np.count_nonzero(high_mask & resident_before | low_mask & low_resident)
         self.traffic_log.log_layer(layer, request, used=int(np.count_nonzero(used)), hits=int(hits))
         self.precision_stats.record(layer, votes, high_mask, low_mask)
@@ -110,9 +110,6 @@ class MixedPrecisionStore:
                 cache.invalidate()
             self.precision_stats.promotions += len(loads)
             self.high.fetch(layer, cache, loads)
-
-    def _low_resident(self, layer: int) -> Mask:
-        return self.low.layer_cache(layer).slots.resident
 
     def _low_slabs(
         self, layer: int, request: ExpertRequest, low_mask: Mask, high_slabs: Iterator[Slab]

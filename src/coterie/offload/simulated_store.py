@@ -54,28 +54,27 @@ class SimulatedCacheStore:
     """
 
     backing_store: ExpertStore
-    experts: int
-    capacity: int
-    eviction: Eviction = field(default_factory=Lru)
-    warm_votes: Mapping[int, FloatArray] = field(default_factory=dict)  # [E] by layer, earlier runs
+    cache: CacheSimulator
     expert_bytes: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    cache: CacheSimulator = field(init=False)
     traffic_log: TrafficLog = field(init=False)
 
     precision_stats = None
 
     def __post_init__(self) -> None:
-        self.cache = CacheSimulator(self.experts, self.capacity, self.eviction, self.warm_votes)
         self.traffic_log = TrafficLog(
             self.expert_bytes, lambda layer: self.cache.new_slots(layer, Lru())
         )
+
+    @property
+    def capacity(self) -> int:
+        return self.cache.capacity
 
     def serve(self, layer: int, request: ExpertRequest) -> Iterator[Slab]:
         used_mask, resident = request.used.cpu().numpy(), self._slots(layer).resident
         used, hits = np.count_nonzero(used_mask), np.count_nonzero(used_mask & resident)
         self.traffic_log.log_layer(layer, request, used=int(used), hits=int(hits))
-        votes = eviction_votes(self.eviction, request)
+        votes = eviction_votes(self.cache.eviction, request)
         self._log_loads(self.cache.count_loads(layer, used_mask, votes))
         yield from self.backing_store.serve(layer, request)
 

@@ -20,13 +20,14 @@ EMPTY = -1
 
 @dataclass(frozen=True)
 class Wave:
-    """Experts computed together, and the (expert, slot) loads that must finish first.
+    """Experts computed together, their slots, and the (expert, slot) loads that must finish first.
 
     A load overwrites a slot that no later wave of the same forward reads. An earlier wave may read
     it.
     """
 
     experts: tuple[int, ...]
+    slots: tuple[int, ...] = ()  # of each expert; none for experts that need no slot
     loads: tuple[tuple[int, int], ...] = ()
 
 
@@ -81,7 +82,8 @@ class Slots:
         self.record_access(used, votes)
         resident = self.resident
         hits, misses = used & resident, used & ~resident
-        waves = [Wave(_expert_ids(hits))] if hits.any() else []
+        hit_ids = _expert_ids(hits)
+        waves = [Wave(hit_ids, tuple(self.slot_of[list(hit_ids)].tolist()))] if hit_ids else []
         if not misses.any():
             return waves
         retained = self._retained(used, misses)
@@ -145,7 +147,7 @@ class Slots:
         loads = tuple(zip(experts, target_slots, strict=False))
         for expert, slot in loads:
             self._assign(expert, slot)
-        return Wave(experts, loads)
+        return Wave(experts, tuple(slot for _, slot in loads), loads)
 
     def _assign(self, expert: int, slot: int) -> None:
         if (evicted := self.expert_of[slot]) != EMPTY:

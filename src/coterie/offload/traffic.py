@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from coterie.offload.capacity import format_bytes
+
 
 @dataclass(frozen=True)
 class Transfer:
@@ -36,21 +38,6 @@ class Traffic:
     stall_seconds: float = 0.0  # seconds in which compute waited for fetches
     seconds: float = 0.0  # of the forwards, where they were timed
     on_cpu: int = 0  # used experts computed in host memory: neither hits nor moved
-
-    @staticmethod
-    def from_counts(
-        forwards: int,
-        expert_bytes: int,
-        *,
-        experts_used: int,
-        misses: int,
-        vanilla_misses: int | None = None,
-    ) -> Traffic:
-        """From the misses of a replay, all from one tier."""
-        transfers = {"elsewhere": Transfer(misses, misses * expert_bytes)}
-        return Traffic(
-            forwards, expert_bytes, experts_used, experts_used - misses, transfers, vanilla_misses
-        )
 
     @property
     def experts_moved(self) -> int:
@@ -115,6 +102,22 @@ class Traffic:
             "stalled": self.stall_fraction,
         }
 
+    def describe(self) -> str:
+        """The hit rate, the bytes from each tier, and the time without computation."""
+        sizes = {tier: format_bytes(moved.bytes) for tier, moved in self.transfers.items()}
+        moved = " and ".join(f"{size} from {tier}" for tier, size in sizes.items())
+        stall = f", {self.stall_seconds:.2f} s waited" if self.stall_seconds else ""
+        return f"{self.hit_rate:.1%} cache hits, {moved or 'nothing moved'}{stall}"
+
+    def describe_savings(self) -> str:
+        """Bytes moved, without a cache, and by the unmodified model."""
+        moved, without_cache = map(format_bytes, (self.bytes_moved, self.bytes_without_cache))
+        summary = f"{moved} moved, without a cache {without_cache}"
+        if self.vanilla_bytes is None or self.fraction_saved is None:
+            return summary
+        vanilla = format_bytes(self.vanilla_bytes)
+        return f"{summary}; vanilla with LRU {vanilla} ({self.fraction_saved:.0%} saved)"
+
     def __add__(self, other: Traffic) -> Traffic:
         """The sum, for experts of one size."""
         return self._combined(other, 1)
@@ -130,17 +133,17 @@ class Traffic:
             )
             for tier in dict.fromkeys([*self.transfers, *other.transfers])
         }
-        tracked = self.vanilla_misses is not None and other.vanilla_misses is not None
+        vanilla_misses = None
+        if self.vanilla_misses is not None and other.vanilla_misses is not None:
+            vanilla_misses = self.vanilla_misses + sign * other.vanilla_misses
         return Traffic(
-            forwards=self.forwards + sign * other.forwards,
-            expert_bytes=self.expert_bytes,
-            experts_used=self.experts_used + sign * other.experts_used,
-            hits=self.hits + sign * other.hits,
-            transfers={tier: one for tier, one in transfers.items() if one != Transfer()},
-            vanilla_misses=(self.vanilla_misses or 0) + sign * (other.vanilla_misses or 0)
-            if tracked
-            else None,
-            stall_seconds=self.stall_seconds + sign * other.stall_seconds,
-            seconds=self.seconds + sign * other.seconds,
-            on_cpu=self.on_cpu + sign * other.on_cpu,
+            self.forwards + sign * other.forwards,
+            self.expert_bytes,
+            self.experts_used + sign * other.experts_used,
+            self.hits + sign * other.hits,
+            {tier: one for tier, one in transfers.items() if one != Transfer()},
+            vanilla_misses,
+            self.stall_seconds + sign * other.stall_seconds,
+            self.seconds + sign * other.seconds,
+            self.on_cpu + sign * other.on_cpu,
         )

@@ -107,9 +107,12 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab, activation: Activation 
 def linear(x: Tensor, weight: Matrix, *, dtype: torch.dtype | None = None) -> Tensor:
     """x [..., k] times the transpose of weight [rows, k] -> [..., rows], in ``dtype`` or x's own.
 
-    Computed in the weight's precision with fp32 sums, whatever the precision of x.
+    Computed in the weight's precision with fp32 sums, whatever the precision of x. The product is
+    a float.
     """
     dtype = x.dtype if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"a product in {dtype}; use a float")
     if isinstance(weight, PackedMatrix):
         return cpu.linear(x, weight, dtype)
     return reference.linear(x, weight, dtype)

@@ -1,4 +1,4 @@
-"""As many threads as a work keeps busy: waking one takes as long as a small operation."""
+"""One thread for small work, else all: waking one takes as long as a small operation."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ MIN_SHARE = 1 << 22
 
 
 def busy_threads(multiplications: int) -> int:
-    """As many of torch's threads as one parallel region of so many multiplications keeps busy."""
-    return min(torch.get_num_threads(), max(1, multiplications // MIN_SHARE))
+    """All of torch's threads if a parallel region keeps two of them busy, else one.
+
+    No number between these: OpenMP ends the threads that a region does not use, and makes them
+    again for the next one.
+    """
+    return torch.get_num_threads() if multiplications >= 2 * MIN_SHARE else 1
 
 
 @contextmanager
 def limited_threads(multiplications: int, *, regions: int) -> Iterator[None]:
-    """Torch, too, takes only as many threads as the work of so many parallel regions keeps busy."""
+    """Torch, too, takes as many threads as ``busy_threads`` of a work in so many regions."""
     before = torch.get_num_threads()
     threads = busy_threads(multiplications // regions)
     if threads == before:

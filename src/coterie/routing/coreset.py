@@ -18,7 +18,7 @@ from coterie.errors import SpecError
 from coterie.keys import Key
 from coterie.ops import top_ids
 from coterie.routing.proportional import ResidencyBonus, elect_sequentially
-from coterie.routing.router import KernelRouting, vanilla_ids
+from coterie.routing.router import KernelRouting, admitted_experts, vanilla_ids
 from coterie.routing.size import CoresetSize, Fixed, Fraction, Mass, Union
 from coterie.routing.votes import (
     BALLOTS,
@@ -107,8 +107,8 @@ def coreset_kernel_rule(policy: CoresetPolicy, scores: Scores, k: int) -> Kernel
     if rule is None:
         return None
     if election.scope == "batch":
-        if scores.previous_coresets is not None:
-            return None
+        if scores.previous_coresets is not None or scores.router.capacity:
+            return None  # a kernel does not see where rows end
         scores = flatten_batch(scores)
     all_vote = election.voters == "all" and scores.voters is None
     if is_full_union(size, election, k) and not all_vote:
@@ -159,11 +159,15 @@ def is_full_union(size: CoresetSize | Union, election: Election, k: int) -> bool
 
 
 def elect(scores: Scores, size: CoresetSize | Union, election: Election, k: int) -> Tensor:
-    """The coreset as a mask [S, 1, E]; [1, 1, E] if all rows share one."""
+    """The coreset as a mask [S, 1, E]; [1, 1, E] if all rows share one.
+
+    It is elected among the experts that the row's blocks admit.
+    """
     max_experts = election.size_limit(scores.slots)
     full_union = is_full_union(size, election, k)
     if full_union and max_experts is None:
         return scores.logits.new_ones((1, 1, 1), dtype=torch.bool)
+    scores = replace(scores, admitted=admitted_experts(scores))
     if election.scope == "batch":
         scores = flatten_batch(scores)
     vote_weight = vote_weights(scores, election.voters)
@@ -176,18 +180,35 @@ def elect(scores: Scores, size: CoresetSize | Union, election: Election, k: int)
         size = Fixed(0)
     else:
         protected = union_of_topm(scores, vote_weight, 1 if election.protect == "top1" else 0)
+    # [S, E]: experts that no block of the row admits
+    excluded = None if scores.admitted is None else ~scores.admitted.any(dim=1)
     if election.tally == "proportional":
         ballots = BALLOTS[election.vote](scores)  # [S, N, E]
         bonus = residency_bonus(scores, election)
         return take_sequentially(
-            ballots, vote_weight, protected, size, k, max_experts=max_experts, bonus=bonus
+            ballots,
+            vote_weight,
+            protected,
+            size,
+            k,
+            max_experts=max_experts,
+            bonus=bonus,
+            excluded=excluded,
         ).unsqueeze(1)
     votes = VOTES[election.vote](scores, vote_weight, election.seed)  # [S, E]
-    coreset = take_by_votes(votes, protected, size, k, max_experts=max_experts)
+    votes = votes if excluded is None else votes.masked_fill(excluded, 0)
+    take = partial(
+        take_by_votes,
+        protected=protected,
+        size=size,
+        k=k,
+        max_experts=max_experts,
+        excluded=excluded,
+    )
+    coreset = take(votes)
     if election.resident_bonus > 0 and scores.resident is not None:
         bonus_votes = votes * (1 + election.resident_bonus * scores.resident.double())
-        bonus_coreset = take_by_votes(bonus_votes, protected, size, k, max_experts=max_experts)
-        coreset = restore_votes(bonus_coreset, coreset, votes, election.max_vote_loss)
+        coreset = restore_votes(take(bonus_votes), coreset, votes, election.max_vote_loss)
     return coreset.unsqueeze(1)
 
 
@@ -198,17 +219,26 @@ def union_of_topm(scores: Scores, vote_weight: Tensor, m: int) -> Tensor:
 
 
 def take_by_votes(
-    votes: Tensor, protected: Tensor, size: CoresetSize, k: int, *, max_experts: int | None = None
+    votes: Tensor,
+    protected: Tensor,
+    size: CoresetSize,
+    k: int,
+    *,
+    max_experts: int | None = None,
+    excluded: Tensor | None = None,
 ) -> Tensor:
     """Mask [S, E]: the protected experts, then those with most votes until ``size`` is reached.
 
     Protected experts count towards the size. If they alone exceed it, they are the coreset, up to
-    ``max_experts``.
+    ``max_experts``. ``excluded`` experts [S, E], without votes, are never taken.
     """
-    order = top_ids(votes, votes.shape[-1], tier=~protected)
-    return take_in_order(
+    tier = (~protected).to(torch.uint8)
+    tier = tier if excluded is None else tier + excluded
+    order = top_ids(votes, votes.shape[-1], tier=tier)
+    coreset = take_in_order(
         order, votes.gather(-1, order), protected, size, k, max_experts=max_experts
     )
+    return coreset if excluded is None else coreset & ~excluded
 
 
 def residency_bonus(scores: Scores, election: Election) -> ResidencyBonus | None:
@@ -227,15 +257,26 @@ def take_sequentially(
     *,
     max_experts: int | None = None,
     bonus: ResidencyBonus | None = None,
+    excluded: Tensor | None = None,
 ) -> Tensor:
     """Mask [S, E]: the protected experts, then one expert at a time, with new votes for each."""
     max_steps, min_gain = size.search_limits(protected.shape[-1])
     max_steps = max(max_steps, int(protected.sum(-1).max()))
     max_steps = max_steps if max_experts is None else min(max_steps, max_experts)
+    if excluded is not None:
+        ballots = ballots.masked_fill(excluded.unsqueeze(1), 0)
     order, gains = elect_sequentially(
-        ballots, vote_weight, protected, max_steps=max_steps, k=k, min_gain=min_gain, bonus=bonus
+        ballots,
+        vote_weight,
+        protected,
+        max_steps=max_steps,
+        k=k,
+        min_gain=min_gain,
+        bonus=bonus,
+        excluded=excluded,
     )
-    return take_in_order(order, gains, protected, size, k, max_experts=max_experts)
+    coreset = take_in_order(order, gains, protected, size, k, max_experts=max_experts)
+    return coreset if excluded is None else coreset & ~excluded
 
 
 def take_in_order(
@@ -291,17 +332,14 @@ def flatten_batch(scores: Scores) -> Scores:
     def flatten(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.flatten(0, 1).unsqueeze(0)
 
-    progress = scores.progress or DecodeProgress()
+    progress = vars(scores.progress or DecodeProgress())
     return replace(
         scores,
         logits=scores.logits.flatten(0, 1).unsqueeze(0),
         voters=flatten(scores.voters),
-        progress=DecodeProgress(
-            masked=flatten(progress.masked),
-            after_eos=flatten(progress.after_eos),
-            uncertainty=flatten(progress.uncertainty),
-        ),
+        progress=DecodeProgress(**{name: flatten(tensor) for name, tensor in progress.items()}),
         importance=flatten(scores.importance),
         vanilla_ids=flatten(scores.vanilla_ids),
+        admitted=flatten(scores.admitted),
         forward_indices=scores.forward_indices[:1],
     )

@@ -44,11 +44,13 @@ def elect_sequentially(
     k: int,
     min_gain: float,
     bonus: ResidencyBonus | None = None,
+    excluded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Experts [S, m] in the order of their election and the gain [S, m] int64 of each.
 
     m <= ``max_steps``. ballots [S, N, E] >= 0 of any sum; vote_weight [S, N]. ``protected`` [S, E]
     are elected first. After these, gains never rise, except with a ``bonus``: then they include it.
+    ``excluded`` experts [S, E], without ballots, come last.
     On a CPU the election stops after k experts when every gain is below ``min_gain`` (in units of
     2**-40) in all rows.
     """
@@ -60,7 +62,9 @@ def elect_sequentially(
     order, gains = [], []
     for step in range(max_steps):
         weight = torch.floor(weight_units * unelected_parts * unelected_parts / GAIN_DIVISOR)
-        gain = (weight.unsqueeze(1) @ vote_parts).squeeze(1).masked_fill(elected, -1.0)  # [S, E]
+        gain = (weight.unsqueeze(1) @ vote_parts).squeeze(1)  # [S, E]
+        gain = gain if excluded is None else gain.masked_fill(excluded, -0.5)
+        gain = gain.masked_fill(elected, -1.0)
         pending = protected & ~elected
         expert, adjusted_gain, loss = loss.next_expert(gain, pending)
         if step >= k and _can_stop(adjusted_gain.amax(-1, keepdim=True) < min_gain, pending):

@@ -45,6 +45,7 @@ def route(scores: Scores, policy: Policy) -> Routing:
 def route_by_mask(scores: Scores, policy: Policy) -> Routing:
     """``route`` in plain torch from the policy's mask: the reference for kernels."""
     scores = check_finite(scores)
+    scores = replace(scores, admitted=admitted_experts(scores))
     scores = replace(scores, vanilla_ids=vanilla_ids(scores))
     mask = policy_mask(policy, scores)
     reuse = None
@@ -72,7 +73,7 @@ def policy_mask(policy: Policy, scores: Scores) -> Tensor:
     name = f"layer {scores.layer}: policy {type(policy).__name__}"
     try:
         mask = policy.eligible(scores, scores.router.k)
-    except CoterieError:
+    except (CoterieError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise ConfigError(f"{name} failed: {type(error).__name__}: {error}") from error
@@ -124,12 +125,12 @@ def vanilla_ids(scores: Scores) -> Tensor:
 def select_topk(scores: Scores, mask: Tensor | None, k: int | None = None) -> Tensor:
     """Ids [S, N, k] of each token's best experts inside ``mask``; -1 if there are too few.
 
-    ``k`` defaults to that of the router. Groups are selected from the unmasked scores, as the model
-    does. The best allowed experts inside these groups come first, then those outside. Masking
-    before the group step would drop groups and could select experts that the mask forbids.
+    ``k`` defaults to that of the router. Groups, or the experts that a block admits, are selected
+    from the unmasked scores, as the model does. The best allowed experts inside come first, then
+    those outside. Masking before that step could select experts that the mask forbids.
     """
     k = scores.router.k if k is None else k
-    dropped = _dropped_group_mask(scores)  # [S, N, E] or None
+    dropped = _dropped_mask(scores)  # [S, N, E] or None
     if mask is None:
         return top_ids(scores.selection_scores, k, tier=dropped)
     mask = mask.expand(scores.selection_scores.shape)
@@ -138,6 +139,27 @@ def select_topk(scores: Scores, mask: Tensor | None, k: int | None = None) -> Te
         tier = tier + (dropped & mask).to(torch.uint8)
     ids = top_ids(scores.selection_scores, k, tier=tier)
     return ids.where(mask.gather(-1, ids), -1)
+
+
+def admitted_experts(scores: Scores) -> Tensor | None:
+    """[S, N, E]: the ``capacity`` experts with the best score of any token in the token's block.
+
+    None without a capacity. Blocks lie at multiples of ``block`` positions; the window may hold
+    parts of them.
+    """
+    router = scores.router
+    if router.capacity == 0 or scores.admitted is not None:
+        return scores.admitted
+    score, size = scores.selection_scores, router.block
+    rows, tokens, experts = score.shape
+    offset = torch.zeros(rows, 1, dtype=torch.int64, device=score.device)
+    if scores.starts is not None:
+        offset = scores.starts.unsqueeze(1) % size
+    block = (offset + torch.arange(tokens, device=score.device)) // size  # [S, N], from 0 on
+    block = block.unsqueeze(-1).expand_as(score)
+    best = score.new_full((rows, (tokens + size - 2) // size + 1, experts), -torch.inf)
+    best = best.scatter_reduce(1, block, score, "amax")
+    return top_mask(best, router.capacity).gather(1, block)
 
 
 def combine_weights(scores: Scores, ids: Tensor) -> Tensor:
@@ -205,9 +227,11 @@ def _implements_kernel_policy(policy_type: type) -> bool:
     return issubclass(policy_type, KernelPolicy)
 
 
-def _dropped_group_mask(scores: Scores) -> Tensor | None:
-    """Mask [S, N, E] of the experts in groups that the model drops; None without group limits."""
+def _dropped_mask(scores: Scores) -> Tensor | None:
+    """Mask [S, N, E] of the experts that the model drops before top-k; None if it keeps all."""
     router = scores.router
+    if (admitted := admitted_experts(scores)) is not None:
+        return ~admitted
     if router.topk_groups >= router.groups:
         return None
     # [S, N, groups, E / groups]

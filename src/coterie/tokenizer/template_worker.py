@@ -9,6 +9,7 @@ import json
 import resource
 import signal
 import sys
+from datetime import datetime
 from functools import lru_cache
 from typing import NoReturn
 
@@ -67,12 +68,18 @@ def compiled(source: str) -> Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, GenerationBlock]
     )
     environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
     environment.filters["tojson"] = to_json
     return environment.from_string(source)
 
 
 def raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
+
+
+def strftime_now(form: str) -> str:
+    """The local time of the prompt."""
+    return datetime.now().strftime(form)
 
 
 def to_json(

@@ -17,6 +17,14 @@ from coterie.tokenizer.token_ids import read_token_ids
 from coterie.tokenizer.tokenizer_file import read_tokenizer_json
 
 MASK_TOKEN = "<|mask|>"
+OTHER_TOKENIZERS = (
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
 MAX_CHARACTERS = 4_000_000  # of a prompt; on lack of memory, the library ends the process
 
 T = TypeVar("T")
@@ -123,6 +131,7 @@ def load_tokenizer(
     """
     path = folder / "tokenizer.json"
     if not os.path.lexists(path):
+        _check_no_other_tokenizer(folder)
         return IdTokenizer(vocab_size)
     tokenizer = _read_tokenizer(path, vocab_size)
     return SubwordTokenizer(
@@ -149,6 +158,17 @@ def _without_spans(ids: Sequence[int], first: int, last: int) -> list[int]:
         if not is_hidden and token != last:
             shown.append(token)
     return shown
+
+
+def _check_no_other_tokenizer(folder: Path) -> None:
+    """Raises TokenizerError if the folder has a tokenizer of another kind: ids would be wrong."""
+    names = [name for name in OTHER_TOKENIZERS if os.path.lexists(folder / name)]
+    names += sorted(path.name for path in folder.glob("*.tiktoken"))
+    if names:
+        raise TokenizerError(
+            f"{folder}: has {names[0]} but no tokenizer.json, which is the only tokenizer that is "
+            "read; transformers' AutoTokenizer writes one with save_pretrained"
+        )
 
 
 def _call(file: Path, use: Callable[[], T]) -> T:

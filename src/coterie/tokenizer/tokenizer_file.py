@@ -32,7 +32,7 @@ def read_tokenizer_json(path: Path) -> str:
     if growth > MAX_GROWTH:
         raise TokenizerError(f"{path}: its normalizer makes a text {growth:,} times as long")
     if all(content.get(key) is None for key in FIXED_LENGTH_KEYS):
-        return raw.decode()
+        return raw.decode("utf-8-sig")
     return json.dumps(content | dict.fromkeys(FIXED_LENGTH_KEYS), ensure_ascii=False)
 
 

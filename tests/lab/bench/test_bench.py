@@ -56,7 +56,7 @@ def fake_baseline(behaviour: str, *, required: bool = False) -> ResolvedBaseline
 
 def test_our_kernel_and_the_read_are_timed_with_their_bytes() -> None:
     result = time_layer(bench_config("int8"), [], budget=0)
-    slab = make_slab(TINY.layer, bench_config("int8"))
+    slab = make_slab(bench_config("int8"))
     total_bytes = sum(each.nbytes for each in weight_buffers([slab.gate_up, slab.down]))
     for timing in result.timings:
         assert {workload: len(taken) for workload, taken in timing.samples.items()} == {
@@ -116,6 +116,14 @@ def test_a_failing_baseline_is_skipped_with_its_reason(
             time_layer(bench_config(), [fake_baseline(behaviour, required=True)], budget=0)
 
 
+def test_an_output_of_another_shape_or_with_nan_is_infinitely_wrong() -> None:
+    expected = np.ones((3, 4), dtype=np.float32)
+    assert worker.output_error(expected, expected) == 0
+    assert worker.output_error(expected * 1.5, expected) == pytest.approx(0.5)
+    assert worker.output_error(expected[:1], expected) == float("inf")
+    assert worker.output_error(expected * np.nan, expected) == float("inf")
+
+
 def test_baselines_share_a_session_if_they_fit_in_memory() -> None:
     torch_, hf, zen, llama = (
         ResolvedBaseline(baseline, Path(), False) for baseline in BASELINES.values()
@@ -166,7 +174,10 @@ def test_the_gates_for_llama_cpp_select_the_experts_of_a_case() -> None:
     cases = draw_cases(bench_config())
     workload = worker.LayerWorkload(32, 4, 64, 32, "bf16", 1, 1)
     some = [
-        worker.TimedCase(x.float().numpy(), routing.topk_ids.numpy(), routing.topk_weights.numpy())
+        worker.TimedCase(
+            *(x.float().numpy(), routing.topk_ids.numpy(), routing.topk_weights.numpy()),
+            expected=np.zeros(0),
+        )
         for x, routing in cases["vanilla"][:2]
     ]
     rows = llama.make_embeddings(workload, 18)

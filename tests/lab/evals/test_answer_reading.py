@@ -34,6 +34,40 @@ def test_math500_reads_hard_answers(gold, output, is_correct):
     assert math500.grade(output, gold).correct is is_correct
 
 
+@pytest.mark.parametrize(
+    ("output", "gold", "is_correct"),
+    [
+        (r"\boxed{4\sqrt(2)}", r"4\sqrt{2}", True),
+        (r"\boxed{4\sqrt(2)}", "4", False),
+        (r"\boxed{\frac{1}{2006!}}", r"\frac{1}{2004!}", False),
+        (r"\boxed{1/10^{12}}", "10^{-12}", True),
+        (r"\boxed{\frac{1}{\sqrt{n}}}", r"\sqrt{1/n}", True),
+        (r"\boxed{\sqrt{\frac{x}{y}}}", r"\frac{\sqrt{x}}{\sqrt{y}}", True),
+        (r"\boxed{\sqrt{x^2}}", "x", False),
+        ("The answer is sin(x).", r"\sin x", True),
+        ("The answer is ln(y).", r"\ln x", False),
+        (r"\boxed{3 + (-2)i}", "3-2i", True),
+        (r"\boxed{3+(-2i)}", "3-2i", True),
+        (r"\boxed{3-2i}", "3+2i", False),
+        (r"So \boxed{\frac{1}{2}", r"\frac12", True),
+        (r"So \boxed{42", "43", False),
+    ],
+)
+def test_math500_reads_formulas_as_they_are_written(output, gold, is_correct):
+    assert math500.grade(output, gold).correct is is_correct
+
+
+@given(integers.filter(lambda n: n >= 0), st.sampled_from([":30", ":1", "^3", ".2.3", r"\sqrt{5}"]))
+def test_a_number_that_goes_on_is_not_that_number(number, rest):
+    assert not gsm8k.grade(f"#### {number}{rest}", str(number)).correct
+
+
+@pytest.mark.parametrize("grade", [gsm8k.grade, math500.grade])
+@given(number=integers)
+def test_a_box_at_the_end_may_lack_its_brace(grade, number):
+    assert grade(rf"7 and so \boxed{{{number}", str(number)).correct
+
+
 @given(integers, integers)
 def test_a_number_is_correct_only_if_it_is_the_gold(number, gold):
     for output in (f"#### {number}", rf"\boxed{{{number}}}", f"The answer is {number}."):

@@ -17,7 +17,13 @@ from tiny_task import Quiz
 import coterie
 from coterie.cli.entry import run
 from coterie.engine.engine import Engine
-from coterie.errors import CheckpointError, CoterieError, NonFiniteLogitsError, OffloadError
+from coterie.errors import (
+    CheckpointError,
+    CoterieError,
+    NonFiniteLogitsError,
+    OffloadError,
+    TokenizerError,
+)
 from coterie.keys import to_json
 from coterie.lab.evals import answer_log
 from coterie.lab.evals.results import EvalResult
@@ -194,3 +200,38 @@ def test_errors_of_earlier_versions_are_asked_again_unless_logits_were_not_finit
         assert asked == again
         assert documents([result])[1] == expected[1]
         assert result.answers[2].error is not None
+
+
+@pytest.mark.parametrize("question", ["1 2 9999", "\udcff", ""])
+def test_an_unreadable_prompt_fails_its_item_only(question: str, tmp_path: Path) -> None:
+    odd = Quiz(count=3, tokens=8, odd={1: question})
+    model = coterie.load(write_checkpoint(tmp_path / "model", "llada2"))
+    [result] = run_eval(model, [odd], VARIANTS[:1], tmp_path / "run", batch_size=2)
+    errors = [answer.error for answer in result.answers]
+    assert [bool(error) for error in errors].count(True) == 1
+    assert all(answer.is_final for answer in result.answers)
+    assert run_eval(model, [odd], VARIANTS[:1], tmp_path / "run", batch_size=2)[0].errors
+
+
+def test_an_answer_that_cannot_be_decoded_fails_its_item_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiz = Quiz(count=4, tokens=8)
+    model = coterie.load(write_checkpoint(tmp_path / "model", "llada2"))
+    [expected] = run_eval(model, [quiz], VARIANTS[:1], None, batch_size=2)
+    decode, calls = type(model.model.tokenizer).decode, 0
+
+    def failing(self: Any, ids: Any) -> str:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise TokenizerError("the tokenizer fails")
+        return decode(self, ids)
+
+    monkeypatch.setattr(type(model.model.tokenizer), "decode", failing)
+    [result] = run_eval(model, [quiz], VARIANTS[:1], None, batch_size=2)
+    failed = [answer.key for answer in result.answers if answer.error]
+    assert len(failed) == 1
+    outputs = {answer.key: answer.output for answer in expected.answers}
+    assert all(a.output == outputs[a.key] for a in result.answers if a.key not in failed)
+    assert not model.rows

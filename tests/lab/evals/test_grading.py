@@ -8,7 +8,8 @@ import pytest
 from benchmark_files import write_benchmark, write_rows
 
 from coterie.cli.entry import run
-from coterie.errors import CoterieError
+from coterie.errors import CoterieError, TaskError
+from coterie.lab.evals.grading import read_outputs
 from coterie.lab.evals.task import Item, QuestionTask
 from coterie.lab.evals.tasks import embedded
 
@@ -93,6 +94,13 @@ def test_bad_lines_are_reported_before_anything_is_graded(tmp_path, capsys, text
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
+
+
+@pytest.mark.parametrize("line", [1, 2, 5])
+def test_a_line_that_is_not_utf8_is_named(line):
+    good = b'{"id": "a", "output": "18"}\n'
+    with pytest.raises(TaskError, match=rf"outputs, line {line}: .*UTF-8"):
+        read_outputs(good * (line - 1) + b"\xff\n", "outputs")
 
 
 def test_the_output_file_is_kept_until_all_is_graded(tmp_path, capsys, monkeypatch):

@@ -21,7 +21,6 @@ from test_observation import PROMPTS, engine
 from test_trace import made as traced
 
 from coterie.cli.entry import run
-from coterie.cli.replay import hardware_models
 from coterie.engine.events import Result
 from coterie.errors import CoterieError
 from coterie.lab.replay.cache_simulation import (
@@ -34,6 +33,7 @@ from coterie.lab.replay.cache_simulation import (
 from coterie.lab.replay.hardware_model import (
     HardwareModel,
     expert_sizes,
+    hardware_models,
     parse_bandwidth,
     parse_bytes,
     predict_time,
@@ -55,8 +55,8 @@ from coterie.model.moe import MoE
 from coterie.offload.capacity import Capacity
 from coterie.offload.eviction import Lru
 from coterie.offload.resident_store import ResidentExpertStore
-from coterie.offload.simulated_store import SimulatedCacheStore
-from coterie.offload.traffic import Traffic
+from coterie.offload.simulated_store import CacheSimulator, SimulatedCacheStore
+from coterie.offload.traffic import Traffic, Transfer
 from coterie.routing import parse_policy
 from coterie.routing.reuse import reuse_masks
 from experiments.synthetic_trace import RoutingLaw, SyntheticShape, synthetic_trace
@@ -254,7 +254,9 @@ def imagined(
     """A run under an imagined memory, and its trace."""
     own = engine("llada2", unmask="fixed:steps=3", **options)
     transformer = own.model.transformer
-    store = SimulatedCacheStore(ResidentExpertStore({}), own.model.spec.router.experts, capacity)
+    store = SimulatedCacheStore(
+        ResidentExpertStore({}), CacheSimulator(own.model.spec.router.experts, capacity)
+    )
     layers = []
     for layer in transformer.layers:
         network = layer.feed_forward
@@ -309,7 +311,7 @@ def test_without_forwards_that_write_keys_less_moves() -> None:
 
 
 def test_traffic_adds_up() -> None:
-    traffic = Traffic.from_counts(4, 10, experts_used=100, misses=25, vanilla_misses=200)
+    traffic = Traffic(4, 10, 100, 75, {"elsewhere": Transfer(25, 250)}, vanilla_misses=200)
     assert (traffic.hit_rate, traffic.bytes_moved, traffic.bytes_saved) == (0.75, 250, 750)
     assert (traffic.bytes_saved_vs_vanilla, traffic.fraction_saved) == (1750, 0.875)
     assert replace(traffic, vanilla_misses=None).fraction_saved is None
@@ -423,7 +425,7 @@ def test_the_command_replays_a_grid(file: str, tmp_path: Path, capsys: Capture) 
 
 
 def test_the_machine_is_as_typed() -> None:
-    made = hardware_models("1KB/s,2KB/s", "9KB/s", 3.0, latency_ms=5.0, overlap=0.5)
+    made = hardware_models(("1KB/s", "2KB/s"), "9KB/s", 3.0, latency_ms=5.0, overlap=0.5)
     assert made == {
         text: HardwareModel(link, 9000.0, 0.003, overlap=0.5, transfer_latency=0.005)
         for text, link in (("1KB/s", 1000.0), ("2KB/s", 2000.0))

@@ -20,11 +20,10 @@ from coterie.engine.engine import Engine
 from coterie.errors import CoterieError
 from coterie.keys import to_json
 from coterie.lab import plotting
+from coterie.lab.evals.expert_log import AnswerEntry, AnswerTraceLog
 from coterie.lab.evals.run import Answer, Variant
 from coterie.lab.study import cache_simulation
 from coterie.lab.study.cache_simulation import (
-    AnswerEntry,
-    AnswerTraceLog,
     ReplayRequest,
     answer_questions,
     interleave_questions,
@@ -120,7 +119,7 @@ def test_simulated_loads_equal_those_of_a_real_run(tmp_path: Path, capacity: int
     """Answers are given many at once; the memory served them one after the other."""
     engine = tiny(tmp_path)
     entries = ask(engine, ReplayRequest(Variant("des-seq:k=2"), 6), tmp_path / "together")
-    store = SimulatedCacheStore(engine.model.store, 16, capacity)
+    store = SimulatedCacheStore(engine.model.store, CacheSimulator(16, capacity))
     own = Engine(with_store(engine.model, store), generation=engine.generation)
     for question in interleave_questions(TASKS, 6, engine):
         own.generate(question.task.prompt(question.item), policy="des-seq:k=2", max_new_tokens=8)
@@ -408,7 +407,7 @@ def test_low_precision_verdicts(right: int, n: int, whole: float, verdict: Verdi
 
 def test_simulated_residents_reach_the_policy_on_its_device() -> None:
     there = SimulatedCacheStore(
-        ResidentExpertStore({}), 8, 5, device=torch.device("meta")
+        ResidentExpertStore({}), CacheSimulator(8, 5), device=torch.device("meta")
     ).resident(0)
     assert there is not None
     assert there.device.type == "meta"

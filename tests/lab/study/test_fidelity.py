@@ -23,6 +23,7 @@ from coterie.engine.engine import Engine
 from coterie.engine.generation_config import GenerationConfig
 from coterie.engine.observation import LayerObservation, collect_observations, moe_output
 from coterie.errors import CoterieError
+from coterie.lab.evals.rank_stats import mean_interval, ranks, spearman
 from coterie.lab.plotting import render_svg
 from coterie.lab.study import reconstruction
 from coterie.lab.study.context import StudyContext
@@ -60,7 +61,6 @@ from coterie.lab.study.maps import (
     expert_activation,
     position_kinds,
 )
-from coterie.lab.study.rank_stats import mean_interval, ranks, spearman
 from coterie.lab.study.reconstruction import ReconstructionExperiment
 from coterie.loading.load import Model
 from coterie.routing import POLICIES, parse_policy, route

@@ -28,11 +28,11 @@ from coterie.cli.entry import run
 from coterie.engine.engine import Engine
 from coterie.errors import CheckpointError, CoterieError
 from coterie.lab import plotting
+from coterie.lab.evals.cached_grading import CachedGradesTask
 from coterie.lab.evals.run import Variant
 from coterie.lab.study import speed
 from coterie.lab.study import study as room
 from coterie.lab.study.accuracy import ACCURACY, MIN_RELATIVE_ACCURACY, accuracy_findings
-from coterie.lab.study.cached_grading import CachedGradesTask
 from coterie.lab.study.charts import pareto_front
 from coterie.lab.study.comparison import DEFINITIONS, PolicyComparison
 from coterie.lab.study.context import StudyContext, read_record

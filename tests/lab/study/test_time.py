@@ -22,6 +22,7 @@ from coterie.engine.engine import Engine
 from coterie.engine.observation import collect_observations, moe_output
 from coterie.errors import CoterieError
 from coterie.lab.bench import routings
+from coterie.lab.bench.profiler import OTHER, PARTS, Stopwatch, timed_model
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
 from coterie.lab.bench.timing import TimingBudget
 from coterie.lab.plotting import ColourScheme, render_svg
@@ -39,7 +40,6 @@ from coterie.lab.study.explosion import (
 )
 from coterie.lab.study.latency import LatencyExperiment
 from coterie.lab.study.layers import FORWARDS_PER_PROMPT, model_bench_layer
-from coterie.lab.study.profiler import OTHER, PARTS, Stopwatch, timed_model
 from coterie.lab.study.results import VariantResult
 from coterie.lab.study.roofline import RooflineExperiment
 from coterie.lab.study.selection import VERSIONS, SelectionExperiment

@@ -18,7 +18,7 @@ from shared_data import golden
 from torch import Tensor
 
 from coterie.errors import CoterieError
-from coterie.lab.journal import LockedFile
+from coterie.files import LockedFile
 from coterie.lab.training import export
 from coterie.lab.training.attend import masked_attention
 from coterie.lab.training.batch import TrainingBatch
@@ -135,7 +135,7 @@ def test_forward_equals_golden() -> None:
 
 def test_configuration_has_exactly_the_official_keys() -> None:
     official = json.loads((golden("llada2", "a") / "config.json").read_text())
-    mine = export.hf_config(golden_shape(official), pad=official["pad_token_id"])
+    mine = export.hf_config(golden_shape(official)) | {"pad_token_id": official["pad_token_id"]}
     assert mine == official | {"dtype": "bfloat16"}
 
 

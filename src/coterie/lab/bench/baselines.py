@@ -8,13 +8,11 @@ import queue
 import subprocess
 import sys
 import threading
-from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
-
-import numpy as np
 
 from coterie.errors import ConfigError, CoterieError
 
@@ -43,7 +41,6 @@ class Baseline:
     memory_layers: float = 1.0
     slow_kernels: tuple[str, ...] = ()
     in_our_python: bool = False  # whether this interpreter has its packages
-    returns_output: bool = True  # else it reports its own error
 
     def find_python(self, python_paths: Mapping[str, Path]) -> Path | None:
         """The interpreter in ``python_paths``, in ``.peers``, or this one if it suffices."""
@@ -70,7 +67,6 @@ BASELINES = {
         ("bf16", "int8", "int4"),
         script="llama.py",
         memory_layers=1.5,
-        returns_output=False,
     ),
 }
 
@@ -138,31 +134,28 @@ class BaselineProcess:
         start_timeout: float = START_TIMEOUT,
         answer_timeout: float = ANSWER_TIMEOUT,
     ) -> None:
-        self.baseline = resolved.baseline
+        self.resolved, self.baseline = resolved, resolved.baseline
         self.kernels: tuple[str, ...] = ()
         self.versions: dict[str, str] = {}
         self._start_timeout, self._answer_timeout = start_timeout, answer_timeout
-        self._last_errors: deque[str] = deque(maxlen=5)
+        self._error_file = folder / f"{self.baseline.name}.stderr"
         self._answers: queue.Queue[str | None] = queue.Queue()
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        baseline = resolved.baseline
-        command = (resolved.python, SCRIPT_FOLDER / baseline.script, baseline.name, folder)
-        self._process = subprocess.Popen(
-            list(map(str, command)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env=environment,
-        )
-        self._reader_threads = [
-            threading.Thread(target=self._collect_answers, daemon=True),
-            threading.Thread(target=self._collect_errors, daemon=True),
-        ]
-        for thread in self._reader_threads:
-            thread.start()
+        script = SCRIPT_FOLDER / self.baseline.script
+        command = (resolved.python, script, self.baseline.name, folder)
+        with self._error_file.open("wb") as error_file:
+            self._process = subprocess.Popen(
+                list(map(str, command)),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=error_file,
+                text=True,
+                errors="replace",
+                env=environment,
+            )
+        self._reader = threading.Thread(target=self._collect_answers, daemon=True)
+        self._reader.start()
 
     def __enter__(self) -> Self:
         return self
@@ -183,42 +176,29 @@ class BaselineProcess:
         return self._request_number(f"time {kernel} {case}")
 
     def relative_error(self, kernel: str, case: int) -> float:
-        """The relative error that the baseline measures itself."""
+        """The relative error of a kernel on a case."""
         return self._request_number(f"check {kernel} {case}")
-
-    def output(self, kernel: str, case: int, file: Path) -> np.ndarray:
-        """The output [T, H] of a kernel on a case, passed in ``file``."""
-        answer = self._request(f"keep {kernel} {case} {file}")
-        if answer != "kept":
-            raise self._unexpected_answer(answer)
-        return np.load(file)
 
     def close(self) -> None:
         """Kills the process."""
         process = self._process
         process.kill()
         process.wait()
-        for thread in self._reader_threads:
-            thread.join()
-        for stream in (process.stdin, process.stdout, process.stderr):
+        self._reader.join()
+        for stream in (process.stdin, process.stdout):
             if stream is not None:
                 stream.close()
 
     def _request_number(self, line: str) -> float:
-        answer = self._request(line)
+        assert self._process.stdin is not None
+        with suppress(OSError):  # the process has ended; the reply is its error
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        answer = self._read_answer(self._answer_timeout)
         try:
             return float(answer)
         except ValueError:
             raise self._unexpected_answer(answer) from None
-
-    def _request(self, line: str) -> str:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-        except OSError:
-            pass  # the process has ended; the reply is its error
-        return self._read_answer(self._answer_timeout)
 
     def _read_answer(self, timeout: float) -> str:
         try:
@@ -227,9 +207,9 @@ class BaselineProcess:
             raise BaselineError(f"{self.baseline.name} did not reply in {timeout:g} s") from None
         if line is None:
             status = self._process.wait()
-            self._reader_threads[1].join()
-            last_errors = " / ".join(self._last_errors) or "no error message"
-            raise BaselineError(f"{self.baseline.name} ended with status {status}: {last_errors}")
+            lines = map(str.strip, self._error_file.read_text(errors="replace").splitlines())
+            last = " / ".join([line[:200] for line in lines if line][-5:]) or "no error message"
+            raise BaselineError(f"{self.baseline.name} ended with status {status}: {last}")
         if line.startswith("failed "):
             raise BaselineError(f"{self.baseline.name}: {line.removeprefix('failed ')}")
         return line
@@ -242,10 +222,3 @@ class BaselineProcess:
         for line in self._process.stdout:
             self._answers.put(line.rstrip("\n"))
         self._answers.put(None)
-
-    def _collect_errors(self) -> None:
-        """Keeps the last lines on stderr, usually the reason of an error."""
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            if line.strip():
-                self._last_errors.append(line.strip()[:200])

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from coterie import ops
 from coterie.lab.bench.bandwidth import AnyWeight, read_rows, readable_rows, weight_buffers
+from coterie.lab.bench.routings import balanced_routing
 from coterie.lab.bench.timing import time_once
 from coterie.model.cache import KVCache
 from coterie.model.moe import Dense, MoE
 from coterie.model.transformer import ParallelLayer, Transformer
-from coterie.quantization import QTensor
-from coterie.values import ExpertRequest, PackedExperts, Routing, Slab, Window
+from coterie.values import ExpertRequest, Slab, Window
 
 ForwardPart = Literal[
     "experts", "attention", "shared", "dense", "router", "head", "keys and values"
@@ -113,15 +113,10 @@ def compute_probe(transformer: Transformer, tokens: int) -> ComputeProbe:
     for kind, dtype in kinds.items():
         weight = ops.prepare_matrix(torch.randn(MATRIX_ROWS, spec.hidden).to(device, dtype))
         kernels[kind] = (partial(ops.linear, x, weight), 2 * tokens * MATRIX_ROWS * spec.hidden)
-    slab = _first_slab(transformer)
-    num_experts = min(CACHED_EXPERTS, len(slab.slot_of))
-    ids = torch.arange(num_experts, device=device)
-    gate_up, down = (_first_experts(part, num_experts) for part in (slab.gate_up, slab.down))
-    topk_ids = ids.expand(tokens, num_experts).contiguous()
-    weights = torch.full((tokens, num_experts), 1 / num_experts, device=device)
-    routing = Routing(topk_ids, weights, torch.ones_like(ids, dtype=torch.bool), topk_ids)
-    flops = tokens * num_experts * _flops_per_pair(transformer)
-    kernels["experts"] = (partial(ops.run_experts, x, routing, Slab(gate_up, down, ids)), flops)
+    k = min(CACHED_EXPERTS, spec.router.experts)
+    routing = balanced_routing(replace(spec.router, k=k), tokens, k, torch.Generator(), device)
+    run_experts = partial(ops.run_experts, x, routing, _first_slab(transformer))
+    kernels["experts"] = (run_experts, tokens * k * _flops_per_pair(transformer))
     return ComputeProbe(kernels, device)
 
 
@@ -206,14 +201,6 @@ def _first_slab(transformer: Transformer) -> Slab:
 def _all_experts(transformer: Transformer) -> ExpertRequest:
     experts, device = transformer.spec.router.experts, transformer.device
     return ExpertRequest(torch.ones(experts, dtype=torch.bool, device=device))
-
-
-def _first_experts(
-    weight: Tensor | QTensor | PackedExperts, count: int
-) -> Tensor | QTensor | PackedExperts:
-    if isinstance(weight, PackedExperts):
-        return replace(weight, packed=weight.packed[:count], shape=(count, *weight.shape[1:]))
-    return weight[:count]
 
 
 def _repeat(kernel: Callable[[], object]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -244,3 +246,20 @@ def _policy_timing(
     part_flops = cost.flops_by_part(statistics.fmean(run.pairs for run in runs), logits)
     samples = {name: [repeat[policy][name] for repeat in done] for name in SERIES}
     return ForwardTiming(policy, unique_experts, part_bytes, part_flops, samples)
+
+
+def parse_num_logits(text: str, tokens: int) -> LogitCount:
+    """The number in a text, or "block"; raises ConfigError for one that does not fit."""
+    if text != "block" and not text.isdecimal():
+        raise ConfigError(f"`logits={text}`: neither a number nor block")
+    num_logits = "block" if text == "block" else int(text)
+    logits_per_forward(num_logits, tokens)
+    return num_logits
+
+
+def peak_memory() -> int | None:
+    """The peak memory of this process in bytes; None where the system does not report it."""
+    with suppress(ModuleNotFoundError):
+        resource = import_module("resource")
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return None

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coterie import ops
 from coterie.errors import ConfigError
 from coterie.lab.bench import worker
 from coterie.lab.bench.bandwidth import weight_buffers
@@ -31,7 +32,6 @@ from coterie.lab.bench.session import (
     LayerBenchResult,
     TimingSession,
 )
-from coterie.lab.bench.shapes import LayerShape
 from coterie.lab.journal import Journal
 from coterie.routing import parse_policy, route
 from coterie.values import Routing, Slab
@@ -51,22 +51,21 @@ def time_layer(
     A baseline that fails is skipped with a reason; a required one raises BaselineError.
     """
     torch.set_num_threads(config.threads)
-    shape = config.shape.layer
     on_progress(0.0, "making experts")
-    slab, cases = make_slab(shape, config), draw_cases(config)
+    slab, cases = make_slab(config), draw_cases(config)
     if baselines:
         _check_full_topk(cases)
     result = LayerBenchResult(
         [_empty_timing(config, slab, policy, cases[policy]) for policy in config.policies]
     )
-    groups = group_by_memory(baselines, shape.bytes, budget) or [[]]
+    groups = group_by_memory(baselines, config.shape.layer.bytes, budget) or [[]]
     for number, group in enumerate(groups):
 
         def on_group_progress(fraction: float, label: str, number: int = number) -> None:
             on_progress((number + fraction) / len(groups), label)
 
         with tempfile.TemporaryDirectory(prefix="coterie-bench-") as folder, ExitStack() as stack:
-            _write_workload(Path(folder), config, shape, cases)
+            _write_workload(Path(folder), config, slab, cases)
             session = TimingSession(config, slab, cases, result, Path(folder), include_slow)
             session.start_baselines(group, stack, on_group_progress)
             done = run_repeats(
@@ -80,11 +79,11 @@ def time_layer(
     return result
 
 
-def make_slab(shape: LayerShape, config: BenchConfig) -> Slab:
+def make_slab(config: BenchConfig) -> Slab:
     """The experts that every worker generates too, in the kernels' format."""
-    up, down = map(torch.from_numpy, worker.make_experts(_make_workload(shape, config)))
+    up, down = map(torch.from_numpy, worker.make_experts(_make_workload(config)))
     distinct = make_experts_slab(up, down, config.dtype, torch.device("cpu"))
-    return repeat_experts(distinct, shape.router.experts)
+    return repeat_experts(distinct, config.shape.spec.router.experts)
 
 
 def group_by_memory(
@@ -142,22 +141,22 @@ def _empty_timing(
     return KernelTimings(policy, experts, experts * layer_bytes / config.shape.spec.router.experts)
 
 
-def _write_workload(
-    folder: Path, config: BenchConfig, shape: LayerShape, cases: CasesByPolicy
-) -> None:
+def _write_workload(folder: Path, config: BenchConfig, slab: Slab, cases: CasesByPolicy) -> None:
     """Writes the files that a worker reads."""
     all_cases = [case for policy in config.policies for case in cases[policy]]
-    workload = json.dumps(asdict(_make_workload(shape, config)))
+    workload = json.dumps(asdict(_make_workload(config)))
     (folder / "work.json").write_text(workload, encoding="utf-8")
     np.savez(
         folder / "cases.npz",
         x=np.stack([x.float().numpy() for x, _ in all_cases]),
         ids=np.stack([routing.topk_ids.numpy() for _, routing in all_cases]),
         weights=np.stack([routing.topk_weights.numpy() for _, routing in all_cases]),
+        expected=np.stack([ops.run_experts(*case, slab).numpy() for case in all_cases]),
     )
 
 
-def _make_workload(shape: LayerShape, config: BenchConfig) -> worker.LayerWorkload:
+def _make_workload(config: BenchConfig) -> worker.LayerWorkload:
+    shape = config.shape.layer
     return worker.LayerWorkload(
         experts=shape.router.experts,
         k=shape.router.k,

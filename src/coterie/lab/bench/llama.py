@@ -63,7 +63,7 @@ def start_baseline(
         return relative_error(actual, embedding, last, expert_delta)
 
     packages = ("xllamacpp", "gguf", "numpy")
-    return worker.BaselineRunner(("layer",), seconds, packages, relative_error=error)
+    return worker.BaselineRunner(("layer",), seconds, error, packages)
 
 
 def make_embeddings(workload: worker.LayerWorkload, count: int) -> np.ndarray:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from coterie import ops
+from coterie.engine.engine import Engine
+from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import ConfigError
 from coterie.lab.bench.routings import find_skew
-from coterie.lab.bench.shapes import ModelShape
+from coterie.lab.bench.shapes import ModelShape, find_shape
 from coterie.loading.free_memory import free_memory
 from coterie.loading.load import Model
 from coterie.model.spec import ModelSpec
@@ -30,13 +32,13 @@ from coterie.values import PackedExperts, Slab
 
 ExpertDtype: TypeAlias = Literal["fp32", "bf16", "int8", "int4"]
 
+RANDOM_DTYPES: tuple[ExpertDtype, ...] = get_args(ExpertDtype)
 DISTINCT_EXPERTS = 2  # random experts of a slab
 SHARED_FRACTION = (
     0.5  # weight of the direction that all embeddings share; gates read popularity from it
 )
 RESIDUAL_SCALE = 0.02  # scale of a layer's output, so that random layers do not hide the tokens
 POOL_SIZE = (1 << 24) + 43  # random numbers that all weights are cut from; no width divides it
-CHUNK_SIZE = 1 << 24
 
 
 def random_model(
@@ -93,7 +95,7 @@ def make_experts_slab(
 
     def convert(weight: Tensor) -> Tensor | QTensor:
         if expert_dtype in FORMATS:
-            return _to_device(quantize(weight, FORMATS[expert_dtype]), device)
+            return quantize(weight.to(device), FORMATS[expert_dtype])
         return weight.to(device, torch.float32 if expert_dtype == "fp32" else torch.bfloat16)
 
     slots = torch.arange(len(gate_up), device=device)
@@ -104,39 +106,19 @@ def repeat_experts(slab: Slab, num_experts: int) -> Slab:
     """A slab of ``num_experts`` copies of the experts of ``slab``, each in its own memory."""
     gate_up, down = slab.gate_up, slab.down
     slots = torch.arange(num_experts, device=slab.slot_of.device)
+    copied = slots % len(slab.slot_of)
     if isinstance(gate_up, PackedExperts) and isinstance(down, PackedExperts):
         # Gate, up and down share one buffer.
         packed = cpu.allocate(num_experts, gate_up.packed.shape[1])
-        _fill_repeating(packed, gate_up.packed)
+        torch.index_select(gate_up.packed, 0, copied, out=packed)
         return Slab(_with_packed(gate_up, packed), _with_packed(down, packed), slots)
-    return Slab(_repeat_weight(gate_up, num_experts), _repeat_weight(down, num_experts), slots)
-
-
-def _repeat_weight(weight: Tensor | QTensor | PackedExperts, num_experts: int) -> Tensor | QTensor:
-    assert not isinstance(weight, PackedExperts)  # packed weights come in pairs
-    if isinstance(weight, QTensor):
-        q, scales = (_repeat_weight(part, num_experts) for part in (weight.q, weight.scales))
-        assert isinstance(q, Tensor)
-        assert isinstance(scales, Tensor)
-        return replace(weight, q=q, scales=scales)
-    output = weight.new_empty(num_experts, *weight.shape[1:])
-    _fill_repeating(output, weight)
-    return output
+    assert not isinstance(gate_up, PackedExperts)  # packed weights come in pairs
+    assert not isinstance(down, PackedExperts)
+    return Slab(gate_up[copied], down[copied], slots)
 
 
 def _with_packed(weight: PackedExperts, packed: Tensor) -> PackedExperts:
     return replace(weight, packed=packed, shape=(len(packed), *weight.shape[1:]))
-
-
-def _fill_repeating(target: Tensor, source: Tensor) -> None:
-    """Repeats ``source`` along the first axis of ``target``."""
-    for start in range(0, len(target), len(source)):
-        part = target[start : start + len(source)]
-        part.copy_(source[: len(part)])
-
-
-def _to_device(weight: QTensor, device: torch.device) -> QTensor:
-    return replace(weight, q=weight.q.to(device), scales=weight.scales.to(device))
 
 
 def _random_weights(
@@ -202,7 +184,7 @@ def _fill_from_pool(weight: Tensor, pool: Tensor, start: int, *, scale: float) -
     filled = 0
     while filled < len(flat):
         offset = (start + filled) % len(pool)
-        size = min(len(flat) - filled, len(pool) - offset, CHUNK_SIZE)
+        size = min(len(flat) - filled, len(pool) - offset)
         flat[filled : filled + size].copy_(pool[offset : offset + size])
         filled += size
     flat.mul_(scale)
@@ -215,3 +197,13 @@ def _check_memory(shape: ModelShape, required: int, device: torch.device) -> Non
             f"{shape.title} with {shape.spec.layers} layers needs {required / 2**30:.1f} GiB, "
             f"{free / 2**30:.1f} GiB are free; reduce `layers` or use `dtype` int8"
         )
+
+
+def random_engine(shape: str, dtype: str, layers: int | None, device: str) -> Engine:
+    if dtype not in RANDOM_DTYPES:
+        raise ConfigError(f"`expert_dtype={dtype}` with `shape`; known: {', '.join(RANDOM_DTYPES)}")
+    if device not in ("auto", "cpu"):
+        raise ConfigError(f"`device={device}` with `shape`: random models run on a CPU")
+    model = random_model(find_shape(shape), dtype, layers=layers)
+    generation = GenerationConfig.for_family(model.defaults).replace(early_stop="off")
+    return Engine(model, generation=generation)

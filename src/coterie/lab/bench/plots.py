@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import ConfigError
+from coterie.lab.bench.timing import timing_stats
 from coterie.lab.plotting import IntervalSeries, indexed_style, interval_chart, write_figure
 
 if TYPE_CHECKING:
@@ -21,11 +22,10 @@ KNOWN_TITLES = ("bench layer", "bench forward", "generate")
 
 @dataclass(frozen=True)
 class Chart:
-    """Samples by row and series; rows are read from top to bottom."""
+    """Samples by series and row; rows are read from top to bottom."""
 
     rows: Sequence[str]
-    series: Sequence[str]
-    samples: Mapping[tuple[str, str], Sequence[float]]
+    samples: Mapping[str, Mapping[str, Sequence[float]]]
     unit: str
 
 
@@ -43,37 +43,26 @@ def make_chart(record: Mapping[str, Any]) -> Chart:
     title = record["title"]
     samples = {entry["name"]: entry["samples"] for entry in record["measures"]}
     if title.startswith("generate"):
-        speeds = {(policy, "tokens/s"): samples[policy] for policy in samples}
-        return Chart(list(samples), ["tokens/s"], speeds, "tokens/s")
+        return Chart(list(samples), {"tokens/s": samples}, "tokens/s")
     if not title.startswith(KNOWN_TITLES):
         raise ConfigError(f"a record of {title!r} has no figure; known: {', '.join(KNOWN_TITLES)}")
-    policies = [facts["policy"] for facts in record["facts"]["policies"]]
+    by_policy: dict[str, dict[str, Sequence[float]]] = {}
     medians: dict[str, list[float]] = {}
-    samples_by_kernel = {}
-    for name, values in samples.items():
-        for policy in policies:
-            if name.startswith(f"{policy} "):
-                kernel = name.removeprefix(f"{policy} ")
-                samples_by_kernel[kernel, policy] = values
-                medians.setdefault(kernel, []).append(statistics.median(values))
-    kernels = sorted(medians, key=lambda kernel: statistics.median(medians[kernel]))
-    return Chart(kernels, policies, samples_by_kernel, "ms")
+    for policy in (facts["policy"] for facts in record["facts"]["policies"]):
+        names = {name.removeprefix(f"{policy} "): name for name in samples}
+        by_policy[policy] = {row: samples[name] for row, name in names.items() if row != name}
+        for row, values in by_policy[policy].items():
+            medians.setdefault(row, []).append(statistics.median(values))
+    return Chart(sorted(medians, key=lambda row: statistics.median(medians[row])), by_policy, "ms")
 
 
 def draw_chart(chart: Chart) -> Figure:
     """Medians, with bars between the quartiles."""
-    intervals: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for (row, label), samples in chart.samples.items():
-        intervals.setdefault(label, {})[row] = _quartiles(samples)
-    series = [
-        IntervalSeries(label, indexed_style(number), intervals[label])
-        for number, label in enumerate(chart.series)
-    ]
+    series = []
+    for number, (label, samples) in enumerate(chart.samples.items()):
+        stats = {row: timing_stats(values) for row, values in samples.items()}
+        intervals = {
+            row: (each["low"], each["median"], each["high"]) for row, each in stats.items()
+        }
+        series.append(IntervalSeries(label, indexed_style(number), intervals))
     return interval_chart(chart.rows, series, chart.unit)
-
-
-def _quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    if len(samples) < 2:
-        return samples[0], samples[0], samples[0]
-    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return low, statistics.median(samples), high

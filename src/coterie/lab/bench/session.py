@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +20,10 @@ from coterie.lab.bench.baselines import BaselineError, BaselineProcess, Resolved
 from coterie.lab.bench.interleaved import ProgressCallback, Repeat, Sample
 from coterie.lab.bench.shapes import ModelShape
 from coterie.lab.records import Measurement, measurements_ms, median_ratio
+from coterie.loading.free_memory import free_memory
 from coterie.values import Routing, Slab
 
+RESERVED_BYTES = 2 << 30  # bytes left free by default
 NUM_ROUTINGS = 4  # routings in rotation
 FLUSH_BYTES = 128 << 20  # read before each kernel, to flush the processor cache
 MIN_REPEATS, MAX_SECONDS = 3, 4.0  # a slow kernel stops after both
@@ -116,7 +117,7 @@ class TimingSession:
     result: LayerBenchResult
     folder: Path
     include_slow: bool
-    kernels: dict[str, tuple[ResolvedBaseline, BaselineProcess, str]] = field(default_factory=dict)
+    kernels: dict[str, tuple[BaselineProcess, str]] = field(default_factory=dict)
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
     def __post_init__(self) -> None:
@@ -133,11 +134,10 @@ class TimingSession:
                 process = BaselineProcess(resolved, self.folder, threads=self.config.threads)
                 stack.enter_context(process)
                 process.wait_until_ready()
-                self._register(resolved, process)
+                self._register(process)
             except BaselineError as error:
                 self._drop_baseline(resolved, error)
-        names = {resolved.baseline.name for resolved, _, _ in self.kernels.values()}
-        self.result.sessions.append(sorted(names))
+        self.result.sessions.append(sorted({p.baseline.name for p, _ in self.kernels.values()}))
 
     def measure(self, policy: str, number: int, done: Sequence[Repeat]) -> Sample:
         """Seconds of every kernel on one routing, in random order."""
@@ -152,11 +152,11 @@ class TimingSession:
             if kernel in (READ, OURS):
                 times[kernel] = self._time_local(kernel, x, routing)
             elif kernel in self.kernels:  # its baseline may have failed in this repeat
-                resolved, process, name = self.kernels[kernel]
+                process, name = self.kernels[kernel]
                 try:
                     times[kernel] = process.time_kernel(name, case)
                 except BaselineError as error:
-                    self._drop_baseline(resolved, error)
+                    self._drop_baseline(process.resolved, error)
         return times
 
     def _time_local(self, kernel: str, x: Tensor, routing: Routing) -> float:
@@ -167,39 +167,24 @@ class TimingSession:
             ops.run_experts(x, routing, self.slab)
         return time.perf_counter() - start
 
-    def _register(self, resolved: ResolvedBaseline, process: BaselineProcess) -> None:
-        self.result.versions[resolved.baseline.name] = process.versions
+    def _register(self, process: BaselineProcess) -> None:
+        baseline = process.baseline
+        self.result.versions[baseline.name] = process.versions
         for name in process.kernels:
-            if name in resolved.baseline.slow_kernels and not self.include_slow:
-                continue
-            label = f"{resolved.baseline.name} {name}"
-            self.result.errors[label] = self._checked_error(resolved, process, name)
-            self.kernels[label] = (resolved, process, name)
+            if self.include_slow or name not in baseline.slow_kernels:
+                label = f"{baseline.name} {name}"
+                self.result.errors[label] = self._checked_error(process, name)
+                self.kernels[label] = (process, name)
 
-    def _checked_error(
-        self, resolved: ResolvedBaseline, process: BaselineProcess, name: str
-    ) -> float:
-        """The largest error over one case of each policy, relative to ours or self-reported."""
+    def _checked_error(self, process: BaselineProcess, name: str) -> float:
+        """The largest error over one case of each policy."""
         cases = range(0, len(self.config.policies) * NUM_ROUTINGS, NUM_ROUTINGS)
-        if resolved.baseline.returns_output:
-            file = self.folder / f"{resolved.baseline.name}.npy"
-            errors = [self._relative_error(c, process.output(name, c, file)) for c in cases]
-        else:
-            errors = [process.relative_error(name, case) for case in cases]
-        worst = max(errors)
+        worst = max(process.relative_error(name, case) for case in cases)
         if not worst <= MAX_RELATIVE_ERROR[self.config.dtype]:  # also true for NaN
             raise BaselineError(
-                f"{resolved.baseline.name} {name} is wrong: relative error {worst:.1%}"
+                f"{process.baseline.name} {name} is wrong: relative error {worst:.1%}"
             )
         return worst
-
-    def _relative_error(self, case: int, output: np.ndarray) -> float:
-        """Infinite if the shape is wrong or a value is not finite."""
-        x, routing = self.cases[self.config.policies[case // NUM_ROUTINGS]][case % NUM_ROUTINGS]
-        expected = ops.run_experts(x, routing, self.slab)
-        if output.shape != tuple(expected.shape) or not np.isfinite(output).all():
-            return float("inf")
-        return float((torch.from_numpy(output) - expected).norm() / expected.norm())
 
     def _drop_baseline(self, resolved: ResolvedBaseline, error: BaselineError) -> None:
         if resolved.required:
@@ -209,7 +194,9 @@ class TimingSession:
         self.result.versions.pop(name, None)
         for names in self.result.sessions:
             names[:] = [other for other in names if other != name]
-        for label in [label for label, (other, _, _) in self.kernels.items() if other is resolved]:
+        for label in [
+            k for k, (process, _) in self.kernels.items() if process.resolved is resolved
+        ]:
             del self.kernels[label], self.result.errors[label]
 
 
@@ -217,3 +204,10 @@ def has_enough(kernel: str, policy: str, done: Sequence[Repeat]) -> bool:
     """Whether a slow kernel has taken its share of the time."""
     seconds = [repeat[policy][kernel] for repeat in done if kernel in repeat[policy]]
     return len(seconds) >= MIN_REPEATS and sum(seconds) > MAX_SECONDS
+
+
+def free_budget(shape: ModelShape) -> float:
+    """Bytes of this machine that are free next to a layer of this shape."""
+    free = free_memory(torch.device("cpu"))
+    reserved = RESERVED_BYTES + shape.layer.bytes
+    return 4.0 * 2**30 if free is None else float(free - reserved)

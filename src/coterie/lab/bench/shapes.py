@@ -10,6 +10,7 @@ from torch import Tensor
 from coterie.errors import ConfigError
 from coterie.families.diffusion_gemma import FAMILY as DIFFUSION_GEMMA
 from coterie.families.family import Family
+from coterie.families.llada2 import EDIT_IDS
 from coterie.families.llada2 import FAMILY as LLADA2
 from coterie.families.llada_moe import FAMILY as LLADA_MOE
 from coterie.families.sdar_moe import FAMILY as SDAR_MOE
@@ -118,6 +119,20 @@ _LLADA2_MINI = ModelSpec(
     tie_embeddings=False,
     max_length=32_768,
 )
+_LLADA22 = replace(
+    LLADA2,
+    defaults=replace(
+        LLADA2.defaults,
+        unmask="joint-edit",
+        edit_ids=(EDIT_IDS["delete_token_id"], EDIT_IDS["split_token_id"]),
+    ),
+)
+_LLADA22_MINI = replace(
+    _LLADA2_MINI,
+    rope_theta=3e6,
+    router=RouterSpec(256, 8, "sigmoid", True, 2.5, epsilon=1e-20, capacity=48),
+    max_length=131_072,
+)
 _LLADA2_FLASH = replace(
     _LLADA2_MINI,
     hidden=4096,
@@ -204,6 +219,7 @@ _TINY = replace(
 # as skewed as LLaDA2.0-mini's.
 SHAPES = {
     "llada2-mini": ModelShape("LLaDA2.0-mini", LLADA2, _LLADA2_MINI, unique_experts=84),
+    "llada2.2-mini": ModelShape("LLaDA2.2-mini", _LLADA22, _LLADA22_MINI, unique_experts=45),
     "llada2-flash": ModelShape("LLaDA2.0-flash", LLADA2, _LLADA2_FLASH, unique_experts=84),
     "llada-moe": ModelShape("LLaDA-MoE", LLADA_MOE, _LLADA_MOE, 59, betas=(0.6, 0.4)),
     "sdar-moe": ModelShape("SDAR-MoE", SDAR_MOE, _SDAR, unique_experts=63),

@@ -2,12 +2,11 @@
 
 It imports numpy and the baseline's packages, and not Coterie, which its environment may lack.
 FOLDER contains ``work.json`` (sizes of the layer, dtype, seed, threads) and ``cases.npz``:
-x [C, T, H] fp32, ids [C, T, k] and weights [C, T, k] of C routed blocks.
+x [C, T, H] fp32, ids [C, T, k], weights [C, T, k] and expected output [C, T, H] of C routed blocks.
 
 It writes ``ready {..}`` with its kernels and versions, then one reply per line of input:
-``time KERNEL CASE``: seconds; ``keep KERNEL CASE FILE``: ``kept``, after writing the output [T, H]
-to a .npy file; ``check KERNEL CASE``: the relative error, for a baseline that cannot return its
-output. An error is reported as ``failed ..`` and ends the process.
+``time KERNEL CASE``: seconds; ``check KERNEL CASE``: the relative error. An error is reported as
+``failed ..`` and ends the process.
 """
 
 from __future__ import annotations
@@ -48,22 +47,22 @@ class LayerWorkload:
 
 @dataclass(frozen=True)
 class TimedCase:
-    """One routed block: x [T, H] fp32, ids and weights [T, k]."""
+    """One routed block: x [T, H] fp32, ids and weights [T, k], the output [T, H] of our kernel."""
 
     x: np.ndarray
     ids: np.ndarray
     weights: np.ndarray
+    expected: np.ndarray
 
 
 @dataclass(frozen=True)
 class BaselineRunner:
-    """The functions of a baseline: it has either ``output`` or ``relative_error``."""
+    """The functions of a baseline; both get a kernel and the number of a case."""
 
     kernels: tuple[str, ...]
     time_kernel: Callable[[str, int], float]
+    relative_error: Callable[[str, int], float]
     packages: tuple[str, ...]
-    output: Callable[[str, int], np.ndarray] | None = None
-    relative_error: Callable[[str, int], float] | None = None
 
 
 def make_experts(workload: LayerWorkload) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +78,7 @@ def read_workload(folder: Path) -> tuple[LayerWorkload, list[TimedCase]]:
     """The layer and the cases of a folder."""
     workload = LayerWorkload(**json.loads((folder / "work.json").read_text(encoding="utf-8")))
     with np.load(folder / "cases.npz") as arrays:
-        parts = [arrays[name] for name in ("x", "ids", "weights")]
+        parts = [arrays[name] for name in ("x", "ids", "weights", "expected")]
     return workload, [TimedCase(*arrays_of_case) for arrays_of_case in zip(*parts, strict=True)]
 
 
@@ -106,15 +105,16 @@ def write_line(stream: TextIO, line: str) -> None:
 
 
 def answer(runner: BaselineRunner, fields: list[str]) -> str:
-    command, name, case, *rest = fields
-    if command == "time":
-        return repr(runner.time_kernel(name, int(case)))
-    if command == "check" and runner.relative_error is not None:
-        return repr(runner.relative_error(name, int(case)))
-    if command == "keep" and runner.output is not None:
-        np.save(rest[0], runner.output(name, int(case)))
-        return "kept"
-    raise ValueError(f"cannot {command}")
+    command, name, case = fields
+    functions = {"time": runner.time_kernel, "check": runner.relative_error}
+    return repr(functions[command](name, int(case)))
+
+
+def output_error(output: np.ndarray, expected: np.ndarray) -> float:
+    """The relative error; infinite if the shape is wrong or a value is not finite."""
+    if output.shape != expected.shape or not np.isfinite(output).all():
+        return float("inf")
+    return float(np.linalg.norm(output - expected) / np.linalg.norm(expected))
 
 
 def torch_baseline(
@@ -133,11 +133,8 @@ def torch_baseline(
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[workload.dtype]
 
         def repeat_experts(distinct: np.ndarray) -> Tensor:
-            source = torch.from_numpy(distinct).to(dtype)
-            experts = torch.empty(workload.experts, *source.shape[1:], dtype=dtype)
-            for expert in range(workload.experts):
-                experts[expert] = source[expert % DISTINCT_EXPERTS]
-            return experts
+            copied = torch.arange(workload.experts) % DISTINCT_EXPERTS
+            return torch.from_numpy(distinct).to(dtype)[copied]
 
         up, down = make_experts(workload)
         kernels = make_kernels(workload, (repeat_experts(up), repeat_experts(down)))
@@ -156,11 +153,12 @@ def torch_baseline(
                 kernels[name](*inputs[case])
                 return time.perf_counter() - start
 
-        def output(name: str, case: int) -> np.ndarray:
+        def error(name: str, case: int) -> float:
             with torch.inference_mode():
-                return kernels[name](*inputs[case]).float().numpy()
+                output = kernels[name](*inputs[case]).float().numpy()
+            return output_error(output, cases[case].expected)
 
-        return BaselineRunner(tuple(kernels), seconds, packages, output=output)
+        return BaselineRunner(tuple(kernels), seconds, error, packages)
 
     return start_baseline
 

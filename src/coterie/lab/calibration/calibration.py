@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from coterie.errors import ConfigError, CoterieError
+from coterie.keys import Key, to_json
 from coterie.lab.calibration.measurement import (
     POLICIES_PER_PASS,
     VANILLA,
@@ -31,17 +33,17 @@ class MeasuredPolicy:
     estimate: Estimate
 
     def to_dict(self) -> dict[str, object]:
-        return {"policy": self.policy, **self.estimate.to_dict()}
+        return {"policy": self.policy, **to_json(self.estimate)}
 
 
 @dataclass(frozen=True)
 class FrontierPoint:
     """One policy of the frontier, measured on the forwards of vanilla routing."""
 
-    policy: str
     protect: float
-    experts: Estimate
-    loss: Estimate
+    policy: Annotated[str, Key("policy")]
+    experts: Annotated[Estimate, Key("experts")]
+    loss: Annotated[Estimate, Key("loss")]
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,19 @@ class Calibration:
     frontier_points: tuple[FrontierPoint, ...]  # of MC-MoE, else empty
     run: PolicyRun  # of the selected policy, on the same prompts as ``vanilla``
     vanilla: PolicyRun
+
+    def describe(self) -> list[str]:
+        """The policy, its cost, and a warning where the search was not monotonic."""
+        value, interval = self.achieved.format()
+        noun, n = self.target.spec.description, self.achieved.n
+        lines = [
+            f"{self.policy} meets {self.target}: {noun} {value} ({interval}) "
+            f"on {n} prompt{'s' * (n != 1)}",
+            f"its decoding: {self.run.describe()}; vanilla: {self.vanilla.describe()}",
+        ]
+        if not self.is_monotonic:
+            lines.append(f"{noun} is not monotonic in this search: another policy may do as well")
+        return lines
 
 
 def calibrate(
@@ -156,7 +171,7 @@ def find_frontier(
         raise last_error
     estimates = evaluator.estimate_on_trace(list(policy_of.values()), with_loss=True)
     return [
-        FrontierPoint(policy, protect, estimate["experts"], estimate["loss"])
+        FrontierPoint(protect, policy, estimate["experts"], estimate["loss"])
         for (protect, policy), estimate in zip(policy_of.items(), estimates, strict=True)
     ]
 

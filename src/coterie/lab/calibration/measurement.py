@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from coterie.routing import needs_importance, parse_policy, route
 from coterie.telemetry import routing_stats
 from coterie.values import Policy
 
+Step = TypeVar("Step")
 LayerCallback = Callable[[LayerObservation, int], None]  # and the prompt index of its row 0
 PromptProgressCallback = Callable[[str, int, int], None]  # activity, finished prompts, all prompts
 TraceEstimates = Mapping[TargetKind, Estimate]  # "experts", "mass" and maybe "loss"
@@ -54,10 +55,10 @@ class PolicyRun:
             forwards_per_block=sum(r.forwards for r in results) / sum(r.blocks for r in results),
         )
 
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> PolicyRun:
-        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return PolicyRun(**{**values, **lists})
+    def describe(self) -> str:
+        score = f", {sum(self.correct)} of {len(self.correct)} correct" if self.correct else ""
+        experts, forwards = self.experts_estimate().value, self.forwards_per_block
+        return f"{experts:.1f} experts a layer, {forwards:.2f} forwards a block{score}"
 
     def experts_estimate(self) -> Estimate:
         mean = sum(self.experts) / max(1, sum(self.forwards))
@@ -95,7 +96,7 @@ class PolicyEvaluator:
             pairs = zip(graders, results, strict=False)
             correct = tuple(bool(grader and grader(result.text)) for grader, result in pairs)
             self.journal.add(step, asdict(PolicyRun.of(results, correct)))
-        return PolicyRun.from_dict(self.journal.steps[step])
+        return _with_tuples(PolicyRun, self.journal.steps[step])
 
     def measure_on_trace(self, kind: TargetKind, policies: Sequence[str]) -> list[Estimate]:
         """One estimate per policy from ``estimate_on_trace``."""
@@ -120,12 +121,10 @@ class PolicyEvaluator:
         missing = [policy for policy in policies if steps[policy] not in self.journal.steps]
         measured = self._measure_on_vanilla(missing, with_loss=with_loss) if missing else []
         for policy, estimates in zip(missing, measured, strict=True):
-            values = {kind: estimate.to_dict() for kind, estimate in estimates.items()}
+            values = {kind: asdict(estimate) for kind, estimate in estimates.items()}
             self.journal.add(steps[policy], values)
-        return [
-            {kind: Estimate.from_dict(v) for kind, v in self.journal.steps[steps[policy]].items()}
-            for policy in policies
-        ]
+        stored = [self.journal.steps[steps[policy]].items() for policy in policies]
+        return [{kind: _with_tuples(Estimate, v) for kind, v in values} for values in stored]
 
     def _measure_on_vanilla(
         self, policies: Sequence[str], *, with_loss: bool
@@ -192,6 +191,11 @@ class PolicyEvaluator:
                 on_result=on_result,
             )
         return results
+
+
+def _with_tuples(cls: Callable[..., Step], values: Mapping[str, Any]) -> Step:
+    """A dataclass from ``asdict`` after a round trip through JSON, which turns tuples to lists."""
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _trace_estimates(sums: Tensor, with_loss: bool) -> TraceEstimates:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from coterie.checkpoints.fingerprint import fingerprint
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import ConfigError, CoterieError, SpecError
+from coterie.keys import Key, from_json, names_of, to_json
 from coterie.lab.calibration.calibration import TRACE_KINDS, Calibration
 from coterie.lab.calibration.measurement import PolicyEvaluator, PolicyRun
 from coterie.lab.records import make_record
@@ -22,43 +24,61 @@ DECODING_FIELDS = ("block", "plan", "unmask", "commit", "prefill", "drift")
 
 
 @dataclass(frozen=True)
+class ModelIdentity:
+    """The properties of a model that a calibration depends on."""
+
+    name: Annotated[str, Key("name")]
+    fingerprint: Annotated[str, Key("fingerprint")]
+    layers: Annotated[int, Key("layers")]  # MoE layers
+    experts: Annotated[int, Key("experts")]
+    dtype: Annotated[str, Key("dtype")] = ""
+    expert_format: Annotated[str | None, Key("expert_format")] = None  # None: not quantized
+
+    @staticmethod
+    def of(model: Model) -> ModelIdentity:
+        expert_format = model.spec.expert_format
+        return ModelIdentity(
+            name=model.name,
+            fingerprint="" if model.folder is None else fingerprint(model.folder),
+            layers=len(model.spec.moe_layers),
+            experts=model.spec.router.experts,
+            dtype=str(model.transformer.dtype).removeprefix("torch."),
+            expert_format=None if expert_format is None else str(expert_format),
+        )
+
+
+@dataclass(frozen=True)
 class CalibratedPolicy:
     """A policy read from a file, and the model and options that it was calibrated for."""
 
     path: Path
     policy: str
-    model_name: str
-    fingerprint: str
-    layers: int  # MoE layers
-    experts: int
-    generation: Mapping[str, object] = field(default_factory=dict)
-    expert_format: str | None = None  # None: not quantized
+    model: ModelIdentity
+    generation: Mapping[str, object]
 
     def check_model(self, model: Model, generation: GenerationConfig) -> list[str]:
         """Warnings about other weights or other decoding options.
 
         Raises ConfigError if the model has another number of MoE layers or experts.
         """
-        actual = model_identity(model)
-        if (self.layers, self.experts) != (actual["layers"], actual["experts"]):
+        stored, actual = self.model, ModelIdentity.of(model)
+        if (stored.layers, stored.experts) != (actual.layers, actual.experts):
             raise ConfigError(
-                f"{self.path}: calibrated for {self.layers} routing layers of {self.experts} "
-                f"experts ({self.model_name}), but {model.name} has {actual['layers']} of "
-                f"{actual['experts']}; calibrate again, or give the policy: {self.policy}"
+                f"{self.path}: calibrated for {stored.layers} routing layers of {stored.experts} "
+                f"experts ({stored.name}), but {model.name} has {actual.layers} of "
+                f"{actual.experts}; calibrate again, or give the policy: {self.policy}"
             )
         current = generation.document()
         changes = [
-            f"{key}={stored} (now {current[key]})"
+            f"{key}={value} (now {current[key]})"
             for key in DECODING_FIELDS
-            if (stored := self.generation.get(key, current[key])) != current[key]
+            if (value := self.generation.get(key, current[key])) != current[key]
         ]
         differences = []
-        if self.fingerprint != actual["fingerprint"]:
-            differences.append(f"on other weights ({self.model_name})")
-        if self.expert_format != actual["expert_format"]:
-            before, now = (
-                text or "whole" for text in (self.expert_format, actual["expert_format"])
-            )
+        if stored.fingerprint != actual.fingerprint:
+            differences.append(f"on other weights ({stored.name})")
+        if stored.expert_format != actual.expert_format:
+            before, now = (each.expert_format or "whole" for each in (stored, actual))
             differences.append(f"with experts {before} (now {now})")
         if changes:
             differences.append(f"with {', '.join(changes)}")
@@ -81,18 +101,14 @@ def read_calibrated_policy(path: Path | str) -> CalibratedPolicy:
         part if isinstance(part := content.get(key), dict) else {}
         for key in ("model", "generation")
     )
-    name, digest = model.get("name"), model.get("fingerprint")
-    layers, experts = model.get("layers"), model.get("experts")
-    expert_format = model.get("expert_format")
-    expert_format = expert_format if isinstance(expert_format, str) else None
-    if not (isinstance(name, str) and isinstance(digest, str)) or not (
-        isinstance(layers, int) and isinstance(experts, int)
-    ):
+    known = {key: model[key] for key in names_of(ModelIdentity) if key in model}
+    required = {"name": str, "fingerprint": str, "layers": int, "experts": int}
+    if not all(isinstance(known.get(key), kind) for key, kind in required.items()):
         raise ConfigError(
             f'{path}: no "model" with name, fingerprint, layers and experts in it; '
             f"give the policy itself: {policy}"
         )
-    return CalibratedPolicy(path, policy, name, digest, layers, experts, generation, expert_format)
+    return CalibratedPolicy(path, policy, from_json(ModelIdentity, known), generation)
 
 
 def calibration_record(
@@ -114,7 +130,7 @@ def calibration_record(
             if target.kind in TRACE_KINDS
             else "decoding to the end under each policy",
         },
-        "achieved": calibration.achieved.to_dict(),
+        "achieved": to_json(calibration.achieved),
         "beyond": None if neighbor is None else neighbor.to_dict(),
         "ordered": calibration.is_monotonic,
         "decoding": {
@@ -123,10 +139,7 @@ def calibration_record(
         },
         **evaluation_conditions(evaluator),
         "search": [step.to_dict() for step in calibration.steps],
-        "frontier": [
-            {"policy": p.policy, "experts": p.experts.to_dict(), "loss": p.loss.to_dict()}
-            for p in calibration.frontier_points
-        ],
+        "frontier": to_json(calibration.frontier_points),
         **common,
     }
 
@@ -135,24 +148,11 @@ def evaluation_conditions(evaluator: PolicyEvaluator) -> dict[str, object]:
     """What every measurement of the evaluator depends on, by the keys of the record."""
     model = evaluator.engine.model
     return {
-        "model": model_identity(model),
+        "model": to_json(ModelIdentity.of(model)),
         "prompts": evaluator.prompt_set.to_dict(),
         "generation": {**evaluator.engine.generation.document(), **evaluator.options},
         "rows": evaluator.batch_size,
         "memory": None if (memory := model.memory_config) is None else memory.to_dict(),
-    }
-
-
-def model_identity(model: Model) -> dict[str, object]:
-    """The properties of a model that a calibration depends on."""
-    expert_format = model.spec.expert_format
-    return {
-        "name": model.name,
-        "fingerprint": "" if model.folder is None else fingerprint(model.folder),
-        "layers": len(model.spec.moe_layers),
-        "experts": model.spec.router.experts,
-        "dtype": str(model.transformer.dtype).removeprefix("torch."),
-        "expert_format": None if expert_format is None else str(expert_format),
     }
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 from coterie.errors import ConfigError
+from coterie.keys import Key
 from coterie.specs import Bounds
 
 TargetKind = Literal["experts", "mass", "loss", "drop"]
@@ -17,19 +17,16 @@ VALUE_FORMAT = "{:.4g}"
 class Estimate:
     """The measured value of a policy, with its 95 % interval over ``n`` prompts."""
 
-    value: float
-    interval: tuple[float, float]
-    n: int
-    experts: float | None = None  # unique experts a layer in the same run
+    value: Annotated[float, Key("value")]
+    interval: Annotated[tuple[float, float], Key("interval")]
+    n: Annotated[int, Key("n")]
+    # Unique experts a layer in the same run.
+    experts: Annotated[float | None, Key("experts")] = None
 
-    def to_dict(self) -> dict[str, object]:
-        interval = list(self.interval)
-        return {"value": self.value, "interval": interval, "n": self.n, "experts": self.experts}
-
-    @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> Estimate:
-        low, high = values["interval"]
-        return Estimate(**{**values, "interval": (low, high)})
+    def format(self) -> tuple[str, str]:
+        """The value and its interval, as text."""
+        low, high = self.interval
+        return f"{self.value:.4g}", f"{low:.4g} to {high:.4g}"
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -13,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from coterie.engine.generation_config import GenerationConfig
-from coterie.errors import TaskError
+from coterie.errors import ConfigError, TaskError
 from coterie.files import atomic_write
 from coterie.keys import Key, from_json, keys_of, names_of, to_json
 from coterie.lab.evals.traffic import AnswerTraffic
+from coterie.lab.journal import LockedFile
 from coterie.routing import update_policy_text
 
 ANSWERS_FILE, RUN_FILE = "items.jsonl", "run.json"
@@ -28,7 +27,9 @@ FIELDS = {  # of options, by key of ``run.json``
     "memory": "expert_memory", "lasts": "reset_every", "coarse": "fallback_model",
     "warm": "warm_start", "imagined": "simulated",
 }  # fmt: skip
-NON_FINITE = re.compile(r"\b(?:NaN|infinite|not finite)\b")
+ITEM_ERROR = re.compile(
+    r"\b(?:NaN|infinite|not finite)\b|^the (?:prompt cannot be read|answer has no text): "
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class Answer:
 
     @property
     def is_final(self) -> bool:
-        """False for an error of an earlier version that says nothing about the model."""
-        return self.error is None or bool(NON_FINITE.search(self.error))
+        """False for an error of an earlier version that says nothing about the item."""
+        return self.error is None or bool(ITEM_ERROR.search(self.error))
 
 
 class AnswerLog:
@@ -84,19 +85,17 @@ class AnswerLog:
         run_config: Mapping[str, object],
         on_remark: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Raises TaskError if the folder holds another run or is in use."""
+        """Raises TaskError if the folder holds another run, and ConfigError if it is in use."""
         self.answers: dict[AnswerKey, Answer] = {}
-        self._path = None if folder is None else folder / ANSWERS_FILE
-        self._file = -1
-        if folder is None or self._path is None:
+        self._file: LockedFile | None = None
+        if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = LockedFile(folder / ANSWERS_FILE)
         try:
-            self._acquire_lock(folder)
-            content = self._path.read_bytes()
+            content = self._file.read()
             _check_same_run(folder, run_config, is_new=not content.strip(b"\0\n"))
-            self._read_answers(content, on_remark)
+            self._read_answers(self._file, content, on_remark)
         except BaseException:
             self.close()
             raise
@@ -109,9 +108,8 @@ class AnswerLog:
 
     def close(self) -> None:
         """Unlocks the folder."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        if self._file is not None:
+            self._file.close()
 
     def add(self, answers: Sequence[Answer]) -> None:
         """Appends answers; they are on disk when this returns.
@@ -121,34 +119,22 @@ class AnswerLog:
         for answer in answers:
             if answer.key in self.answers:
                 raise RuntimeError(f"answered twice: {answer.key}")
-            self._append(_encode_answer(answer))
+            if self._file is not None:
+                self._append(self._file, _encode_answer(answer), sync=answer is answers[-1])
             self.answers[answer.key] = answer
-        if self._path is not None and answers:
-            os.fsync(self._file)
 
-    def _append(self, line: bytes) -> None:
-        if self._path is None:
-            return
-        end = os.fstat(self._file).st_size
+    def _append(self, file: LockedFile, line: bytes, *, sync: bool) -> None:
         try:
-            while line:
-                line = line[os.write(self._file, line) :]
-        except OSError as error:
-            os.ftruncate(self._file, end)
+            file.append(line, sync=sync)
+        except ConfigError as error:
             raise TaskError(
-                f"{self._path}: {error.strerror}; {len(self.answers)} answers are stored, and the "
-                "same command continues from them"
+                f"{error}; {len(self.answers)} answers are stored, and the same command continues "
+                "from them"
             ) from None
 
-    def _acquire_lock(self, folder: Path) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TaskError(
-                f"{folder}: in use by another process; wait for it or use another folder"
-            ) from None
-
-    def _read_answers(self, content: bytes, on_remark: Callable[[str], None]) -> None:
+    def _read_answers(
+        self, file: LockedFile, content: bytes, on_remark: Callable[[str], None]
+    ) -> None:
         """Reads all lines. A damaged last line, of a kill or a power cut, is removed.
 
         An answer that is not final is left out: its item is asked again, and a later line holds it.
@@ -161,16 +147,16 @@ class AnswerLog:
             answer = _decode_answer(line)
             if answer is None:
                 raise TaskError(
-                    f"{self._path}: line {number} is not an answer of a run; delete it, and the "
+                    f"{file.path}: line {number} is not an answer of a run; delete it, and the "
                     "same command asks its item again"
                 )
             if answer.key in self.answers:
-                raise TaskError(f"{self._path}: line {number} repeats {' '.join(answer.key)}")
+                raise TaskError(f"{file.path}: line {number} repeats {' '.join(answer.key)}")
             if answer.is_final:
                 self.answers[answer.key] = answer
         if damaged:
-            os.ftruncate(self._file, len(content) - len(damaged))
-            on_remark(f"{self._path}: the damaged last line, {len(lines) + 1}, is dropped")
+            file.truncate(len(content) - len(damaged))
+            on_remark(f"{file.path}: the damaged last line, {len(lines) + 1}, is dropped")
 
 
 def answer_from_dict(values: Mapping[str, Any]) -> Answer:

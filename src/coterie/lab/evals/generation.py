@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from coterie.engine.engine import Engine
 from coterie.engine.events import Finished, Result
-from coterie.engine.generation_config import GenerationConfig
-from coterie.errors import NonFiniteLogitsError
+from coterie.engine.generation_config import GenerationConfig, check_prompt
+from coterie.errors import AnswerTextError, GenerationError, NonFiniteLogitsError, TokenizerError
 from coterie.lab.evals.task import Item, Task
 from coterie.values import Policy
 
@@ -29,7 +29,9 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class GenerationOutcome:
-    """A result, or the reason why the model's logits were not finite.
+    """A result, or the reason why there is none.
+
+    The reasons are logits that are not finite, an unreadable prompt, and an answer without text.
 
     A prompt that leaves no room for an answer has neither, and no ``row`` of the engine.
     ``seconds`` is the generation time since the previous outcome.
@@ -48,7 +50,7 @@ def generate_outcomes(
     """Yields the outcomes of each step that has any; ``seconds`` excludes the caller's work.
 
     ``max_new_tokens`` is cut to what fits beside the prompt. Closing the iterator cancels its rows.
-    Raises every error of the engine but non-finite logits.
+    Raises every error of the engine but non-finite logits and those of one item's text.
     """
     waiting, active, seconds = deque(requests), dict[int, EvalRequest](), 0.0
     retries = deque[EvalRequest]()
@@ -61,11 +63,11 @@ def generate_outcomes(
             queue, room = (waiting, batch_size) if waiting or active else (retries, 1)
             while queue and len(active) < room:
                 request = queue.popleft()
-                number = _submit(engine, request, policy)
-                if number is None:
-                    outcomes.append(GenerationOutcome(request, None, None))
+                submitted = _submit(engine, request, policy)
+                if isinstance(submitted, GenerationOutcome):
+                    outcomes.append(submitted)
                 else:
-                    active[number] = request
+                    active[submitted] = request
             if active:
                 outcomes += _step(engine, active, retries)
             seconds += time.perf_counter() - start
@@ -78,12 +80,16 @@ def generate_outcomes(
             engine.cancel(row)
 
 
-def _submit(engine: Engine, request: EvalRequest, policy: str | Policy) -> int | None:
-    """The engine's row; None for a prompt that leaves no room for an answer."""
-    ids = engine.model.tokenizer.encode(request.task.prompt(request.item))
+def _submit(engine: Engine, request: EvalRequest, policy: str | Policy) -> int | GenerationOutcome:
+    """The engine's row; the outcome of a prompt that is unreadable or leaves no room."""
+    try:
+        ids = engine.model.tokenizer.encode(request.task.prompt(request.item))
+        check_prompt(ids, engine.model.mask_id, engine.model.spec.vocabulary)
+    except (GenerationError, TokenizerError) as error:
+        return GenerationOutcome(request, None, f"the prompt cannot be read: {error}")
     generation = request.generation.fit(len(ids), engine.model.spec.max_length)
     if generation is None:
-        return None
+        return GenerationOutcome(request, None, None)
     return engine.submit(ids, policy=policy, **generation.document())
 
 
@@ -93,6 +99,10 @@ def _step(
     """The finished requests, removed from ``active``; those of a failed group go to ``retries``."""
     try:
         events = engine.step()
+    except AnswerTextError as error:
+        reason = f"the answer has no text: {error}"
+        ended = [(row, active.pop(row)) for row in error.rows if row in active]
+        return [GenerationOutcome(request, None, reason, row=row) for row, request in ended]
     except NonFiniteLogitsError as error:
         for row in error.rows:
             engine.cancel(row)

@@ -70,9 +70,13 @@ class GradingJob:
         return task.grade(output.output, item)
 
 
-def read_outputs(text: str, source: str) -> list[OutputToGrade]:
+def read_outputs(content: bytes, source: str) -> list[OutputToGrade]:
     """Parses all lines; raises TaskError with the first line that cannot be read."""
-    lines = enumerate(text.split("\n"), start=1)
+    try:
+        lines = enumerate(content.decode("utf-8-sig").split("\n"), start=1)
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise TaskError(f"{source}, line {number}: not UTF-8") from None
     outputs = [_parse_output(number, line, source) for number, line in lines if line.strip()]
     if not outputs:
         raise TaskError(f"{source}: empty; {EXPECTED_LINE}")

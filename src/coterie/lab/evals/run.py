@@ -225,7 +225,9 @@ class _Scheduler:
         for outcomes in generate_outcomes(
             self.engine, own_requests, variant.policy, batch_size=self.batch_size
         ):
-            pending += [(outcome, self.graders.submit(_grade, outcome)) for outcome in outcomes]
+            pending += [
+                (outcome, self.graders.submit(grade_outcome, outcome)) for outcome in outcomes
+            ]
             ready = [entry for entry in pending if entry[1].done() or not in_background]
             yield _graded(variant, ready)
             pending = [entry for entry in pending if not any(entry is one for one in ready)]
@@ -253,7 +255,8 @@ def _grades_in_background(engine: Engine) -> bool:
     return engine.model.transformer.device.type != "cpu"
 
 
-def _grade(outcome: GenerationOutcome) -> Grade:
+def grade_outcome(outcome: GenerationOutcome) -> Grade:
+    """The grade of an outcome; without a result it is wrong."""
     if outcome.result is None:
         return Grade(correct=False, extracted=None)
     return outcome.request.task.grade(outcome.result.text, outcome.request.item)
@@ -342,7 +345,7 @@ def _check_lengths(
 def _prompt_length(model: Model, request: EvalRequest) -> int:
     try:
         ids = model.tokenizer.encode(request.task.prompt(request.item))
-        check_prompt(ids, model.mask_id, model.spec.vocabulary)
+        check_prompt(ids, model.special_ids, model.spec.vocabulary)
     except ValueError as error:
         raise TaskError(f"task {request.task.name}, {request.item.id}: {error}") from None
     return len(ids)

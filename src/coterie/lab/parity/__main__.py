@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from coterie.errors import CoterieError
+from coterie.lab.parity.block_rules import block_rule_results, has_block_rules
 from coterie.lab.parity.canvas import CASES, canvas_deviations
 from coterie.lab.parity.forward import Deviation, forward_deviations
 from coterie.lab.parity.generation import ParityResult, generation_results
@@ -21,8 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     devices = [argument.removeprefix(DEVICE) for argument in arguments if argument not in folders]
     if not folders or any(folder.startswith("-") for folder in folders):
         print(
-            f"usage: scripts/parity [{DEVICE}cuda] SET [SET ...]   "
-            "(folders with reference.npz or cases.json)",
+            f"usage: scripts/parity [{DEVICE}cuda] SET [SET ...]   (folders of reference data)",
             file=sys.stderr,
         )
         return 0 if "--help" in arguments or "-h" in arguments else 2
@@ -61,6 +61,10 @@ def _result_lines(folder: Path, device: str) -> Iterator[tuple[bool, str]]:
         for deviation in canvas_deviations(folder, device):
             yield deviation.within_tolerance, _forward_line(deviation)
         return
+    if has_block_rules(folder):
+        yield from block_rule_results(folder, device)
+        if not (folder / "reference.npz").exists():
+            return
     for deviation in forward_deviations(folder, device):
         yield deviation.within_tolerance, _forward_line(deviation)
     for result in generation_results(folder, device):

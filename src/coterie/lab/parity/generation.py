@@ -71,15 +71,11 @@ def generation_results(folder: Path, device: str = "cpu") -> tuple[ParityResult,
 
 
 def _compare_run(run: RecordedRun, model: Model, mask_id: int, eos_id: int) -> list[ParityResult]:
-    for fields in (run.entry, run.parameters):
-        if fields.get("mask_id", mask_id) != mask_id:
-            raise CheckpointError(
-                f"{run.location}: mask_id is {fields['mask_id']!r}, not {mask_id}"
-            )
+    ReferenceParameters(run.location, run.entry).allow_only("mask_id", mask_id)
     algorithm = ALGORITHM_NAMES.get(run.family) or str(run.entry.get("algo"))
     parameters = ReferenceParameters(run.location, run.parameters)
     loop = make_loop(algorithm, parameters, mask_id=mask_id, eos_id=eos_id)
-    model = replace(model, mask_id=loop.mask_id, eos_ids=loop.stop_ids)
+    model = replace(model, mask_id=mask_id, eos_ids=loop.stop_ids)
     configs = loop.configs[:1] if run.excuse else loop.configs
     return [
         _compare_generation(run, loop, config, generate_run(model, config, run.prompts))

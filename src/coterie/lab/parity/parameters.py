@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from coterie.errors import CheckpointError
 
@@ -23,15 +24,10 @@ class ReferenceParameters:
     read_names: set[str] = field(default_factory=set)
 
     def integer(self, name: str, default: int | None = None) -> int:
-        value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self._error(name, value, ", not a whole number")
-        return value
+        return self._typed(name, default, int, "a whole number")
 
     def number(self, name: str, default: float | None = None) -> float:
-        value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self._error(name, value, ", not a number")
+        value = self._typed(name, default, (int, float), "a number")
         if not math.isfinite(value):
             raise self._error(name, value, "; it must be finite")
         return float(value)
@@ -47,10 +43,7 @@ class ReferenceParameters:
             raise self._error(name, value, f"; supported: {' or '.join(map(repr, supported))}")
 
     def flag(self, name: str, default: bool) -> bool:
-        value = self._get(name, default)
-        if not isinstance(value, bool):
-            raise self._error(name, value, ", not true or false")
-        return value
+        return self._typed(name, default, bool, "true or false")
 
     def choice(self, name: str, known: Mapping[str, object], default: str | None = None) -> str:
         value = self._get(name, default)
@@ -68,10 +61,9 @@ class ReferenceParameters:
         return ids
 
     def section(self, name: str) -> ReferenceParameters:
-        value = self._get(name, {})
-        if not isinstance(value, dict):
-            raise self._error(name, value, ", not an object")
-        return ReferenceParameters(f"{self.location}: {name}", value)
+        return ReferenceParameters(
+            f"{self.location}: {name}", self._typed(name, {}, dict, "an object")
+        )
 
     def has(self, name: str) -> bool:
         self.read_names.add(name)
@@ -82,6 +74,13 @@ class ReferenceParameters:
             raise CheckpointError(
                 f"{self.location}: unknown parameter {', '.join(map(repr, unknown))}"
             )
+
+    def _typed(self, name: str, default: object, kinds: Any, description: str) -> Any:
+        """A parameter of one of these types; a bool is not a number."""
+        value = self._get(name, default)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+            raise self._error(name, value, f", not {description}")
+        return value
 
     def _get(self, name: str, default: object, *, required: bool = True) -> object:
         self.read_names.add(name)

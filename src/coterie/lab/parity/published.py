@@ -37,15 +37,14 @@ class PublishedLoop:
     """The options that reproduce a published loop; equivalent ones where there are several."""
 
     configs: tuple[GenerationConfig, ...]
-    mask_id: int
-    stop_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...] = ()
     fills_after_stop: bool = False  # with end-of-text
 
 
 def make_loop(
     algorithm: str, parameters: ReferenceParameters, *, mask_id: int, eos_id: int
 ) -> PublishedLoop:
-    """The loop of a reference run; parameters may override ``mask_id`` and ``eos_id``.
+    """The loop of a reference run; parameters may override ``eos_id``, and repeat ``mask_id``.
 
     ``algorithm`` is the family, or for LLaDA-MoE the source that the run names.
     """
@@ -54,7 +53,8 @@ def make_loop(
         raise CheckpointError(
             f"{parameters.location}: unknown loop {algorithm!r}; known: {', '.join(LOOP_BUILDERS)}"
         )
-    loop = LOOP_BUILDERS[known[0]](algorithm, parameters, mask_id, eos_id)
+    parameters.allow_only("mask_id", mask_id)
+    loop = LOOP_BUILDERS[known[0]](algorithm, parameters, eos_id)
     if known[0] != "SDAR":
         parameters.allow_only("remasking", "low_confidence")
     for name in ("cfg_scale", "factor"):
@@ -78,21 +78,17 @@ def _generation(
     )
 
 
-def _llada(
-    algorithm: str, parameters: ReferenceParameters, mask_id: int, eos_id: int
-) -> PublishedLoop:
+def _llada(algorithm: str, parameters: ReferenceParameters, eos_id: int) -> PublishedLoop:
     """No cache; every block takes all of its steps, even after it is filled."""
     rule = _fixed_rule(parameters)
     plan = DecodePlan(NoCache(), Unroll(most=1, least=rule.steps))
     for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
         parameters.allow_only(name, False)
     config = _generation(parameters, plan, UnmaskStrategy(rule), "off")
-    return PublishedLoop((config,), parameters.integer("mask_id", mask_id), ())
+    return PublishedLoop((config,))
 
 
-def _fast_dllm(
-    algorithm: str, parameters: ReferenceParameters, mask_id: int, eos_id: int
-) -> PublishedLoop:
+def _fast_dllm(algorithm: str, parameters: ReferenceParameters, eos_id: int) -> PublishedLoop:
     """With a cache, every block takes at least two forwards: without, then with the cache."""
     plans = {
         "with_prefix_cache": DecodePlan(PrefixCache(), Unroll(1, 1)),
@@ -106,7 +102,7 @@ def _fast_dllm(
     else:
         rule = _fixed_rule(parameters)
     config = _generation(parameters, plan, UnmaskStrategy(rule), "off")
-    return PublishedLoop((config,), parameters.integer("mask_id", mask_id), ())
+    return PublishedLoop((config,))
 
 
 def _fixed_rule(parameters: ReferenceParameters) -> FixedRule:
@@ -121,16 +117,12 @@ def _fixed_rule(parameters: ReferenceParameters) -> FixedRule:
     return FixedRule(steps // blocks)
 
 
-def _dinfer(
-    algorithm: str, parameters: ReferenceParameters, mask_id: int, eos_id: int
-) -> PublishedLoop:
+def _dinfer(algorithm: str, parameters: ReferenceParameters, eos_id: int) -> PublishedLoop:
     """Every run has all parameters of the benchmark; each runner uses some of them."""
     schemes, smooth = _runner(parameters), _smooth(parameters)
     runner = parameters.choice("runner", schemes)
-    max_unroll, expected_tokens = (
-        parameters.integer("maximum_unroll", 4),
-        parameters.integer("expected_tpf", 8),
-    )
+    max_unroll = parameters.integer("maximum_unroll", 4)
+    expected_tokens = parameters.integer("expected_tpf", 8)
     p = parameters.threshold("threshold")
     rules: dict[str, UnmaskRule] = {
         "threshold": ThresholdRule(p),
@@ -147,10 +139,7 @@ def _dinfer(
     plan = DecodePlan(schemes[runner], Unroll(max(1, max_unroll), expected_tokens))
     fills_after_stop = parameters.flag("early_stop", True)  # false also ends the sequence
     config = _generation(parameters, plan, unmask, "block")
-    mask_id = parameters.integer("mask_id", mask_id)
-    return PublishedLoop(
-        (config,), mask_id, (parameters.integer("eos_id", eos_id),), fills_after_stop
-    )
+    return PublishedLoop((config,), (parameters.integer("eos_id", eos_id),), fills_after_stop)
 
 
 def _runner(parameters: ReferenceParameters) -> dict[str, CachingScheme]:
@@ -190,19 +179,15 @@ def _credit(parameters: ReferenceParameters) -> Credit:
     return credit
 
 
-def _llada20(
-    algorithm: str, parameters: ReferenceParameters, mask_id: int, eos_id: int
-) -> PublishedLoop:
+def _llada20(algorithm: str, parameters: ReferenceParameters, eos_id: int) -> PublishedLoop:
     max_steps = parameters.integer("gen_length") // parameters.integer("minimal_topk", 1)
     steps = max(1, min(parameters.integer("steps", 32), max_steps))
     rule = DynamicRule(parameters.threshold("threshold", 0.95), steps)
     stop: EarlyStop = "token" if parameters.flag("eos_early_stop", False) else "block"
-    return _block_causal(parameters, UnmaskStrategy(rule), stop, mask_id, eos_id)
+    return _block_causal(parameters, UnmaskStrategy(rule), stop, eos_id)
 
 
-def _llada21(
-    algorithm: str, parameters: ReferenceParameters, mask_id: int, eos_id: int
-) -> PublishedLoop:
+def _llada21(algorithm: str, parameters: ReferenceParameters, eos_id: int) -> PublishedLoop:
     parameters.integer("steps", 32)  # has no effect: every block runs until it converges
     parameters.integer("minimal_topk", 1)
     min_tokens = parameters.integer("num_to_transfer", 1)
@@ -210,14 +195,13 @@ def _llada21(
     max_post_steps = parameters.integer("max_post_steps", 16)
     edit = Edit(parameters.threshold("editing_threshold", 0.9), max_post_steps)
     stop: EarlyStop = "block" if parameters.flag("eos_early_stop", False) else "off"
-    return _block_causal(parameters, UnmaskStrategy(rule, edit), stop, mask_id, eos_id)
+    return _block_causal(parameters, UnmaskStrategy(rule, edit), stop, eos_id)
 
 
 def _block_causal(
     parameters: ReferenceParameters,
     unmask: UnmaskStrategy,
     stop: EarlyStop,
-    mask_id: int,
     eos_id: int,
 ) -> PublishedLoop:
     """The published loop has no cache; a cache must give the same result."""
@@ -225,13 +209,10 @@ def _block_causal(
         _generation(parameters, DecodePlan(scheme), unmask, stop)
         for scheme in (BlockCausalCache(), BlockCausalNoCache())
     )
-    mask_id = parameters.integer("mask_id", mask_id)
-    return PublishedLoop(configs, mask_id, (parameters.integer("eos_id", eos_id),))
+    return PublishedLoop(configs, (parameters.integer("eos_id", eos_id),))
 
 
-def _sdar(
-    algorithm: str, parameters: ReferenceParameters, mask_id: int, eos_id: int
-) -> PublishedLoop:
+def _sdar(algorithm: str, parameters: ReferenceParameters, eos_id: int) -> PublishedLoop:
     steps, p = parameters.integer("denoising_steps"), parameters.threshold("threshold", 1.0)
     width = parameters.integer("block_length")
     if not 1 <= steps <= width:
@@ -250,10 +231,10 @@ def _sdar(
     stops = parameters.ids("stopping_criteria_idx")
     stop: EarlyStop = "block" if stops else "off"
     config = _generation(parameters, DecodePlan(BlockCausalCache()), UnmaskStrategy(rule), stop)
-    return PublishedLoop((config,), parameters.integer("mask_id", mask_id), stops)
+    return PublishedLoop((config,), stops)
 
 
-LOOP_BUILDERS: dict[str, Callable[[str, ReferenceParameters, int, int], PublishedLoop]] = {
+LOOP_BUILDERS: dict[str, Callable[[str, ReferenceParameters, int], PublishedLoop]] = {
     "ML-GSAI/LLaDA": _llada,
     "NVlabs/Fast-dLLM": _fast_dllm,
     "inclusionAI/dInfer": _dinfer,

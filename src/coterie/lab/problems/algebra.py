@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
-from coterie.lab.problems.facts import MAX_NUMBER, draw_product
+from coterie.lab.problems.facts import MAX_NUMBER, draw_product, draw_product_and_term
 from coterie.lab.problems.problem import Problem, WorkedProblem
 
 LETTERS = ["x", "y", "n", "t"]
@@ -13,51 +14,26 @@ LETTERS = ["x", "y", "n", "t"]
 AlgebraMaker = Callable[[random.Random, str], WorkedProblem]
 
 
-def linear_plus(rng: random.Random, v: str) -> WorkedProblem:
-    a, x, p = draw_product(rng, MAX_NUMBER - 1)
-    b = rng.randint(1, MAX_NUMBER - p)
+def linear(rng: random.Random, v: str, *, sign: str) -> WorkedProblem:
+    a, x, p, b, total = draw_product_and_term(rng, sign)
+    first, inverse = (f"Subtract {b} from", "-") if sign == "+" else (f"Add {b} to", "+")
     return WorkedProblem(
-        (a, b, p + b),
-        f"Solve {a}{v} + {b} = {p + b} for {v}.",
-        f"Subtract {b} from both sides: {a}{v} = {p + b} - {b} = {p}. "
+        (a, b, total),
+        f"Solve {a}{v} {sign} {b} = {total} for {v}.",
+        f"{first} both sides: {a}{v} = {total} {inverse} {b} = {p}. "
         f"Divide both sides by {a}: {v} = {p} / {a} = {x}.",
         x,
     )
 
 
-def linear_minus(rng: random.Random, v: str) -> WorkedProblem:
-    a, x, p = draw_product(rng)
-    b = rng.randint(1, p - 1)
-    return WorkedProblem(
-        (a, b, p - b),
-        f"Solve {a}{v} - {b} = {p - b} for {v}.",
-        f"Add {b} to both sides: {a}{v} = {p - b} + {b} = {p}. "
-        f"Divide both sides by {a}: {v} = {p} / {a} = {x}.",
-        x,
-    )
-
-
-def value_plus(rng: random.Random, v: str) -> WorkedProblem:
-    a, x, p = draw_product(rng, MAX_NUMBER - 1)
-    b = rng.randint(1, MAX_NUMBER - p)
+def value(rng: random.Random, v: str, *, sign: str) -> WorkedProblem:
+    a, x, p, b, total = draw_product_and_term(rng, sign)
     return WorkedProblem(
         (a, x, b),
-        f"What is the value of {a}{v} + {b} when {v} = {x}?",
-        f"Put {v} = {x} into the expression: {a} * {x} + {b}. "
-        f"First {a} * {x} = {p}. Then {p} + {b} = {p + b}.",
-        p + b,
-    )
-
-
-def value_minus(rng: random.Random, v: str) -> WorkedProblem:
-    a, x, p = draw_product(rng)
-    b = rng.randint(1, p - 1)
-    return WorkedProblem(
-        (a, x, b),
-        f"What is the value of {a}{v} - {b} when {v} = {x}?",
-        f"Put {v} = {x} into the expression: {a} * {x} - {b}. "
-        f"First {a} * {x} = {p}. Then {p} - {b} = {p - b}.",
-        p - b,
+        f"What is the value of {a}{v} {sign} {b} when {v} = {x}?",
+        f"Put {v} = {x} into the expression: {a} * {x} {sign} {b}. "
+        f"First {a} * {x} = {p}. Then {p} {sign} {b} = {total}.",
+        total,
     )
 
 
@@ -101,10 +77,10 @@ def bracket(rng: random.Random, v: str) -> WorkedProblem:
 
 
 KINDS: dict[str, AlgebraMaker] = {
-    "linear-plus": linear_plus,
-    "linear-minus": linear_minus,
-    "value-plus": value_plus,
-    "value-minus": value_minus,
+    "linear-plus": partial(linear, sign="+"),
+    "linear-minus": partial(linear, sign="-"),
+    "value-plus": partial(value, sign="+"),
+    "value-minus": partial(value, sign="-"),
     "quotient": quotient,
     "next-term": next_term,
     "bracket": bracket,

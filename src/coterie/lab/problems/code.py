@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 
 from coterie.lab.problems.problem import Problem
 
@@ -34,74 +35,81 @@ class FunctionSpec:
 
     @property
     def key(self) -> tuple[str | int, ...]:
-        return (
-            self.filter_name,
-            self.filter_constant,
-            self.map_name,
-            self.map_constant,
-            self.reduce_name,
-        )
+        return astuple(self)
 
     def description(self) -> str:
-        filter_words = FILTERS[self.filter_name][0].format(c=self.filter_constant)
-        map_words = MAPS[self.map_name][0].format(c=self.map_constant)
-        return f"{REDUCTIONS[self.reduce_name]} {filter_words} in xs{map_words}"
+        filter_words, _ = FILTERS[self.filter_name].texts(self.filter_constant)
+        map_words, _ = MAPS[self.map_name].texts(self.map_constant)
+        return f"{REDUCTIONS[self.reduce_name].words} {filter_words} in xs{map_words}"
 
     def source_code(self, name: str) -> str:
-        test = FILTERS[self.filter_name][1].format(c=self.filter_constant)
-        value = MAPS[self.map_name][1].format(c=self.map_constant)
-        start, step = REDUCTION_CODE[self.reduce_name]
-        lines = [f"def {name}(xs):", f"    {start}", "    for x in xs:"]
+        _, test = FILTERS[self.filter_name].texts(self.filter_constant)
+        _, value = MAPS[self.map_name].texts(self.map_constant)
+        reduction = REDUCTIONS[self.reduce_name]
+        lines = [f"def {name}(xs):", f"    out = {reduction.start}", "    for x in xs:"]
         indent = "        "
         if test:
             lines.append(f"{indent}if {test}:")
             indent += "    "
-        lines.append(indent + step.format(value=value))
+        lines.append(indent + reduction.code.format(value=value))
         return "\n".join([*lines, "    return out"])
 
     def evaluate(self, xs: list[Integer]) -> Integer | list[Integer]:
         """The return value of the function, computed without its source code."""
-        values = [_apply_map(self, x) for x in xs if _passes_filter(self, x)]
-        match self.reduce_name:
-            case "sum":
-                return sum(values)
-            case "count":
-                return len(values)
-            case "max":
-                return max([0, *values])
-            case _:
-                return values if self.reduce_name == "list" else values[::-1]
+        passes, mapped = FILTERS[self.filter_name].function, MAPS[self.map_name].function
+        values = [mapped(x, self.map_constant) for x in xs if passes(x, self.filter_constant)]
+        return REDUCTIONS[self.reduce_name].function(values)
 
 
-FILTERS = {  # description, test
-    "all": ("the numbers", ""),
-    "even": ("the even numbers", "x % 2 == 0"),
-    "odd": ("the odd numbers", "x % 2 == 1"),
-    "above": ("the numbers greater than {c}", "x > {c}"),
-    "below": ("the numbers less than {c}", "x < {c}"),
-    "except": ("the numbers other than {c}", "x != {c}"),
-    "multiple": ("the multiples of {c}", "x % {c} == 0"),
+@dataclass(frozen=True)
+class Part:
+    """A filter or a map: its description, its code, and the same as a function of x and c."""
+
+    words: str
+    code: str
+    function: Callable[[Integer, Integer], Integer]
+
+    def texts(self, c: Integer) -> tuple[str, str]:
+        """The description and the code, with the constant."""
+        return self.words.format(c=c), self.code.format(c=c)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A reduction: its description, its first value, its loop body, and the same as a function."""
+
+    words: str
+    start: str
+    code: str
+    function: Callable[[list[Integer]], Integer | list[Integer]]
+
+
+FILTERS = {
+    "all": Part("the numbers", "", lambda x, c: True),
+    "even": Part("the even numbers", "x % 2 == 0", lambda x, c: x % 2 == 0),
+    "odd": Part("the odd numbers", "x % 2 == 1", lambda x, c: x % 2 == 1),
+    "above": Part("the numbers greater than {c}", "x > {c}", lambda x, c: x > c),
+    "below": Part("the numbers less than {c}", "x < {c}", lambda x, c: x < c),
+    "except": Part("the numbers other than {c}", "x != {c}", lambda x, c: x != c),
+    "multiple": Part("the multiples of {c}", "x % {c} == 0", lambda x, c: x % c == 0),
 }
-MAPS = {  # description, expression
-    "none": ("", "x"),
-    "plus": (", each plus {c}", "x + {c}"),
-    "minus": (", each minus {c}", "x - {c}"),
-    "times": (", each times {c}", "x * {c}"),
-    "square": (", each squared", "x * x"),
+MAPS = {
+    "none": Part("", "x", lambda x, c: x),
+    "plus": Part(", each plus {c}", "x + {c}", lambda x, c: x + c),
+    "minus": Part(", each minus {c}", "x - {c}", lambda x, c: x - c),
+    "times": Part(", each times {c}", "x * {c}", lambda x, c: x * c),
+    "square": Part(", each squared", "x * x", lambda x, c: x * x),
 }
 REDUCTIONS = {
-    "sum": "the sum of",
-    "count": "the count of",
-    "max": "the largest of 0 and",
-    "list": "a list of",
-    "reversed": "a reversed list of",
-}
-REDUCTION_CODE = {  # first line, loop body
-    "sum": ("out = 0", "out = out + {value}"),
-    "count": ("out = 0", "out = out + 1"),
-    "max": ("out = 0", "out = max(out, {value})"),
-    "list": ("out = []", "out.append({value})"),
-    "reversed": ("out = []", "out.insert(0, {value})"),
+    "sum": Reduction("the sum of", "0", "out = out + {value}", sum),
+    "count": Reduction("the count of", "0", "out = out + 1", len),
+    "max": Reduction(
+        "the largest of 0 and", "0", "out = max(out, {value})", lambda xs: max([0, *xs])
+    ),
+    "list": Reduction("a list of", "[]", "out.append({value})", list),
+    "reversed": Reduction(
+        "a reversed list of", "[]", "out.insert(0, {value})", lambda xs: xs[::-1]
+    ),
 }
 WITHOUT_CONSTANT = {"all", "even", "odd", "none", "square"}  # filters and maps
 
@@ -124,19 +132,14 @@ def sentence_problem(rng: random.Random) -> Problem:
 def code_phrase(rng: random.Random) -> tuple[str, str, str]:
     """A phrase of a description, the code that it becomes, and the text after that code."""
     spec = _draw_spec(rng)
-    test = FILTERS[spec.filter_name][1].format(c=spec.filter_constant)
+    words, test = FILTERS[spec.filter_name].texts(spec.filter_constant)
     if test and rng.random() < 0.5:
-        return (
-            f" {FILTERS[spec.filter_name][0].format(c=spec.filter_constant)}\n        if",
-            f" {test}",
-            ":",
-        )
+        return f" {words}\n        if", f" {test}", ":"
     map_name = rng.choice([name for name in MAPS if name != "none"])
     constant = 0 if map_name in WITHOUT_CONSTANT else rng.randint(2, 9)
-    words, value = (text.format(c=constant) for text in MAPS[map_name])
-    before, after = rng.choice([step for _, step in REDUCTION_CODE.values() if "{" in step]).split(
-        "{value}"
-    )
+    words, value = MAPS[map_name].texts(constant)
+    steps = [reduction.code for reduction in REDUCTIONS.values() if "{" in reduction.code]
+    before, after = rng.choice(steps).split("{value}")
     gap = " " if before.endswith(" ") else ""
     return f"{words}\n            {before.rstrip()}", f"{gap}{value}", after
 
@@ -177,33 +180,3 @@ def _draw_asserts(
         [rng.randint(0, 12) for _ in range(rng.randint(shortest, longest))] for _ in range(count)
     ]
     return [f"assert {name}({xs}) == {spec.evaluate(xs)}" for xs in inputs]
-
-
-def _passes_filter(spec: FunctionSpec, x: Integer) -> bool:
-    match spec.filter_name:
-        case "even" | "odd":
-            return x % 2 == (spec.filter_name == "odd")
-        case "above":
-            return x > spec.filter_constant
-        case "below":
-            return x < spec.filter_constant
-        case "except":
-            return x != spec.filter_constant
-        case "multiple":
-            return x % spec.filter_constant == 0
-        case _:
-            return True
-
-
-def _apply_map(spec: FunctionSpec, x: Integer) -> Integer:
-    match spec.map_name:
-        case "plus":
-            return x + spec.map_constant
-        case "minus":
-            return x - spec.map_constant
-        case "times":
-            return x * spec.map_constant
-        case "square":
-            return x * x
-        case _:
-            return x

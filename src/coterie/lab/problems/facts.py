@@ -18,6 +18,13 @@ def draw_product(rng: random.Random, maximum: int = MAX_NUMBER) -> tuple[int, in
     return a, b, a * b
 
 
+def draw_product_and_term(rng: random.Random, sign: str) -> tuple[int, int, int, int, int]:
+    """Two factors, their product, a number to add or subtract, and the result, at least 1."""
+    a, b, product = draw_product(rng, MAX_NUMBER - (sign == "+"))
+    term = rng.randint(1, MAX_NUMBER - product if sign == "+" else product - 1)
+    return a, b, product, term, product + term if sign == "+" else product - term
+
+
 def draw_equation(rng: random.Random, sign: str | None = None) -> str:
     """An equation such as ``12 - 5 = 7``; most are sums and differences."""
     kind = sign or rng.choices("+-*/", weights=(5, 5, 1, 1))[0]

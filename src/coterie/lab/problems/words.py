@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from coterie.lab.problems.facts import MAX_NUMBER, draw_product
+from coterie.lab.problems.facts import MAX_NUMBER, draw_product, draw_product_and_term
 from coterie.lab.problems.problem import Problem, WorkedProblem
 
 NAMES = [
@@ -41,8 +41,7 @@ WordProblemMaker = Callable[[random.Random, ProblemSetting], WorkedProblem]
 
 
 def gives_away(rng: random.Random, s: ProblemSetting) -> WorkedProblem:
-    a, b, p = draw_product(rng)
-    c = rng.randint(1, p - 1)
+    a, b, p, c, left = draw_product_and_term(rng, "-")
     gone, doing = rng.choice(
         [("gives away", "giving away"), ("loses", "losing"), ("sells", "selling")]
     )
@@ -51,14 +50,13 @@ def gives_away(rng: random.Random, s: ProblemSetting) -> WorkedProblem:
         f"{s.name} has {a} {s.containers} of {b} {s.items} and {gone} {c}. "
         f"How many {s.items} are left?",
         f"{s.name} has {a} * {b} = {p} {s.items} in the {s.containers}. "
-        f"After {doing} {c}, there are {p} - {c} = {p - c} {s.items} left.",
-        p - c,
+        f"After {doing} {c}, there are {p} - {c} = {left} {s.items} left.",
+        left,
     )
 
 
 def buys_more(rng: random.Random, s: ProblemSetting) -> WorkedProblem:
-    a, b, p = draw_product(rng, MAX_NUMBER - 1)
-    c = rng.randint(1, MAX_NUMBER - p)
+    a, b, p, c, total = draw_product_and_term(rng, "+")
     gain, doing = rng.choice(
         [("buys", "buying"), ("finds", "finding"), ("gets", "getting"), ("makes", "making")]
     )
@@ -67,8 +65,8 @@ def buys_more(rng: random.Random, s: ProblemSetting) -> WorkedProblem:
         f"{s.name} has {a} {s.containers} of {b} {s.items} and {gain} {c} more. "
         f"How many {s.items} does {s.name} have now?",
         f"{s.name} has {a} * {b} = {p} {s.items} in the {s.containers}. "
-        f"After {doing} {c} more, {s.name} has {p} + {c} = {p + c} {s.items}.",
-        p + c,
+        f"After {doing} {c} more, {s.name} has {p} + {c} = {total} {s.items}.",
+        total,
     )
 
 
@@ -155,17 +153,16 @@ def there_and_back(rng: random.Random, s: ProblemSetting) -> WorkedProblem:
 
 
 def three_steps(rng: random.Random, s: ProblemSetting) -> WorkedProblem:
-    a, b, p = draw_product(rng)
-    c = rng.randint(1, p - 1)
-    d = rng.randint(1, MAX_NUMBER - (p - c))
+    a, b, p, c, left = draw_product_and_term(rng, "-")
+    d = rng.randint(1, MAX_NUMBER - left)
     return WorkedProblem(
         (a, b, c, d),
         f"{s.name} has {a} {s.containers} of {b} {s.items}, gives {c} to {s.other_name} "
         f"and then buys {d} more. How many {s.items} does {s.name} have now?",
         f"{s.name} has {a} * {b} = {p} {s.items} in the {s.containers}. "
-        f"After giving {c} to {s.other_name}, {s.name} has {p} - {c} = {p - c} {s.items}. "
-        f"After buying {d} more, {s.name} has {p - c} + {d} = {p - c + d} {s.items}.",
-        p - c + d,
+        f"After giving {c} to {s.other_name}, {s.name} has {p} - {c} = {left} {s.items}. "
+        f"After buying {d} more, {s.name} has {left} + {d} = {left + d} {s.items}.",
+        left + d,
     )
 
 

@@ -91,6 +91,16 @@ class ReplayPolicy:
         """Whether the policy routes this forward."""
         return forward.kind == "decode" or (self.routes_commits and forward.kind == "commit")
 
+    @property
+    def depends_on_residents(self) -> bool:
+        """Whether cached experts change what the policy elects."""
+        return election_of(self.policy).resident_bonus > 0
+
+    @property
+    def depends_on_slots(self) -> bool:
+        """Whether the number of slots changes what the policy elects."""
+        return election_of(self.policy).max_experts == "slots"
+
     def __str__(self) -> str:
         tolerance = self.reuse_tolerance
         suffix = "" if tolerance is None else f" coreset-reuse={tolerance:g}"
@@ -192,16 +202,6 @@ def replay_cache(
         loads.append([sum(len(wave.loads) for wave in s.serve(u, v)) for s, u, v in tables])
     selected = selected or SelectedExperts(used, history.reused, history.reusable)
     return CacheReplay(selected, np.stack(pass_used).sum(-1), np.array(loads))
-
-
-def depends_on_residents(replay_policy: ReplayPolicy) -> bool:
-    """Whether cached experts change what the policy elects."""
-    return election_of(replay_policy.policy).resident_bonus > 0
-
-
-def depends_on_slots(replay_policy: ReplayPolicy) -> bool:
-    """Whether the number of slots changes what the policy elects."""
-    return election_of(replay_policy.policy).max_experts == "slots"
 
 
 def _union(used: Mask, rows: Sequence[int]) -> Mask:

@@ -14,7 +14,7 @@ start before their layer, coresets larger than the cache, and how many tokens ea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -107,3 +107,17 @@ def _parse(text: str, option: str, *, is_rate: bool, example: str) -> float:
     if has_rate != is_rate or unit not in BYTE_UNITS or amount <= 0:
         raise ConfigError(f"{option} {text!r}: give {example}")
     return amount * BYTE_UNITS[unit]
+
+
+def hardware_models(
+    links: Sequence[str], memory: str | None, other_ms: float, *, latency_ms: float, overlap: float
+) -> dict[str, HardwareModel]:
+    """One model for each link; raises for an overlap with computing that takes no time."""
+    if memory is None and overlap != 1:
+        raise ConfigError("`overlap` has no effect without `memory_bandwidth`")
+    speed = None if memory is None else parse_bandwidth(memory, "`memory_bandwidth`")
+    bandwidths = {text: parse_bandwidth(text, "`link_bandwidth`") for text in links}
+    return {
+        text: HardwareModel(bandwidth, speed, other_ms / 1e3, overlap, latency_ms / 1e3)
+        for text, bandwidth in bandwidths.items()
+    }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coterie.lab import plotting
-from coterie.lab.replay.replay import ReplayPoint, ReplayResult
+from coterie.lab.replay.replay import ReplayResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,17 +31,16 @@ def write_figures(folder: Path, result: ReplayResult) -> list[Path]:
 def draw_bytes_moved(result: ReplayResult) -> Figure:
     """MiB per forward over slots, for the first precision: the others are proportional."""
     figure, axes = plotting.new_axes("slots of each layer", "MiB moved a forward")
-    lines: dict[tuple[str, str], list[ReplayPoint]] = {}
+    lines: dict[tuple[str, str], set[tuple[int, float]]] = {}
     for point in result.points:
         if point.case.precision == result.points[0].case.precision:
             key = (str(point.case.replay_policy), point.case.eviction)
-            lines.setdefault(key, []).append(point)
+            size = point.traffic.bytes_moved / point.traffic.forwards / MIB
+            lines.setdefault(key, set()).add((point.slots, size))
     evictions = list(dict.fromkeys(eviction for _, eviction in lines))
     for (policy, eviction), points in lines.items():
-        ordered = sorted({(p.slots, p.traffic.bytes_moved / p.traffic.forwards) for p in points})
         axes.plot(
-            [slots for slots, _ in ordered],
-            [size / MIB for _, size in ordered],
+            *zip(*sorted(points), strict=True),
             LINE_STYLES[evictions.index(eviction) % len(LINE_STYLES)],
             color=plotting.policy_colour(policy),
             marker=plotting.policy_marker(policy),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -25,38 +26,30 @@ from coterie.routing.router import select_topk
 from coterie.values import Scores
 
 
-@dataclass  # not frozen: it collects the layers of a forward
-class TraceRecorder:
-    """Writes each forward once its last layer was observed."""
-
-    writer: TraceWriter
-    _observations: list[LayerObservation] = field(default_factory=list)
-    _forward_index: int = 0
-
-    def on_layer(self, observation: LayerObservation) -> None:
-        self._observations.append(observation)
-        if len(self._observations) == len(self.writer.header.layers):
-            for row in range(len(observation.rows)):
-                self.writer.write(forward_record(self._observations, row, self._forward_index))
-            self._observations.clear()
-            self._forward_index += 1
-
-
 def record_trace(
     engine: Engine,
     prompts: Sequence[Prompt],
     writer: TraceWriter,
     *,
-    policy: str = "vanilla",
     batch_size: int = 1,
-    max_forwards: int | None = None,
-    on_result: Callable[[Result], object] | None = None,
     **options: Any,
 ) -> list[Result]:
-    """Answer the prompts and write each forward; ``options`` are fields of GenerationConfig."""
-    options |= {"batch_size": batch_size, "max_forwards": max_forwards, "on_result": on_result}
-    options |= {"policy": policy, "layers": None, "record_all": True, "reset_cache": False}
-    return observe_forwards(engine, prompts, TraceRecorder(writer).on_layer, **options)
+    """Answer the prompts and write each forward; ``options`` are those of ``observe_forwards``."""
+    observations: list[LayerObservation] = []
+    numbers = count()
+
+    def on_layer(observation: LayerObservation) -> None:
+        """Writes a forward once its last layer was observed."""
+        observations.append(observation)
+        if len(observations) == len(writer.header.layers):
+            number = next(numbers)
+            for row in range(len(observation.rows)):
+                writer.write(forward_record(observations, row, number))
+            observations.clear()
+
+    return observe_forwards(
+        engine, prompts, on_layer, batch_size=batch_size, record_all=True, **options
+    )
 
 
 def forward_record(observations: Sequence[LayerObservation], row: int, number: int) -> TraceForward:

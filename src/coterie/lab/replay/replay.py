@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from pathlib import Path
 
 from coterie.errors import ConfigError
 from coterie.lab.replay.cache_simulation import (
@@ -15,8 +16,6 @@ from coterie.lab.replay.cache_simulation import (
     SelectedExperts,
     TraceVotes,
     VoteArray,
-    depends_on_residents,
-    depends_on_slots,
     replay_cache,
     select_experts,
 )
@@ -26,7 +25,7 @@ from coterie.lab.replay.policies import Fidelity, fidelity
 from coterie.lab.replay.trace import Trace
 from coterie.offload.capacity import Capacity
 from coterie.offload.eviction import EVICTIONS, Eviction, parse_eviction
-from coterie.offload.traffic import Traffic
+from coterie.offload.traffic import Traffic, Transfer
 from coterie.routing import Vanilla
 
 BELADY = "belady"
@@ -49,14 +48,8 @@ class ReplayGrid:
 
     def cases(self) -> list[ReplayCase]:
         """Every combination; the link changes fastest."""
-        axes = (
-            self.replay_policies,
-            self.evictions,
-            self.capacities,
-            self.expert_bytes,
-            self.links,
-        )
-        return [ReplayCase(*case) for case in product(*axes)]
+        axes = (self.replay_policies, self.evictions, self.capacities)
+        return [ReplayCase(*case) for case in product(*axes, self.expert_bytes, self.links)]
 
 
 @dataclass(frozen=True)
@@ -119,6 +112,19 @@ class ReplayResult:
     overlaps: Mapping[str, StepOverlap]
     steps_per_block: float
 
+    def to_dict(self, trace: Trace, path: Path) -> dict[str, object]:
+        """As JSON, with the recorded run."""
+        header = trace.header
+        return {
+            "trace": str(path), "torn": trace.truncated, "model": header.model,
+            "traced_under": header.policy, "plan": header.plan, "unmask": header.unmask,
+            "layers": list(header.layers), "experts": header.experts,
+            "prompts": dict(header.prompts), "made": dict(header.provenance),
+            "forwards": trace.kinds, "steps_per_block": self.steps_per_block,
+            "points": [point.to_dict() for point in self.points],
+            "overlap": {name: overlap.to_dict() for name, overlap in self.overlaps.items()},
+        }  # fmt: skip
+
 
 def replay(
     trace: Trace, grid: ReplayGrid, on_progress: ProgressCallback | None = None
@@ -127,11 +133,11 @@ def replay(
 
     Raises CoterieError before the first case for what a trace cannot replay.
     """
-    if BELADY in grid.evictions and any(map(depends_on_residents, grid.replay_policies)):
-        names = ", ".join(str(p) for p in grid.replay_policies if depends_on_residents(p))
+    by_residents = [str(policy) for policy in grid.replay_policies if policy.depends_on_residents]
+    if BELADY in grid.evictions and by_residents:
         raise ConfigError(
-            f"{names}: the policy depends on the cached experts, so its uses are not known "
-            f"beforehand; leave out {BELADY} or the policy"
+            f"{', '.join(by_residents)}: the policy depends on the cached experts, so its uses are "
+            f"not known beforehand; leave out {BELADY} or the policy"
         )
     for rule in grid.evictions:
         if (name := rule.partition(":")[0]) not in EVICTION_NAMES:
@@ -190,8 +196,8 @@ def _cache_runs(
 
     @cache
     def run(replay_policy: ReplayPolicy, eviction: str, slots: int) -> CacheReplay:
-        limit = slots if depends_on_slots(replay_policy) else None
-        selected = None if depends_on_residents(replay_policy) else select(replay_policy, limit)
+        limit = slots if replay_policy.depends_on_slots else None
+        selected = None if replay_policy.depends_on_residents else select(replay_policy, limit)
         config = CacheConfig(evictions[eviction], slots, warm)
         return replay_cache(trace_votes, replay_policy, selected, config)
 
@@ -206,7 +212,7 @@ def _replay_case(
     is_decode, selected = trace_votes.is_decode, run.selected
     count, size = int(is_decode.sum()), grid.expert_bytes[case.precision]
     used, misses, baseline = (int(x.sum()) for x in (run.used, run.loads, vanilla.loads))
-    counts = {"experts_used": used, "misses": misses, "vanilla_misses": baseline}
+    transfers = {"elsewhere": Transfer(misses, misses * size)}
     hardware = grid.links[case.link]
     point = ReplayPoint(
         case,
@@ -214,7 +220,7 @@ def _replay_case(
         slots,
         experts=float(run.used[is_decode].mean()),
         loads=float(run.loads[is_decode].mean()),
-        traffic=Traffic.from_counts(count, size, **counts),
+        traffic=Traffic(count, size, used, used - misses, transfers, baseline),
         predicted_time=predict_time(hardware, run.used, run.loads, size, decode_forwards=count),
         vote_share=vote_share(trace_votes, selected),
         coresets_reused=selected.reused / selected.reusable if selected.reusable else None,

@@ -119,6 +119,11 @@ class Trace:
         """Indices of the forwards that decode."""
         return [i for i, forward in enumerate(self.forwards) if forward.kind == "decode"]
 
+    @property
+    def kinds(self) -> dict[str, int]:
+        """The number of forwards of each kind."""
+        return {kind: sum(each.kind == kind for each in self.forwards) for kind in KINDS}
+
 
 def encode_forward(forward: TraceForward, experts: int) -> bytes:
     """The content of a record, without its size and checksum."""
@@ -221,20 +226,20 @@ def bits_per_id(experts: int) -> int:
 
 
 def ids_size(count: int, experts: int) -> int:
-    return -(-count * bits_per_id(experts) // 8)
+    return mask_size(count * bits_per_id(experts))
 
 
 def pack_ids(ids: Ids, experts: int) -> bytes:
     """Expert indices of any shape in order, each low bit first."""
     bits = (ids.reshape(-1, 1) >> np.arange(bits_per_id(experts))) & 1
-    return np.packbits(bits.astype(bool).reshape(-1), bitorder="little").tobytes()
+    return pack_mask(bits > 0)
 
 
 def unpack_ids(data: bytes, count: int, experts: int) -> Ids:
     """[count] indices that ``pack_ids`` packed."""
     size = bits_per_id(experts)
-    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little", count=count * size)
-    places = bits.reshape(count, size).astype(np.int16) << np.arange(size, dtype=np.int16)
+    bits = unpack_mask(data, count * size).reshape(count, size)
+    places = bits.astype(np.int16) << np.arange(size, dtype=np.int16)
     return places.sum(1, dtype=np.int16)
 
 

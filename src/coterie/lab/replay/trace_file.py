@@ -11,8 +11,8 @@ from typing import BinaryIO, Self
 import numpy as np
 
 from coterie.errors import CheckpointError, ConfigError
+from coterie.files import LockedFile
 from coterie.keys import from_json, to_json
-from coterie.lab.journal import LockedFile
 from coterie.lab.replay.trace import (
     FORMAT,
     FRAME_HEADER,

@@ -13,18 +13,7 @@ from matplotlib.figure import Figure
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised
 from coterie.lab.bench import timing
-from coterie.lab.plotting import SERIES_COLOURS, new_axes
-from coterie.lab.study.charts import milliseconds, quartiles_text
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import (
-    Drawing,
-    Entry,
-    Experiment,
-    ExperimentText,
-    Finding,
-    Table,
-)
-from coterie.lab.study.profiler import (
+from coterie.lab.bench.profiler import (
     ELECTION,
     EXPERTS,
     GATE,
@@ -34,6 +23,10 @@ from coterie.lab.study.profiler import (
     Stopwatch,
     timed_model,
 )
+from coterie.lab.plotting import SERIES_COLOURS, new_axes
+from coterie.lab.study.charts import milliseconds, quartiles_text
+from coterie.lab.study.context import StudyContext
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
 
 POLICIES = ("vanilla", "des-seq:k=3", "des-vote:beta=0.3")
 ROUNDS = 5

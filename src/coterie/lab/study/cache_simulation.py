@@ -6,18 +6,10 @@ in which an interrupted run continues.
 
 from __future__ import annotations
 
-import base64
-import fcntl
-import json
-import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain, zip_longest
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -26,13 +18,12 @@ from torch import Tensor
 
 from coterie.engine.engine import Engine
 from coterie.errors import TaskError
-from coterie.keys import to_json
-from coterie.lab.evals.answer_log import Answer, answer_from_dict
-from coterie.lab.evals.generation import EvalRequest, GenerationOutcome, generate_outcomes
+from coterie.lab.evals.expert_log import AnswerEntry, AnswerTraceLog
+from coterie.lab.evals.generation import EvalRequest, generate_outcomes
 from coterie.lab.evals.results import Variant
-from coterie.lab.evals.run import MAX_GRADERS, make_answer
-from coterie.lab.evals.task import Grade, Task
-from coterie.lab.study.context import BATCH_SIZE
+from coterie.lab.evals.run import MAX_GRADERS, grade_outcome, make_answer
+from coterie.lab.evals.task import Task
+from coterie.lab.study.context import BATCH_SIZE, interleave
 from coterie.loading.load import Model
 from coterie.model.moe import MoE
 from coterie.offload.eviction import Mask
@@ -41,63 +32,7 @@ from coterie.routing import update_policy_text
 from coterie.telemetry import Recorder, RowId
 from coterie.values import ExpertStore, Routing, Scores, expert_mask
 
-QuestionKey = tuple[str, str]  # task, id
 IntArray = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class AnswerEntry:
-    """One answer, with the first letter of the kind of each forward and the experts in use."""
-
-    answer: Answer
-    kinds: str
-    used: Mask  # [F, L, E]
-
-    @property
-    def key(self) -> QuestionKey:
-        return self.answer.task, self.answer.id
-
-    def count_loads(self, cache: CacheSimulator, layers: Sequence[int]) -> list[int]:
-        """Serve the forwards with a cache; returns the loads of each."""
-        return [
-            sum(cache.count_loads(layer, used) for layer, used in zip(layers, forward, strict=True))
-            for forward in self.used
-        ]
-
-
-@dataclass(frozen=True)
-class AnswerTraceLog:
-    """The entries of one run on disk, one line per answer, in the order of writing."""
-
-    file: BinaryIO
-    entries: dict[QuestionKey, AnswerEntry]
-
-    @staticmethod
-    @contextmanager
-    def open(path: Path, shape: tuple[int, int]) -> Iterator[AnswerTraceLog]:
-        """``shape``: MoE layers, experts. An incomplete last line of a killed process is removed.
-
-        Raises TaskError where another process has the file open.
-        """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise TaskError(f"{path}: another process writes this file") from None
-            content = path.read_bytes()
-            end = content.rfind(b"\n") + 1
-            file.truncate(end)
-            entries = [_decode_entry(line, shape) for line in content[:end].splitlines()]
-            yield AnswerTraceLog(file, {entry.key: entry for entry in entries})
-
-    def add(self, entries: Sequence[AnswerEntry]) -> None:
-        """Append the entries; they are on disk when this returns."""
-        for entry in entries:
-            self.file.write(_encode_entry(entry))
-            self.entries[entry.key] = entry
-        self.file.flush()
-        os.fsync(self.file.fileno())
 
 
 @dataclass(frozen=True)
@@ -149,8 +84,7 @@ def interleave_questions(tasks: Sequence[Task], items: int, engine: Engine) -> l
         for task in tasks
         for generation in [engine.generation.replace(**task.generation())]
     ]
-    interleaved = chain.from_iterable(zip_longest(*by_task))
-    return [question for question in interleaved if question is not None][:items]
+    return interleave(by_task)[:items]
 
 
 def answer_questions(
@@ -205,7 +139,8 @@ def _generate_entries(
     model, batch_size = engine.model, BATCH_SIZE
     spec, device = model.spec, model.transformer.device
     if request.slots is not None:
-        store = SimulatedCacheStore(model.store, spec.router.experts, request.slots, device=device)
+        cache = CacheSimulator(spec.router.experts, request.slots)
+        store = SimulatedCacheStore(model.store, cache, device=device)
         for entry in answered:
             entry.count_loads(store.cache, spec.moe_layers)
         model, batch_size = with_store(model, store), 1
@@ -223,17 +158,11 @@ def _generate_entries(
         for outcomes in generate_outcomes(
             recording_engine, questions, variant.policy, batch_size=batch_size
         ):
-            grades = graders.map(_grade, outcomes)
+            grades = graders.map(grade_outcome, outcomes)
             yield [
                 AnswerEntry(make_answer(variant.name, outcome, grade), *recorder.pop(outcome.row))
                 for outcome, grade in zip(outcomes, grades, strict=True)
             ]
-
-
-def _grade(outcome: GenerationOutcome) -> Grade:
-    if outcome.result is None:
-        return Grade(correct=False, extracted=None)
-    return outcome.request.task.grade(outcome.result.text, outcome.request.item)
 
 
 @dataclass  # not frozen: it collects
@@ -264,18 +193,3 @@ class _ExpertUseRecorder(Recorder):
         used = [torch.stack(masks).cpu().numpy() for _, masks in forwards]
         kinds = "".join(kind[0] for kind, _ in forwards)
         return kinds, np.array(used, dtype=bool).reshape(-1, *self.shape)
-
-
-def _encode_entry(entry: AnswerEntry) -> bytes:
-    compressed = zlib.compress(np.packbits(entry.used).tobytes())
-    used = base64.b64encode(compressed).decode()
-    line = {**to_json(entry.answer), "kinds": entry.kinds, "used": used}
-    return json.dumps(line).encode() + b"\n"
-
-
-def _decode_entry(line: bytes, shape: tuple[int, int]) -> AnswerEntry:
-    fields = json.loads(line)
-    kinds, packed = fields.pop("kinds"), zlib.decompress(base64.b64decode(fields.pop("used")))
-    shape_of_mask = (len(kinds), *shape)
-    bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=int(np.prod(shape_of_mask)))
-    return AnswerEntry(answer_from_dict(fields), kinds, bits.astype(bool).reshape(shape_of_mask))

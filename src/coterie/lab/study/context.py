@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from coterie.engine.engine import Engine
 from coterie.errors import TaskError
@@ -16,7 +16,13 @@ from coterie.lab.evals.task import Task
 from coterie.lab.study.results import VariantResult
 from coterie.routing import update_policies_in_json
 
+T = TypeVar("T")
 BATCH_SIZE = 64  # decoded together in accuracy runs
+
+
+def interleave(lists: Iterable[Sequence[T]]) -> list[T]:
+    """The items of all lists, alternating between the lists."""
+    return [item for item in chain.from_iterable(zip_longest(*lists)) if item is not None]
 
 
 def read_record(folder: Path, experiment: str) -> dict[str, Any] | None:
@@ -55,11 +61,8 @@ class StudyContext:
 
     def questions(self) -> list[str]:
         """The first ``num_prompts`` prompts, alternating between tasks."""
-        prompts_by_task = [
-            [task.prompt(i) for i in task.items()[: self.num_prompts]] for task in self.tasks
-        ]
-        interleaved = chain.from_iterable(zip_longest(*prompts_by_task))
-        return [prompt for prompt in interleaved if prompt is not None][: self.num_prompts]
+        n = self.num_prompts
+        return interleave([[task.prompt(i) for i in task.items()[:n]] for task in self.tasks])[:n]
 
     def record(self, experiment: str) -> Any:
         """The facts of another experiment's record as JSON, None where it has not run."""

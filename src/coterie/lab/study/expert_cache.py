@@ -68,7 +68,7 @@ def measure_expert_cache(context: StudyContext) -> Entry:
     """Measure policies in every precision that loads, and simulate caches of every size."""
     spec, generation = context.engine.model.spec, context.engine.generation
     # A separate forward may write the keys of a finished block.
-    commits = parse_plan(generation.plan).scheme.traits.writes_kv
+    commits = parse_plan(generation.plan).scheme.writes_kv
     names, slots = precision_names(context.engine), slots_by_share(spec.router.experts)
     precisions: list[Entry] = []
     left_out: list[dict[str, str]] = []

@@ -9,8 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from coterie.lab.evals.generation import EvalRequest, generate_outcomes
-from coterie.lab.evals.run import EvalResult, Variant, make_answer
-from coterie.lab.evals.task import Grade
+from coterie.lab.evals.run import EvalResult, Variant, grade_outcome, make_answer
 from coterie.lab.study.comparison import draw_comparison, variant_table
 from coterie.lab.study.context import BATCH_SIZE, StudyContext
 from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
@@ -22,7 +21,6 @@ from coterie.routing.router import select_topk
 from coterie.values import Policy, Scores, expert_mask
 
 FULL_K_LABEL = "all of a token's experts"
-NO_GRADE = Grade(correct=False, extracted=None)
 POLICIES = "des-vote:beta={0.15,0.3,0.5}"
 
 
@@ -85,9 +83,9 @@ def evaluate_policy(
     answers = {}
     for outcomes in generate_outcomes(context.engine, requests, policy, batch_size=BATCH_SIZE):
         for outcome in outcomes:
-            result, request = outcome.result, outcome.request
-            grade = request.task.grade(result.text, request.item) if result else NO_GRADE
-            answers[request.task.name, request.item.id] = make_answer(name, outcome, grade)
+            request = outcome.request
+            answer = make_answer(name, outcome, grade_outcome(outcome))
+            answers[request.task.name, request.item.id] = answer
     in_order = tuple(answers[request.task.name, request.item.id] for request in requests)
     eval_result = EvalResult(Variant(policy_spec), in_order)
     return replace(VariantResult.from_eval_result(eval_result), name=name)

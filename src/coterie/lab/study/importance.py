@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coterie.engine.engine import Engine
+from coterie.lab.evals.rank_stats import mean_interval, spearman
 from coterie.lab.plotting import FIGURE_WIDTH, foreground, grid_colour, policy_style
 from coterie.lab.study.charts import guide_series, line_chart, policy_series
 from coterie.lab.study.context import StudyContext
@@ -27,7 +28,6 @@ from coterie.lab.study.first_forwards import (
     relative_squared_error,
     run_first_forward,
 )
-from coterie.lab.study.rank_stats import mean_interval, spearman
 from coterie.lab.study.variants import GUARD_OPTIONS
 from coterie.routing import parse_policy
 from coterie.routing.votes import VOTES, Vote, vote_weights

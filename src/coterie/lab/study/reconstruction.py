@@ -114,10 +114,7 @@ class ReconstructionExperiment(Experiment):
             dict(zip(METRIC_NAMES, gaps, strict=True))
             for gaps in zip(*map(record["against"].get, METRIC_NAMES), strict=True)
         ]
-        return [
-            self.text.table("scores", readings, record=record),
-            self.text.table("gaps", gaps),
-        ]
+        return [self.text.table("scores", readings, record=record), self.text.table("gaps", gaps)]
 
     def findings(self, record: Entry) -> Sequence[Finding | str]:
         content = count_outcomes(record["against"]["word_loss"], "word_loss")

@@ -14,11 +14,7 @@ from coterie.lab.plotting import ColourScheme, render_svg
 from coterie.lab.study.experiment import Drawing, Experiment, Finding, Table, Verdict
 
 SCHEMES: tuple[ColourScheme, ...] = ("light", "dark")
-VERDICT_MARKS: Mapping[Verdict, str] = {
-    "holds": "✓",
-    "does not hold": "✗",
-    "inconclusive": "?",
-}
+VERDICT_MARKS: Mapping[Verdict, str] = {"holds": "✓", "does not hold": "✗", "inconclusive": "?"}
 
 
 @dataclass(frozen=True)

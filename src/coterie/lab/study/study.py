@@ -15,12 +15,12 @@ from coterie.engine.engine import Engine
 from coterie.errors import ConfigError, CoterieError
 from coterie.files import atomic_write
 from coterie.keys import Key, to_json
+from coterie.lab.evals.cached_grading import CachedGradesTask
 from coterie.lab.evals.task import Task
 from coterie.lab.records import make_record, write_record
 from coterie.lab.study.accuracy import ACCURACY, BEYOND, CORESET_SIZE, TABLE_ONE
 from coterie.lab.study.blocks import BlockSizeExperiment
 from coterie.lab.study.breakdown import BreakdownExperiment
-from coterie.lab.study.cached_grading import CachedGradesTask
 from coterie.lab.study.comparison import PolicyComparison
 from coterie.lab.study.context import StudyContext, read_record
 from coterie.lab.study.experiment import Experiment

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-import numpy as np
-import torch
 from torch import Tensor
 
 
@@ -30,28 +28,11 @@ class TrainingBatch:
         if len(self.tokens) % parts:
             raise ValueError(f"{len(self.tokens)} rows do not split into {parts} equal parts")
         rows, divisor = len(self.tokens) // parts, self.total_weight()
-        return [self._slice_rows(slice(i * rows, (i + 1) * rows), divisor) for i in range(parts)]
-
-    def to_arrays(self) -> tuple[np.ndarray | float | None, ...]:
-        """The fields as plain arrays, for a queue between processes."""
-        values = (getattr(self, f.name) for f in fields(self))
-        return tuple(v.numpy() if isinstance(v, Tensor) else v for v in values)
-
-    @staticmethod
-    def from_arrays(arrays: tuple[np.ndarray | float | None, ...]) -> TrainingBatch:
-        """The inverse of ``to_arrays``."""
-        values = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in arrays]
-        return TrainingBatch(*values)  # pyright: ignore[reportArgumentType]
-
-    def _slice_rows(self, rows: slice, divisor: float) -> TrainingBatch:
-        tasks = None if self.tasks is None else self.tasks[rows]
-        return replace(
-            self,
-            tokens=self.tokens[rows],
-            positions=self.positions[rows],
-            block_mask=self.block_mask[rows],
-            targets=self.targets[rows],
-            weights=self.weights[rows],
-            tasks=tasks,
-            loss_divisor=divisor,
-        )
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        chunks = {name: v.split(rows) for name, v in values.items() if isinstance(v, Tensor)}
+        return [
+            replace(
+                self, **{name: chunk[part] for name, chunk in chunks.items()}, loss_divisor=divisor
+            )
+            for part in range(parts)
+        ]

@@ -30,7 +30,7 @@ from coterie.lab.problems.words import CONTAINERS, ITEMS, NAMES
 from coterie.lab.training.batch import TrainingBatch
 from coterie.lab.training.vocabulary import ASSISTANT, END_OF_TEXT, HUMAN, MASK_TOKEN, ROLE_END
 
-MaskedIds = tuple[list[int], list[bool]]
+MaskedIds = list[tuple[int, bool]]  # and whether each one is masked
 IGNORE_INDEX = -100
 DRILL_TASK = len(PROBLEM_MAKERS)  # the task number of a drill
 OPERATORS = {"+", "-", "*", "/", "%", "<", ">", "!=", "=="}
@@ -172,60 +172,56 @@ class BatchMaker:
     def _drill(self, rng: random.Random, drill_index: int) -> TrainingBlock:
         mixture = self.mixture
         if rng.random() < mixture.copy_share:
-            ids, masked = self._copy_drill(rng)
+            pairs = self._copy_drill(rng)
         elif mixture.worked_steps_share and rng.random() < mixture.worked_steps_share:
-            ids, masked = self._cut_block(rng, self._worked_steps, max_skip=mixture.block // 2)
+            pairs = self._cut_block(rng, self._worked_steps, max_skip=mixture.block // 2)
         elif mixture.code_phrase_share and rng.random() < mixture.code_phrase_share:
-            ids, masked = self._cut_block(rng, self._code_phrase, max_skip=12)
+            pairs = self._cut_block(rng, self._code_phrase, max_skip=12)
         else:
-            ids, masked = self._cut_block(rng, self._equation, max_skip=6)
+            pairs = self._cut_block(rng, self._equation, max_skip=6)
+        ids, masked = map(list, zip(*pairs, strict=True))
         return TrainingBlock(ids, -1 - drill_index, rng.randrange(3), DRILL_TASK, masked)
 
     def _copy_drill(self, rng: random.Random) -> MaskedIds:
         """A few repeated words: each masked one also occurs unmasked."""
         width = self.mixture.block
         words = rng.sample(list(self.content_pieces), rng.randint(3, 12))
-        ids = (words * width)[:width]
-        masked = [i >= len(words) and rng.random() < 0.6 for i in range(width)]
-        return ids, masked
+        repeated = enumerate((words * width)[:width])
+        return [(id, i >= len(words) and rng.random() < 0.6) for i, id in repeated]
 
     def _cut_block(
         self, rng: random.Random, draw: Callable[[random.Random], MaskedIds], *, max_skip: int
     ) -> MaskedIds:
         """A block of what ``draw`` returns again and again, from a random start."""
         width = self.mixture.block
-        ids: list[int] = []
-        masked: list[bool] = []
-        while len(ids) < 2 * width:
-            drawn_ids, drawn_masked = draw(rng)
-            ids += drawn_ids
-            masked += drawn_masked
+        pairs: MaskedIds = []
+        while len(pairs) < 2 * width:
+            pairs += draw(rng)
         start = rng.randrange(max_skip)
-        return ids[start : start + width], masked[start : start + width]
+        return pairs[start : start + width]
 
     def _worked_steps(self, rng: random.Random) -> MaskedIds:
         """Worked steps with random equations, every result masked."""
         task = rng.choice(("words", "algebra"))
         steps, _, _ = draw_problem(TRAINING_MAKERS[task], rng, "train").answer.rpartition("\n")
-        pairs = [
-            (piece, is_result)
+        return [
+            (id, is_result)
             for text, is_result in replace_equations(f" {steps}", rng)
-            for piece in self._encode(text)
+            for id in self._encode(text)
         ]
-        return [piece for piece, _ in pairs], [is_result for _, is_result in pairs]
 
     def _code_phrase(self, rng: random.Random) -> MaskedIds:
         """A phrase of a description, and its code, which is masked."""
         phrase, code, after = map(self._encode, code_phrase(rng))
-        masked = [False] * len(phrase) + [rng.random() < 0.7 for _ in code] + [False] * len(after)
-        return [*phrase, *code, *after], masked
+        masked = [(id, rng.random() < 0.7) for id in code]
+        return [*((id, False) for id in phrase), *masked, *((id, False) for id in after)]
 
     def _equation(self, rng: random.Random) -> MaskedIds:
         """An equation, mostly with the result masked."""
         line = self._encode(f" {draw_equation(rng)}.")
         if rng.random() < self.mixture.result_masked_share:
-            return line, [False] * (len(line) - 2) + [True, False]
-        return line, [rng.random() < 0.5 for _ in line]
+            return [(id, i == len(line) - 2) for i, id in enumerate(line)]
+        return [(id, rng.random() < 0.5) for id in line]
 
     def _draw_mask(
         self, rng: random.Random, answer: list[bool], copy: int, copies: int

@@ -78,10 +78,9 @@ def train_embedded(out: Path, config: TrainingConfig, **callbacks: Callable[...,
     curriculum = Curriculum(tokenizer, curriculum_stages(config.steps), config.seed)
     network = train(curriculum, config, out / RUN, **callbacks)
     folder = out / "model"
-    special = [
-        tokenizer.token_to_id(name) for name in (vocabulary.END_OF_TEXT, vocabulary.MASK_TOKEN)
-    ]
-    export.save_network(network, folder, pad=special[0], mask=special[1])
+    names = {"pad_token_id": vocabulary.END_OF_TEXT, "mask_token_id": vocabulary.MASK_TOKEN}
+    token_ids = {key: tokenizer.get_vocab()[name] for key, name in names.items()}
+    export.save_network(network, folder, **token_ids)
     vocabulary.save_tokenizer(tokenizer, folder)
     write_training_record(out, config)
     return folder

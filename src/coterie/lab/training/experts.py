@@ -45,16 +45,8 @@ def run_experts(x: Tensor, weights: Tensor, ids: Tensor, matrices: Tensor) -> tu
 
     ``matrices`` [E, 3, I, H]: gate, up, and down transposed. Matmuls run in the dtype of ``x``.
     """
-    expert_order = sort_by_expert(ids, matrices.shape[0])
-    output = _RoutedExperts.apply(
-        x,
-        weights,
-        matrices,
-        expert_order.pair_index,
-        expert_order.row_index,
-        expert_order.expert_ends,
-    )
-    return output, expert_order.counts
+    *order, counts = sort_by_expert(ids, matrices.shape[0])
+    return _RoutedExperts.apply(x, weights, matrices, *order), counts
 
 
 class _RoutedExperts(torch.autograd.Function):

@@ -12,10 +12,11 @@ from coterie.files import atomic_write, atomic_write_json
 from coterie.lab.training.network import NetworkShape, TrainingNetwork
 
 
-def save_network(
-    network: TrainingNetwork, folder: Path, *, pad: int | None = None, mask: int | None = None
-) -> None:
-    """Write ``config.json`` and ``model.safetensors``: bf16 weights and fp32 selection biases."""
+def save_network(network: TrainingNetwork, folder: Path, **token_ids: int) -> None:
+    """Write ``config.json`` and ``model.safetensors``: bf16 weights and fp32 selection biases.
+
+    ``token_ids`` are further keys of ``config.json``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: weight.to(torch.float32 if name.endswith("expert_bias") else torch.bfloat16).clone(
@@ -24,7 +25,7 @@ def save_network(
         for name, weight in network.checkpoint_tensors().items()
     }
     atomic_write(folder / "model.safetensors", save(tensors, {"format": "pt"}))
-    atomic_write_json(folder / "config.json", hf_config(network.shape, pad=pad, mask=mask))
+    atomic_write_json(folder / "config.json", {**hf_config(network.shape), **token_ids})
 
 
 def load_network(network: TrainingNetwork, folder: Path) -> None:
@@ -39,11 +40,8 @@ def load_network(network: TrainingNetwork, folder: Path) -> None:
         view.copy_(tensors[name])
 
 
-def hf_config(
-    shape: NetworkShape, *, pad: int | None = None, mask: int | None = None
-) -> dict[str, object]:
-    """The official keys of ``config.json``, and the mask id, which official files omit."""
-    mask_entry = {} if mask is None else {"mask_token_id": mask}
+def hf_config(shape: NetworkShape) -> dict[str, object]:
+    """The official keys of ``config.json``, which omit the mask id."""
     return {
         "architectures": ["LLaDA2MoeModelLM"],
         "model_type": "llada2_moe",
@@ -91,6 +89,5 @@ def hf_config(
         "rope_theta": shape.rope_theta,
         "rms_norm_eps": shape.epsilon,
         "max_position_embeddings": shape.max_length,
-        "pad_token_id": shape.vocab_size - 1 if pad is None else pad,
-        **mask_entry,
+        "pad_token_id": shape.vocab_size - 1,
     }

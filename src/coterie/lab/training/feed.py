@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing as mp
+import pickle
 import queue
 import signal
 from collections.abc import Callable
@@ -42,7 +43,7 @@ class BatchLoader:
         """The next part of a worker; raises RuntimeError if the batch process has died."""
         while True:
             try:
-                return TrainingBatch.from_arrays(self.queues[worker].get(timeout=10))
+                return pickle.loads(self.queues[worker].get(timeout=10))
             except queue.Empty:
                 # Only the parent process, worker 0, may query the state of its child.
                 if worker == 0 and not self._process.is_alive():
@@ -72,4 +73,4 @@ def _run_in_child(target: Callable[..., None], *args: object) -> None:
 def _produce_batches(make_batch: BatchFunction, start: int, stop: int, queues: list[Queue]) -> None:
     for step in range(start, stop):
         for queue_, part in zip(queues, make_batch(step).split(len(queues)), strict=True):
-            queue_.put(part.to_arrays())
+            queue_.put(pickle.dumps(part))  # a queue would share each tensor's memory

@@ -24,15 +24,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from coterie.errors import CheckpointError, ConfigError
-from coterie.files import atomic_write
+from coterie.files import LockedFile, atomic_write
 from coterie.keys import Key, to_json
-from coterie.lab.journal import LockedFile
 from coterie.lab.training.batch import TrainingBatch
 from coterie.lab.training.feed import FORK_CONTEXT, BatchFunction, BatchLoader, start_process
 from coterie.lab.training.network import NetworkShape, TrainingNetwork, additive_mask
 from coterie.lab.training.optim import (
     OptimizerOptions,
-    ParameterBuffer,
     adamw_step,
     attach_gradients,
     build_buffer,
@@ -100,8 +98,7 @@ class TrainingState:
         workers, network = config.workers, self.network
         self.groups = _parameter_groups(network, config.optimizer)
         self.buffers = [
-            build_buffer(pairs, workers, 1 if i else 2, matrices=i > 0)
-            for i, pairs in enumerate(self.groups)
+            build_buffer(pairs, workers, matrices=i > 0) for i, pairs in enumerate(self.groups)
         ]
         for bias in network.biases():
             bias.share_memory_()
@@ -211,19 +208,15 @@ def _run_workers(make_batch: BatchFunction, leader: _Leader) -> None:
             process.join()
 
 
+@dataclass(frozen=True)
 class _TrainingWorker:
     """The part of one process in every step."""
 
-    def __init__(
-        self,
-        index: int,
-        config: TrainingConfig,
-        state: TrainingState,
-        loader: BatchLoader,
-        barrier_wait: Callable[[], int],
-    ) -> None:
-        self.index, self.config, self.state = index, config, state
-        self.loader, self.barrier_wait = loader, barrier_wait
+    index: int
+    config: TrainingConfig
+    state: TrainingState
+    loader: BatchLoader
+    barrier_wait: Callable[[], int]
 
     def attach_gradients(self) -> None:
         """Make backward write this worker's gradients into the shared buffers."""
@@ -242,9 +235,7 @@ class _TrainingWorker:
         self.barrier_wait()
         grad_norm = math.sqrt(float(state.squared_norms.sum()))
         clip = min(1.0, config.max_grad_norm / (grad_norm + 1e-6))
-        lr = config.lr_factor(state.step)
-        for i, buffer in enumerate(state.buffers):
-            self._update(buffer, matrices=i > 0, lr=lr, clip=clip)
+        self._update_weights(clip)
         if self.index == 0:
             _update_biases(state, config.bias_rate_at(state.step))
         self.barrier_wait()
@@ -267,19 +258,17 @@ class _TrainingWorker:
         sums = torch.stack([loss.detach() * weight, weight], -1).double()
         state.losses[self.index].zero_().index_add_(0, task, sums)
 
-    def _update(self, buffer: ParameterBuffer, *, matrices: bool, lr: float, clip: float) -> None:
-        part, options, step = (
-            buffer.worker_slice(self.index),
-            self.config.optimizer,
-            self.state.step,
-        )
-        with torch.no_grad():
-            if matrices:
-                muon_step(
-                    buffer, part, options, lr=lr, momentum=self.config.momentum_at(step), clip=clip
-                )
-            else:
-                adamw_step(buffer, part, options, lr=lr, step=step, clip=clip)
+    @torch.no_grad()
+    def _update_weights(self, clip: float) -> None:
+        """Update this worker's part by the sum of gradients, scaled by ``clip``."""
+        config, step = self.config, self.state.step
+        lr, momentum = config.lr_factor(step), config.momentum_at(step)
+        vectors, *matrices = self.state.buffers
+        for buffer in self.state.buffers:
+            buffer.gradients[0, buffer.worker_slice(self.index)].mul_(clip)
+        adamw_step(vectors, self.index, config.optimizer, lr=lr, step=step)
+        for buffer in matrices:
+            muon_step(buffer, self.index, config.optimizer, lr=lr, momentum=momentum)
 
 
 @dataclass(frozen=True)

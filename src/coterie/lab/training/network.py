@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from coterie.keys import Key
 from coterie.lab.training.attend import masked_attention
 from coterie.lab.training.experts import run_experts
+from coterie.model.attention import rotate
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class TrainingNetwork(nn.Module):
             x, load = layer(x, rope, mask, self.precision)
             loads += [] if load is None else [load]
         x = x if logits_indices is None else x.index_select(0, logits_indices)
-        x = F.rms_norm(x, (shape.hidden_size,), self.norm, shape.epsilon)
+        x = _norm(x, self.norm, shape.epsilon)
         logits = F.linear(x.to(self.precision), self.head.to(self.precision)).float()
         empty = torch.zeros(0, shape.experts, dtype=torch.int64)
         return logits, torch.stack(loads) if loads else empty
@@ -129,11 +130,9 @@ class _TrainingLayer(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, precision: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
-        hidden, epsilon = (self.shape.hidden_size,), self.shape.epsilon
-        x = x + self._attention(
-            F.rms_norm(x, hidden, self.norm_in, epsilon).to(precision), rope, mask
-        )
-        output, load = self.mlp(F.rms_norm(x, hidden, self.norm_mid, epsilon), precision)
+        epsilon = self.shape.epsilon
+        x = x + self._attention(_norm(x, self.norm_in, epsilon).to(precision), rope, mask)
+        output, load = self.mlp(_norm(x, self.norm_mid, epsilon), precision)
         return x + output, load
 
     def _attention(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
@@ -143,12 +142,8 @@ class _TrainingLayer(nn.Module):
             rows, -1, sum(heads), shape.head_dim
         )
         q, k, v = qkv.transpose(1, 2).split(heads, 1)  # [B, heads, L, D]
-        q = _apply_rope(
-            F.rms_norm(q.float(), (shape.head_dim,), self.norm_query, shape.epsilon), rope
-        )
-        k = _apply_rope(
-            F.rms_norm(k.float(), (shape.head_dim,), self.norm_key, shape.epsilon), rope
-        )
+        q = rotate(_norm(q.float(), self.norm_query, shape.epsilon), *rope)
+        k = rotate(_norm(k.float(), self.norm_key, shape.epsilon), *rope)
         k, v = (t.repeat_interleave(shape.heads // shape.kv_heads, 1) for t in (k, v))
         output = masked_attention(q.to(x.dtype), k.to(x.dtype), v.contiguous(), mask)
         return output.transpose(1, 2).reshape(len(x), -1) @ self.out.to(x.dtype).flatten(0, 1)
@@ -240,20 +235,15 @@ def _swiglu(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _rope_tables(positions: Tensor, shape: NetworkShape) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, L, rotary] of every position."""
+    """Cosines and sines [B, 1, L, rotary / 2] of every position."""
     size = int(shape.head_dim * shape.rotary_fraction)
     powers = torch.arange(0, size, 2, device=positions.device).float() / size
     angle = positions[:, None, :, None].float() / shape.rope_theta**powers
-    angle = torch.cat([angle, angle], -1)
     return angle.cos(), angle.sin()
 
 
-def _apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    cosine, sine = rope
-    size = cosine.shape[-1]
-    part, rest = x[..., :size], x[..., size:]
-    rotated = torch.cat([-part[..., size // 2 :], part[..., : size // 2]], -1)
-    return torch.cat([part * cosine + rotated * sine, rest], -1)
+def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, epsilon)
 
 
 def _uniform(size: tuple[int, ...], inputs: int, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: W workers, n matrices of r rows and c columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -60,14 +60,9 @@ class ParameterBuffer:
 
 
 def build_buffer(
-    parameters: Iterable[tuple[nn.Parameter, float]],
-    workers: int,
-    num_states: int,
-    *,
-    matrices: bool,
+    pairs: Sequence[tuple[nn.Parameter, float]], workers: int, *, matrices: bool
 ) -> ParameterBuffer:
     """Move parameters and their rates into a shared buffer; the parameters become views of it."""
-    pairs = list(parameters)
     size = pairs[0][0].shape[-2:] if matrices else ()
     reshaped = [p.data.reshape(-1, *size) for p, _ in pairs]
     weights = torch.cat(reshaped).share_memory_()
@@ -76,38 +71,29 @@ def build_buffer(
         parameter.data = view.view_as(parameter)
     rate = torch.cat([torch.full((n,), r) for n, (_, r) in zip(counts, pairs, strict=True)])
     gradients = torch.zeros(workers, *weights.shape).share_memory_()
-    state = tuple(torch.zeros_like(weights).share_memory_() for _ in range(num_states))
+    state = tuple(torch.zeros_like(weights).share_memory_() for _ in range(1 if matrices else 2))
     return ParameterBuffer(weights, gradients, state, rate)
 
 
 def attach_gradients(
-    buffer: ParameterBuffer, parameters: Iterable[nn.Parameter], worker: int
+    buffer: ParameterBuffer, parameters: Sequence[nn.Parameter], worker: int
 ) -> None:
     """Make backward write this worker's gradients into the buffer."""
-    gradient, start = buffer.gradients[worker].view(-1), 0
-    for parameter in parameters:
-        parameter.grad = gradient[start : start + parameter.numel()].view_as(parameter)
-        start += parameter.numel()
+    parts = buffer.gradients[worker].view(-1).split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
 
 
 def muon_step(
-    buffer: ParameterBuffer,
-    part: slice,
-    options: OptimizerOptions,
-    *,
-    lr: float,
-    momentum: float,
-    clip: float,
+    buffer: ParameterBuffer, worker: int, options: OptimizerOptions, *, lr: float, momentum: float
 ) -> None:
     """Update matrices by orthogonalized Nesterov momentum."""
+    part = buffer.worker_slice(worker)
     for start in range(part.start, part.stop, CHUNK_MATRICES):
         span = slice(start, min(start + CHUNK_MATRICES, part.stop))
-        gradient, momentum_buffer, weight = (
-            buffer.gradients[0, span],
-            buffer.state[0][span],
-            buffer.weights[span],
-        )
-        momentum_buffer.lerp_(gradient.mul_(clip), 1 - momentum)
+        gradient, momentum_buffer = buffer.gradients[0, span], buffer.state[0][span]
+        weight = buffer.weights[span]
+        momentum_buffer.lerp_(gradient, 1 - momentum)
         step = orthogonalize(gradient.lerp_(momentum_buffer, momentum), options.newton_schulz_steps)
         rate = (lr * buffer.rate[span])[:, None, None]
         weight.mul_(1 - rate * options.weight_decay).addcmul_(step.to(weight.dtype), rate, value=-1)
@@ -126,16 +112,11 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 def adamw_step(
-    buffer: ParameterBuffer,
-    part: slice,
-    options: OptimizerOptions,
-    *,
-    lr: float,
-    step: int,
-    clip: float,
+    buffer: ParameterBuffer, worker: int, options: OptimizerOptions, *, lr: float, step: int
 ) -> None:
     """Adam with bias correction, without weight decay."""
-    gradient, weight = buffer.gradients[0, part].mul_(clip), buffer.weights[part]
+    part = buffer.worker_slice(worker)
+    gradient, weight = buffer.gradients[0, part], buffer.weights[part]
     first, second = (memory[part] for memory in buffer.state)
     first.lerp_(gradient, 1 - options.beta1)
     second.lerp_(gradient.square_(), 1 - options.beta2)

@@ -64,15 +64,10 @@ def pack(slab: Slab, *, release_source: bool = False) -> Slab:
 
 def run_experts(x: Tensor, routing: Routing, slab: Slab, activation: Activation = "silu") -> Tensor:
     """See ``ops.run_experts``. The result is bit-identical for any number of threads."""
-    packed, (tokens, hidden) = slab.gate_up, x.shape
-    assert isinstance(packed, PackedExperts)
-    slots, gate_up_rows, expert_hidden = packed.shape
-    width = gate_up_rows // 2
+    packed, (tokens, hidden) = _packed_experts(slab), x.shape
+    slots, expert_hidden, width = slab.down.shape
     if hidden != expert_hidden:
         raise ValueError(f"tokens have {hidden} features, the experts {expert_hidden}")
-    size = expert_bytes(packed.format, hidden=hidden, width=width)
-    if 2 * width != gate_up_rows or packed.packed.shape[1] < size:
-        raise ValueError(f"packed experts {packed.shape}: {describe(packed.packed)} is too small")
     x = x.detach() if x.dtype in (torch.float32, torch.bfloat16) else x.detach().float()
     x, ids = x.contiguous(), routing.topk_ids.contiguous()
     weights, k = routing.topk_weights.contiguous(), ids.shape[-1]
@@ -142,6 +137,23 @@ def release_pages(tensors: Sequence[Tensor]) -> None:
             ctypes.CDLL(None).madvise(
                 ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED
             )
+
+
+def _packed_experts(slab: Slab) -> PackedExperts:
+    """Gate, up and down of a packed slab; raises ValueError if they do not belong together."""
+    packed, down = slab.gate_up, slab.down
+    assert isinstance(packed, PackedExperts)
+    assert isinstance(down, PackedExperts)
+    slots, hidden, width = down.shape
+    size = expert_bytes(packed.format, hidden=hidden, width=width)
+    is_same = packed.format == down.format and packed.packed.data_ptr() == down.packed.data_ptr()
+    if not is_same or packed.shape != (slots, 2 * width, hidden):
+        raise ValueError(
+            f"gate_up {packed.shape} and down {down.shape} are not of the same experts"
+        )
+    if packed.packed.shape[1] < size:
+        raise ValueError(f"packed experts {packed.shape}: {describe(packed.packed)} is too small")
+    return packed
 
 
 def _pack_into(

@@ -23,6 +23,7 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
     if (
         kernels is None
         or not _supports(scores, vote_weight)
+        or scores.router.capacity
         or (rule is None and previous is not None)
     ):
         return None

@@ -90,7 +90,8 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
 def supports(scores: Scores, rule: CoresetRule | None) -> bool:
     """Whether the kernels support these scores and this rule."""
     router, logits = scores.router, scores.logits
-    if scores.previous_coresets is not None or (rule is not None and rule.max_experts > 0):
+    limits = router.capacity or (rule is not None and rule.max_experts > 0)
+    if limits or scores.previous_coresets is not None:
         return False
     if logits.numel() == 0 or logits.requires_grad:
         return False

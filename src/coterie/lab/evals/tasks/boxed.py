@@ -9,6 +9,7 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 UNBRACED = re.compile(r"[^\s{}$\\,;]+")  # the content of "\boxed 5"
 # End marks of chat models, as published tokenizers spell them.
 END_OF_TEXT = re.compile(r"</s>|<\|(?:im_end|endoftext|eot_id|end|role_end)\|>")
+MAX_CUT_BOX = 200  # characters
 BRACE_OR_ESCAPE = re.compile(r"\\.|[{}]", re.DOTALL)  # an escaped brace is no brace
 
 
@@ -36,8 +37,12 @@ def strip_end_marks(output: str) -> str:
 
 
 def find_boxes(text: str) -> list[Box]:
-    """All closed, non-empty boxes in order of their start, nested ones included."""
+    """All non-empty boxes in order of their start, nested ones included.
+
+    If there is none, the last box counts that is never closed because the output was cut.
+    """
     boxes: list[Box] = []
+    cut: list[Box] = []
     closing_braces = _match_braces(text)
     for opening in BOX.finditer(text):
         start = opening.end()
@@ -50,7 +55,18 @@ def find_boxes(text: str) -> list[Box]:
             content = "" if unbraced is None else unbraced[0].rstrip(".")
         if stop is not None and content.strip():
             boxes.append(Box(opening.start(), stop + 1, content.strip()))
-    return boxes
+        elif stop is None and (end := _end_of_cut_box(text, start)) is not None:
+            cut = [Box(opening.start(), end, text[start + 1 : end].strip())]
+    return boxes or cut
+
+
+def _end_of_cut_box(text: str, start: int) -> int | None:
+    """The end of a box that is open at the end of the text; None if another line follows."""
+    if len(text) - start > MAX_CUT_BOX:
+        return None
+    content = text[start:].rstrip().rstrip("$").rstrip(".")
+    is_content = content[:1] == "{" and content[1:].strip() and "\n" not in content
+    return start + len(content) if is_content else None
 
 
 def _match_braces(text: str) -> dict[int, int]:

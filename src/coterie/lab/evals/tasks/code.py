@@ -9,6 +9,7 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, islice
 from threading import Lock
 
@@ -20,6 +21,7 @@ PYTHON_LANGUAGES = ("", "python", "python3", "py", "py3", "python-repl", "pycon"
 MAX_FENCE_LINE = 500  # characters; a longer line opens no fence
 MAX_BLOCKS = 100  # the last ones are read
 MAX_STARTS = 16  # places where unfenced code may begin
+MAX_PARSED = 400_000  # characters parsed from them; a long text has fewer such places
 MAX_TRIMS = 60  # cuts of a text at its next syntax error
 
 FENCE_OPENING = re.compile(
@@ -221,15 +223,16 @@ def _unfenced_code(text: str, functions: Sequence[str]) -> Iterator[str]:
     if _parse(text) is not None:
         yield text
     lines = text.split("\n")
+    max_starts = min(MAX_STARTS, max(2, MAX_PARSED // (len(text) + 1)))
     starts = (n for n, line in enumerate(lines) if CODE_START.match(line.lstrip()))
-    tails = ("\n".join(lines[start:]) for start in islice(starts, MAX_STARTS // 2))
+    tails = ("\n".join(lines[start:]) for start in islice(starts, max_starts // 2))
     # A definition may start within a line: "Answer: def add(a, b): ..."
     definitions = re.finditer(rf"def\s+(?:{'|'.join(functions) or '$'})\b", text)
     indented = (
         " " * (match.start() - text.rfind("\n", 0, match.start()) - 1) + text[match.start() :]
         for match in definitions
     )
-    for tail in islice(chain(tails, indented), MAX_STARTS):
+    for tail in islice(chain(tails, indented), max_starts):
         trimmed = _trim_to_error(textwrap.dedent(tail))
         if trimmed is not None:
             yield trimmed
@@ -253,8 +256,9 @@ def _parse(code: str) -> ast.Module | None:
     return None if isinstance(parsed, int) else parsed
 
 
+@lru_cache(maxsize=2)
 def _parse_or_error_line(code: str) -> ast.Module | int:
-    """The syntax tree, or the line, from 1, of the first syntax error."""
+    """The syntax tree, or the line, from 1, of the first syntax error. The tree is shared."""
     try:
         with PARSE_LOCK, warnings.catch_warnings(action="ignore"):
             return ast.parse(code)
@@ -335,8 +339,7 @@ def _strip_demo_code(code: str) -> str:
     nodes = [node for node in tree.body if not _is_demo_code(node) or _is_setup_call(node, tree)]
     if len(nodes) == len(tree.body):
         return code
-    tree.body = nodes
-    return ast.unparse(tree)
+    return ast.unparse(ast.Module(nodes, []))
 
 
 def _is_setup_call(node: ast.stmt, tree: ast.Module) -> bool:

@@ -46,7 +46,16 @@ NORMALIZATIONS = [
     (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset"),
     (re.compile(r"\\langle(?![a-zA-Z])"), "("),
     (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
+    (re.compile(r"(?<![a-zA-Z\\{])(sin|cos|tan|cot|csc|log|ln|exp|sqrt)(?![a-zA-Z])"), r"\\\1 "),
     (re.compile(r"\\sqrt\s*(\d+)"), r"\\sqrt{\1}"),
+    (re.compile(r"\+\s*\(\s*-\s*(\d*\.?\d*)\s*i\s*\)"), r"-\1i"),  # 3 + (-2i)
+    (re.compile(r"\\sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (
+        re.compile(r"\\sqrt\s*\{\s*\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}\s*\}"),
+        r"\\frac{\\sqrt{\1}}{\\sqrt{\2}}",
+    ),
+    (re.compile(r"\\sqrt\s*\{\s*(\w+)\s*/\s*(\w+)\s*\}"), r"\\frac{\\sqrt{\1}}{\\sqrt{\2}}"),
+    (re.compile(r"\+\s*\(?\s*-\s*(\d*\.?\d*)\s*\)?\s*(?=i\b)"), r"-\1"),  # 3 + (-2)i
     (re.compile(r"(?:\\text\s*)?\{,\}|(?<!\\),\\!\s*"), ","),
     (re.compile(r"(?<!\\)\\!"), ""),
     (re.compile(r"(?<=\d)\\[,;: ](?=\d{3}(?!\d))"), ""),
@@ -63,7 +72,7 @@ NORMALIZATIONS = [
 ]
 DOUBLE_ESCAPE = re.compile(r"\\\\(?=[a-zA-Z,;!$%])")  # escaped twice by a JSON encoder
 REPEATED_COMMAS = re.compile(r",(?:\s*,)+")
-REPEATING_DECIMAL = re.compile(r"(\d*)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}")
+REPEATING_DECIMAL = re.compile(r"(?<!\d)(\d*+)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}")
 OUTER_BRACES = re.compile(r"^\{([^{}]*)\}$")
 
 # A name before its value: x =, x_1 =, f(x) =, (x, y) =, \theta =, AB =, x \in

@@ -14,7 +14,9 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
+TINY = 1e-3
 MEMORY_LIMIT = 3 << 30  # bytes of address space
 
 
@@ -49,13 +51,23 @@ def _load_comparison() -> Callable[[str, str], bool]:
         try:
             # 0 turns off math-verify's own timeouts.
             pair = [parse(f"${text}$", parsing_timeout=0) for text in (gold, answer)]
-            return all(pair) and bool(verify(pair[0], pair[1], timeout_seconds=0))
+            equal = all(pair) and bool(verify(pair[0], pair[1], timeout_seconds=0))
+            return equal and not _are_tiny_and_differ(pair[0][0], pair[1][0])
         # sympy and the parser raise many types; pairs that they cannot compare are unequal.
         except Exception:
             return False
 
     is_equal("1", "2")  # builds the grammar
     return is_equal
+
+
+def _are_tiny_and_differ(gold: Any, answer: Any) -> bool:
+    """Whether two numbers are equal only because math-verify rounds to a few decimals."""
+    if not all(getattr(value, "is_number", False) for value in (gold, answer)):
+        return False
+    first, second = gold.evalf(15), answer.evalf(15)
+    largest = max(abs(first), abs(second))
+    return bool(largest < TINY and abs(first - second) > largest * TINY)
 
 
 def _silence_output() -> None:

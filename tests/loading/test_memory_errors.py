@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from coterie.cli import entry
-from coterie.cli.memory_errors import is_out_of_memory, out_of_memory_message
 from coterie.loading import free_memory as memory
+from coterie.loading.memory_errors import is_out_of_memory, out_of_memory_message
 from coterie.model.weights import allocate
 from coterie.testing import read_spec, tiny_config
 
