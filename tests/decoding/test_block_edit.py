@@ -39,6 +39,7 @@ def starts(draw: st.DrawFn) -> EditState:
 def test_a_block_ends_full_of_text_behind_its_prompt(
     state: EditState, rule: BlockEditRule, seed: int
 ) -> None:
+    after = state
     for after in run(state, rule, seed):
         assert len(after.tokens) == len(state.tokens)
         assert after.tokens[: state.prompt] == state.tokens[: state.prompt]

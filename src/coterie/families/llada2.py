@@ -87,7 +87,8 @@ def _router(config: ModelConfig) -> RouterSpec:
         groups, kept_groups = _groups(config, experts, k)
     else:
         groups = kept_groups = 1  # a model that routes by block ignores them
-        config.get("n_group"), config.get("topk_group")
+        for key in ("n_group", "topk_group"):
+            config.get(key)  # read, so that it is no unknown key
         if not k <= capacity <= experts:
             problem = f"is {capacity}, not between {k} experts per token and {experts} experts"
             raise config.error("expert_capacity", problem)

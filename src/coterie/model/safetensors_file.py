@@ -96,12 +96,12 @@ def read_rows(
 ) -> Iterator[tuple[tuple[int | slice, ...], Tensor]]:
     """The rows of a float tensor in fp32, a few megabytes at a time, each with its index."""
     shape: Sequence[int] = entry.shape
-    if len(shape) > 2:
-        for outer in range(shape[0]):
-            for index, rows in read_rows(descriptor, entry.part(entry.shape[1:], outer)):
+    count, k, *more = shape
+    if more:
+        for outer in range(count):
+            for index, rows in read_rows(descriptor, entry.part((k, *more), outer)):
                 yield (outer, *index), rows
         return
-    count, k = shape[0], shape[-1]
     step = max(1, CHUNK_BYTES // 4 // k)
     for first in range(0, count, step):
         rows = torch.empty(min(step, count - first), k)

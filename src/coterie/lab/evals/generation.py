@@ -84,7 +84,7 @@ def _submit(engine: Engine, request: EvalRequest, policy: str | Policy) -> int |
     """The engine's row; the outcome of a prompt that is unreadable or leaves no room."""
     try:
         ids = engine.model.tokenizer.encode(request.task.prompt(request.item))
-        check_prompt(ids, engine.model.mask_id, engine.model.spec.vocabulary)
+        check_prompt(ids, engine.model.special_ids, engine.model.spec.vocabulary)
     except (GenerationError, TokenizerError) as error:
         return GenerationOutcome(request, None, f"the prompt cannot be read: {error}")
     generation = request.generation.fit(len(ids), engine.model.spec.max_length)
