@@ -46,6 +46,7 @@ def model_spec(
     has the key ``head_dim``.
     """
     config = with_rope_parameters(config)
+    _check_layer_types(config, len(moe))
     if not any(moe):
         raise ConfigError(f"{config.file}: no layer has experts")
     if sum(moe) * router.experts > MAX_TOTAL_EXPERTS:
@@ -123,17 +124,19 @@ def has_packed_experts(config: ModelConfig, form: QuantFormat | None) -> bool:
 
 
 def check_supported(config: ModelConfig) -> None:
-    """Rejects what no family supports, such as foreign quantisation, biases, local attention."""
+    """Rejects what no family supports, such as foreign quantisation and biases."""
     _check_quantization(config)
     _check_dtypes(config)
     config.allow_only("hidden_act", "silu", "swish")
     config.allow_only("attention_bias", False)
     config.allow_only("use_sliding_window", False)
-    if (kinds := config.get("layer_types")) is not None:
-        layers = layer_count(config)
-        if kinds != ["full_attention"] * layers:
-            problem = f'is {quote(kinds)}; supported: "full_attention" for each of {layers} layers'
-            raise config.error("layer_types", problem)
+
+
+def _check_layer_types(config: ModelConfig, layers: int) -> None:
+    kinds = config.get("layer_types")
+    if kinds is not None and kinds != ["full_attention"] * layers:
+        problem = f'is {quote(kinds)}; supported: "full_attention" for each of {layers} layers'
+        raise config.error("layer_types", problem)
 
 
 def read_block_size(config: ModelConfig, defaults: FamilyDefaults) -> FamilyDefaults:

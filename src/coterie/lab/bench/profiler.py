@@ -20,7 +20,7 @@ from coterie.lab.bench.timing import wait_until_idle
 from coterie.loading.load import Model
 from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import FeedForward, MoE
-from coterie.model.transformer import TransformerLayer
+from coterie.model.transformer import Layer, ParallelLayer
 from coterie.routing.router import KernelPolicy, KernelRouting
 from coterie.values import ExpertRequest, ExpertStore, Policy, Scores, Slab
 
@@ -77,7 +77,9 @@ def timed_model(model: Model, stopwatch: Stopwatch) -> Model:
     return replace(model, transformer=replace(model.transformer, layers=layers))
 
 
-def _timed_layer(layer: TransformerLayer, stopwatch: Stopwatch) -> TransformerLayer:
+def _timed_layer(layer: Layer, stopwatch: Stopwatch) -> Layer:
+    if isinstance(layer, ParallelLayer):
+        layer = replace(layer, dense=_timed_methods(stopwatch, SHARED, layer.dense, "apply"))
     attention = stopwatch(ATTENTION)(layer.attention)
     feed_forward = _timed_feed_forward(layer.feed_forward, stopwatch)
     return stopwatch(NORMS)(replace(layer, attention=attention, feed_forward=feed_forward))
