@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import coterie
+from coterie.engine.engine import Engine
 from coterie.errors import CoterieError
 from coterie.families import ModelConfig, detect_family
+from coterie.lab.bench.profiler import DENSE, PARTS, Stopwatch, timed_model
 from coterie.loading.load import load_model
 from coterie.model.checkpoint import SINGLE_FILE
 from coterie.model.size import model_size
@@ -146,10 +148,18 @@ def test_a_policy_that_keeps_all_experts_is_the_model(tmp_path: Path, policy: st
         ("llada2", {"plan": "encoder"}),
     ],
 )
-def test_masks_and_noise_do_not_mix(
-    tmp_path: Path, family: str, options: dict[str, object]
-) -> None:
+def test_masks_and_noise_do_not_mix(tmp_path: Path, family: str, options: dict[str, str]) -> None:
     engine = coterie.load(write_checkpoint(tmp_path / "model", family))
     with pytest.raises(CoterieError, match=r"the model denoises"):
-        engine.generate(PROMPT, **options)
+        engine.generate(PROMPT, **options)  # pyright: ignore[reportCallIssue]
     assert engine.rows == ()
+
+
+def test_a_timed_model_answers_as_the_model_does(tmp_path: Path) -> None:
+    engine = coterie.load(write_checkpoint(tmp_path / "model", FAMILY))
+    watch = Stopwatch(torch.device("cpu"))
+    timed = Engine(timed_model(engine.model, watch), generation=engine.generation)
+    with watch(PARTS[-1]):
+        found = timed.generate(PROMPT, max_new_tokens=8)
+    assert found.tokens == engine.generate(PROMPT, max_new_tokens=8).tokens
+    assert set(watch.laps) >= set(PARTS) - {DENSE}
