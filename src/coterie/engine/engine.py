@@ -178,8 +178,8 @@ class Engine:
         Returns the events of requests that no ``stream`` reads. A failed group does not stop the
         others: the error is raised after all groups have run, and the next call returns their
         events. The requests of a failed group have not advanced. Raises NonFiniteLogitsError with
-        these requests if their logits are not finite, and AnswerTextError for requests whose text
-        cannot be decoded, which end. Every other error is raised as it is.
+        these requests if their logits are not finite, and AnswerTextError for those with text that
+        cannot be decoded; they end. Every other error is raised as it is.
         """
         errors: list[Exception] = []
         reasons: dict[int, str] = {}  # of requests with non-finite logits
