@@ -31,7 +31,7 @@ TINY = SHAPES["tiny"]
 def test_a_shape_equals_the_released_config(name: str, config: dict) -> None:
     family, spec = read_spec(config)
     assert SHAPES[name].spec == spec
-    assert SHAPES[name].family is family
+    assert SHAPES[name].family == family
 
 
 def test_an_unknown_shape_lists_the_known_ones() -> None:
