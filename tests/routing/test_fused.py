@@ -249,7 +249,7 @@ def test_the_kernel_routes_like_plain_torch(scores: Scores, text: str, isa: str)
     ):
         assert torch.equal(one, other)
     assert torch.equal(result.used, expected.used)
-    torch.testing.assert_close(result.topk_weights, expected.topk_weights, rtol=0, atol=0)
+    torch.testing.assert_close(result.topk_weights, expected.topk_weights, rtol=2e-6, atol=0)
     assert (
         (result.coreset_reuse is None)
         == (expected.coreset_reuse is None)

@@ -335,6 +335,18 @@ def test_extraction_takes_memory_and_parses_in_proportion(piece, header, monkeyp
     assert total < 6 * small_sum
 
 
+@pytest.mark.parametrize("header", ["", HEADER])
+def test_a_long_answer_of_stubs_is_parsed_a_few_times(header, monkeypatch):
+    text = "def add(a, b):\n    pass\n" * 4000
+    parsed: list[int] = []
+    parse_code = code._parse_or_error_line
+    monkeypatch.setattr(
+        code, "_parse_or_error_line", lambda part: parsed.append(len(part)) or parse_code(part)
+    )
+    code.extract_code(text, ["add"], header)
+    assert sum(parsed) < 25 * len(text)
+
+
 def test_threads_keep_the_warning_filters():
     before = list(warnings.filters)
     with ThreadPoolExecutor(8) as pool:

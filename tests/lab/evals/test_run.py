@@ -333,11 +333,16 @@ def test_a_prompt_without_room_has_an_empty_answer() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["95", "7 500", "pen"])
-def test_a_prompt_that_the_model_cannot_read_is_refused_at_once(
-    prompt: str, tmp_path: Path
-) -> None:
-    with pytest.raises(CoterieError, match="task quiz, quiz/3: "):
-        run_eval(engine(), [Quiz(odd={3: prompt})], [VANILLA], tmp_path / "run")
+def test_a_prompt_that_the_model_cannot_read_is_a_remark_and_an_error(prompt: str) -> None:
+    quiz, remarks = Quiz(odd={3: prompt}), list[str]()
+    (result,) = run_eval(engine(), [quiz], [VANILLA], None, on_remark=remarks.append)
+    assert [n for n, answer in enumerate(result.answers) if answer.error] == [3]
+    assert "1 prompts cannot be read: quiz/3: " in remarks[0]
+
+
+def test_a_task_without_a_readable_prompt_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(CoterieError, match="no prompt can be read: quiz/0: "):
+        run_eval(engine(), [Quiz(count=1, odd={0: "pen"})], [VANILLA], tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

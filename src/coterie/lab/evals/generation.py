@@ -12,6 +12,7 @@ from coterie.engine.events import Finished, Result
 from coterie.engine.generation_config import GenerationConfig, check_prompt
 from coterie.errors import AnswerTextError, GenerationError, NonFiniteLogitsError, TokenizerError
 from coterie.lab.evals.task import Item, Task
+from coterie.loading.load import Model
 from coterie.values import Policy
 
 
@@ -80,11 +81,17 @@ def generate_outcomes(
             engine.cancel(row)
 
 
+def read_prompt(model: Model, request: EvalRequest) -> list[int]:
+    """The ids of an item's prompt; raises CoterieError for one that no request can have."""
+    ids = model.tokenizer.encode(request.task.prompt(request.item))
+    check_prompt(ids, model.special_ids, model.spec.vocabulary)
+    return ids
+
+
 def _submit(engine: Engine, request: EvalRequest, policy: str | Policy) -> int | GenerationOutcome:
     """The engine's row; the outcome of a prompt that is unreadable or leaves no room."""
     try:
-        ids = engine.model.tokenizer.encode(request.task.prompt(request.item))
-        check_prompt(ids, engine.model.special_ids, engine.model.spec.vocabulary)
+        ids = read_prompt(engine.model, request)
     except (GenerationError, TokenizerError) as error:
         return GenerationOutcome(request, None, f"the prompt cannot be read: {error}")
     generation = request.generation.fit(len(ids), engine.model.spec.max_length)

@@ -29,10 +29,15 @@ from pathlib import Path
 from coterie.checkpoints.fingerprint import fingerprint
 from coterie.checkpoints.source import find_folder
 from coterie.engine.engine import Engine
-from coterie.engine.generation_config import GenerationConfig, check_prompt
-from coterie.errors import TaskError
+from coterie.engine.generation_config import GenerationConfig
+from coterie.errors import CoterieError, TaskError
 from coterie.lab.evals.answer_log import Answer, AnswerKey, AnswerLog
-from coterie.lab.evals.generation import EvalRequest, GenerationOutcome, generate_outcomes
+from coterie.lab.evals.generation import (
+    EvalRequest,
+    GenerationOutcome,
+    generate_outcomes,
+    read_prompt,
+)
 from coterie.lab.evals.model_files import ModelFiles
 from coterie.lab.evals.results import EvalResult, Variant
 from coterie.lab.evals.task import Grade, Item, Task
@@ -311,13 +316,17 @@ def _check_lengths(
 ) -> Iterator[str]:
     """Checks each prompt and variant; yields a remark for a task with answers that are cut.
 
-    Raises if the model cannot read a prompt, and if no prompt leaves room for an answer of a length
-    that was asked for.
+    An unreadable prompt, which will fail its item, is a remark too. Raises if the model can read no
+    prompt, and if none leaves room for an answer of a length that was asked for.
     """
     model = engine.model
     for task, group in groupby(requests, key=lambda request: request.task.name):
         task_requests = list(group)
-        lengths = [_prompt_length(model, request) for request in task_requests]
+        lengths, errors = _prompt_lengths(model, task_requests)
+        if not lengths:
+            raise TaskError(f"task {task}: no prompt can be read: {errors[0]}")
+        if errors:
+            yield f"task {task}: {len(errors)} prompts cannot be read: {errors[0]}"
         for variant in variants:
             generation = task_requests[0].replace(variant.generation).generation
             is_default = "max_new_tokens" not in {**options, **variant.generation}
@@ -342,13 +351,15 @@ def _check_lengths(
             )
 
 
-def _prompt_length(model: Model, request: EvalRequest) -> int:
-    try:
-        ids = model.tokenizer.encode(request.task.prompt(request.item))
-        check_prompt(ids, model.special_ids, model.spec.vocabulary)
-    except ValueError as error:
-        raise TaskError(f"task {request.task.name}, {request.item.id}: {error}") from None
-    return len(ids)
+def _prompt_lengths(model: Model, requests: Sequence[EvalRequest]) -> tuple[list[int], list[str]]:
+    """The lengths of the readable prompts, and what is wrong with the others."""
+    lengths, errors = list[int](), list[str]()
+    for request in requests:
+        try:
+            lengths.append(len(read_prompt(model, request)))
+        except CoterieError as error:
+            errors.append(f"{request.item.id}: {error}")
+    return lengths, errors
 
 
 def _with_stored(
