@@ -12,6 +12,7 @@ from coterie.errors import CoterieError
 from coterie.loading.load import load_model
 from coterie.testing import FAMILY_CONFIGS, write_checkpoint
 from coterie.tokenizer import MASK_TOKEN
+from coterie.values import NO_MASK
 
 MASK, END = 256, 257  # of the tiny tokenizer
 
@@ -21,13 +22,19 @@ def folder_with(path: Path, family: str = "llada2", **ids: object) -> Path:
     return write_checkpoint(path, family, vocab_size=300, **ids)
 
 
-@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS.keys() - {"diffusion-gemma"}))
 def test_a_model_without_a_mask_is_refused(tmp_path: Path, family: str) -> None:
     write_tokenizer(folder_with(tmp_path, family))
     file = tmp_path / "tokenizer.json"
     file.write_text(file.read_text("utf-8").replace(MASK_TOKEN, "<|other|>"), "utf-8")
     with pytest.raises(CoterieError, match=r"config\.json: mask_token_id is missing"):
         load_model(tmp_path, device="cpu")
+
+
+def test_a_family_that_denoises_random_tokens_needs_no_mask(tmp_path: Path) -> None:
+    write_tokenizer(folder_with(tmp_path, "diffusion-gemma"))
+    model = load_model(tmp_path, device="cpu")
+    assert (model.mask_id, model.plain_ids, model.notes) == (NO_MASK, 300, ())
 
 
 def test_token_ids_as_text_have_the_last_id_as_mask_and_say_so(tmp_path: Path) -> None:
