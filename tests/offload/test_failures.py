@@ -240,11 +240,10 @@ def test_votes_are_written_whole_or_not_at_all(
 ) -> None:
     path, saved = tmp_path / "votes", SavedVotes.of("tiny", (1,), np.ones((1, 4)))
 
-    def full(self: Path, *_: object, **__: object) -> None:
-        self.write_bytes(b"{")
+    def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CoterieError, match=r"votes: cannot be written \(No space left"):
         write_votes(path, saved)
     assert list(tmp_path.iterdir()) == []
