@@ -40,6 +40,8 @@ def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         sizes = {"vocab_size": 300, "num_hidden_layers": 2, "num_experts": 8}
         if request.param == "llada-moe":
             sizes["moe_layer_freq"] = [1, 1]
+        if request.param == "diffusion-gemma":
+            sizes["layer_types"] = ["sliding_attention", "full_attention"]
         write_checkpoint(folder, request.param, shards=shards, mask_token_id=256, **sizes)
         write_tokenizer(folder)
         settings = {"eos_token": "<|endoftext|>", "chat_template": "{{ messages[0].content }}"}
