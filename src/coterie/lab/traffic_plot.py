@@ -88,7 +88,7 @@ def draw_traffic(title: str, points: Sequence[TrafficPoint]) -> Figure:
     _draw_votes(votes_axes, points)
     for axes in (bytes_axes, hits_axes, votes_axes):
         _draw_blocks(axes, points, with_labels=axes is bytes_axes)
-        axes.set_xlim(-0.5, len(points) - 0.5)
+        axes.set_xlim(-0.5, max(1, len(points)) - 0.5)
         axes.locator_params(axis="x", integer=True)
         axes.grid(visible=False, axis="x")
     for axes in (bytes_axes, hits_axes):
