@@ -9,7 +9,8 @@ import time
 from fractions import Fraction
 
 import pytest
-from hard_answers import GSM8K, MATH500
+from hard_answers import GSM8K
+from hard_formulas import MATH500
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
