@@ -112,8 +112,7 @@ def load_model(
     tokenizer = load_tokenizer(
         model.path, template=template, vocab_size=vocab_size, hidden_span=hidden_span
     )
-    mask, stop_ids = _token_ids(model, tokenizer)
-    guessed = mask_id(model.config, family, vocab_size) is None and tokenizer.mask_id is None
+    mask, stop_ids, notes = _token_ids(model, tokenizer)
     loaded = placement.load(target, on_progress)
     return Model(
         name=EMBEDDED if name_or_path is None else str(name_or_path),
@@ -125,7 +124,7 @@ def load_model(
         folder=model.path,
         store=loaded.store,
         placement=loaded.placement,
-        notes=(f"no file names the mask token: the last id, {mask}, is taken",) if guessed else (),
+        notes=notes,
     )
 
 
@@ -203,14 +202,16 @@ def choose_dtype(
     return dtype
 
 
-def _token_ids(model: ModelFolder, tokenizer: TextTokenizer) -> tuple[int, tuple[int, ...]]:
-    """The mask token and the end-of-text tokens, on which all files must agree.
+def _token_ids(
+    model: ModelFolder, tokenizer: TextTokenizer
+) -> tuple[int, tuple[int, ...], tuple[str, ...]]:
+    """The mask token and the end-of-text tokens, on which all files must agree; and notes.
 
     The family's mask token is used if the vocabulary has it and no file names one. Without it, a
     folder without a tokenizer (token ids as text) uses the last id; with one, that is an error.
     """
     config, vocabulary = model.config, model.spec.vocabulary
-    mask = mask_id(config, model.family, vocabulary)
+    mask, notes = mask_id(config, model.family, vocabulary), ()
     if tokenizer.mask_id is not None and mask != NO_MASK:
         if config.values.get("mask_token_id") is not None and mask != tokenizer.mask_id:
             raise config.error(
@@ -219,6 +220,7 @@ def _token_ids(model: ModelFolder, tokenizer: TextTokenizer) -> tuple[int, tuple
         mask = tokenizer.mask_id
     if mask is None and isinstance(tokenizer, IdTokenizer):
         mask = vocabulary - 1
+        notes = (f"no file names the mask token: the last id, {mask}, is taken",)
     if mask is None:
         raise config.error(
             "mask_token_id", f"is missing, and tokenizer.json has no {MASK_TOKEN} either"
@@ -226,4 +228,4 @@ def _token_ids(model: ModelFolder, tokenizer: TextTokenizer) -> tuple[int, tuple
     stop_ids = tokenizer.eos_ids + eos_ids(config, model.family, vocabulary)
     if mask in stop_ids:
         raise ConfigError(f"{model.path}: token {mask} is both the mask and an end of text")
-    return mask, tuple(dict.fromkeys(stop_ids))
+    return mask, tuple(dict.fromkeys(stop_ids)), notes
