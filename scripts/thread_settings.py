@@ -33,7 +33,7 @@ start = time.perf_counter()
 tokens = sum(len(engine.generate(prompt).tokens) for _ in range(40))
 print("vanilla", tokens / (time.perf_counter() - start))
 """
-BENCH = ("bench", "generate", "--policy", "vanilla", "--out")
+BENCH = ("bench", "generate", "--policy", "vanilla", "--overwrite", "--out")
 SPEED = re.compile(r"^vanilla\s+([\d.]+)", re.MULTILINE)
 
 
