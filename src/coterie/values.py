@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, Protocol, TypeAlias, get_args
 
@@ -235,6 +235,20 @@ class Scores:
         """Expert weights before renormalising and scaling, [S, N, E]."""
         return self.selection_scores if self.router.biased_weight else self.probability
 
+    def positions(self, first: int, stop: int | None = None) -> Scores:
+        """The scores of some positions of each row, before ``route`` has filled in anything."""
+        span = slice(first, stop)
+        cut = {name: value[:, span] for name, value in self._by_position().items()}
+        progress = self.progress and DecodeProgress(
+            *(None if part is None else part[:, span] for part in vars(self.progress).values())
+        )
+        starts = None if self.starts is None else self.starts + first
+        return replace(self, **cut, progress=progress, starts=starts)
+
+    def _by_position(self) -> dict[str, Tensor]:
+        parts = {"logits": self.logits, "voters": self.voters, "importance": self.importance}
+        return {name: value for name, value in parts.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class CoresetRule:
@@ -280,6 +294,25 @@ class Routing:
     used: Tensor  # [E] bool
     vanilla_ids: Tensor  # [T, k] int64, the unmodified model's top-k ids
     coreset_reuse: CoresetReuse | None = None  # None: coresets are not reused
+
+
+def join_routings(rows: int, first: Routing, second: Routing) -> Routing:
+    """One routing of ``rows`` rows, in which the tokens of ``first`` precede those of ``second``.
+
+    The reuse of coresets is that of ``second``.
+    """
+
+    def joined(a: Tensor, b: Tensor) -> Tensor:
+        parts = [part.view(rows, -1, part.shape[-1]) for part in (a, b)]
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    return Routing(
+        joined(first.topk_ids, second.topk_ids),
+        joined(first.topk_weights, second.topk_weights),
+        first.used | second.used,
+        joined(first.vanilla_ids, second.vanilla_ids),
+        second.coreset_reuse,
+    )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ forward follows from the block and the number of forwards so far (``StepCounter`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from coterie.decoding.canvas import Block, split_into_blocks
@@ -22,7 +22,8 @@ class ForwardPass:
 
     Positions ``voters[0] .. voters[1]`` vote on experts. ``causal_block`` > 0 makes attention
     block-causal inside the window. Without ``use_cache`` it attends only to the window, and its
-    keys are not stored.
+    keys are not stored. The first ``committed`` positions are the previous block, whose final keys
+    a denoising pass writes on the way.
     """
 
     start: int
@@ -32,6 +33,7 @@ class ForwardPass:
     voters: tuple[int, int] = (0, 0)
     causal_block: int = 0
     use_cache: bool = True
+    committed: int = 0
 
     @property
     def width(self) -> int:
@@ -79,6 +81,11 @@ class CachingScheme(Protocol):
         """Whether these passes are causal from token to token: those of an encoder."""
         ...
 
+    @property
+    def joins_commits(self) -> bool:
+        """Whether the first forward of a block also writes the final keys of the previous one."""
+        ...
+
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         """The next denoising forward of a block on a canvas of this length."""
         ...
@@ -90,7 +97,7 @@ class NoCache:
 
     aligned: bool = False
 
-    whole_blocks = writes_kv = encodes = False
+    whole_blocks = writes_kv = encodes = joins_commits = False
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         return ForwardPass(0, length, length, voters=(block.start, block.stop), use_cache=False)
@@ -102,7 +109,7 @@ class PrefixCache:
 
     aligned: bool = False
 
-    whole_blocks = writes_kv = encodes = False
+    whole_blocks = writes_kv = encodes = joins_commits = False
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         if steps.in_block == 0:
@@ -124,7 +131,7 @@ class DualCache:
     warmup: NonNegativeInt = 0
     aligned: bool = False
 
-    whole_blocks = writes_kv = encodes = False
+    whole_blocks = writes_kv = encodes = joins_commits = False
     __post_init__ = check_options
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
@@ -141,14 +148,31 @@ class BlockCausalCache:
     """Each block attends to itself and all earlier blocks, so cached keys are exact (LLaDA2, SDAR).
 
     The whole blocks of the prompt are prefilled. A finished block is computed once more without
-    masks (a commit, counted separately) to store its final keys.
+    masks to store its final keys: in a forward of its own (a commit, counted separately), or with
+    ``commit=joined`` in the first forward of the next block, which then reads experts for both.
     """
+
+    commit: Literal["separate", "joined"] = "separate"
 
     aligned = whole_blocks = writes_kv = True
     encodes = False
+    __post_init__ = check_options
+
+    @property
+    def joins_commits(self) -> bool:
+        return self.commit == "joined"
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
-        return ForwardPass(block.start, block.stop, block.stop, voters=(block.start, block.stop))
+        voters = (block.start, block.stop)
+        if not self.joins_commits or steps.in_block or block.index == 0:
+            return ForwardPass(*voters, block.stop, voters=voters)
+        width = block.width
+        return ForwardPass(
+            *(block.start - width, block.stop, block.stop),
+            voters=voters,
+            causal_block=width,
+            committed=width,
+        )
 
 
 @dataclass(frozen=True)
@@ -159,7 +183,7 @@ class EncoderCache:
     replaces the keys that the decoder writes.
     """
 
-    aligned = False
+    aligned = joins_commits = False
     whole_blocks = writes_kv = encodes = True
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
@@ -171,7 +195,7 @@ class BlockCausalNoCache:
     """Block-causal attention; a forward computes everything up to the block (official LLaDA2)."""
 
     aligned = whole_blocks = True
-    writes_kv = encodes = False
+    writes_kv = encodes = joins_commits = False
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         span = (block.start, block.stop)
@@ -244,9 +268,15 @@ class DecodePlan:
             forwards += 2 if self.next_pass(block, length, projected).kind == "refresh" else 1
         return forwards
 
+    def with_separate_commits(self) -> DecodePlan:
+        """The same plan, in which every denoising forward computes one block."""
+        if not isinstance(self.scheme, BlockCausalCache):
+            return self
+        return replace(self, scheme=replace(self.scheme, commit="separate"))
+
     def commit_passes(self, block: Block) -> tuple[ForwardPass, ...]:
         """The passes between a finished block and the next one."""
-        if not self.scheme.writes_kv:
+        if not self.scheme.writes_kv or self.scheme.joins_commits:
             return ()
         span = (block.start, block.stop)
         causal_block = 1 if self.scheme.encodes else 0

@@ -61,9 +61,14 @@ class ActiveSequence:
     def next_policy(self) -> Policy:
         """The routing policy of the next forward."""
         kind = self.next_pass.kind
-        config = self.generation
-        routing = config.commit_routing if kind == "commit" else config.prefill_routing
-        return self.policy if kind == "decode" or routing == "policy" else VANILLA
+        if kind == "commit":
+            return self.commit_policy()
+        routed = kind == "decode" or self.generation.prefill_routing == "policy"
+        return self.policy if routed else VANILLA
+
+    def commit_policy(self) -> Policy:
+        """The routing policy of the tokens of finished blocks."""
+        return self.policy if self.generation.commit_routing == "policy" else VANILLA
 
     def reuse_tolerance(self) -> float | None:
         """The share of votes that a reused coreset may lose; None if every forward elects anew."""
@@ -89,6 +94,7 @@ def group_sequences(sequences: Iterable[ActiveSequence]) -> list[list[ActiveSequ
         key = (
             *(next_pass.width, next_pass.kind, next_pass.causal_block, next_pass.use_cache),
             *(active.next_policy(), active.reuse_tolerance(), has_embeddings),
+            *(next_pass.committed, next_pass.committed and active.commit_policy()),
         )
         groups.setdefault(key, []).append(active)
     return list(groups.values())

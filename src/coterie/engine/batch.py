@@ -45,6 +45,8 @@ class ForwardBatch:
             window=_window(group),
             cache=None,
             policy=group[0].next_policy(),
+            committed=group[0].next_pass.committed,
+            commit_policy=group[0].commit_policy(),
             recorder=NULL_RECORDER,
             logits_indices=_logits_indices(group, positions),
             voters=_voters(group),

@@ -34,7 +34,14 @@ from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.load import Model, load_model
 from coterie.model.weights import expert_bytes
 from coterie.offload.traffic import Traffic
-from coterie.routing import POLICIES, check_coreset_reuse, check_layers, format_policy, parse_policy
+from coterie.routing import (
+    POLICIES,
+    check_coreset_reuse,
+    check_layers,
+    format_policy,
+    needs_importance,
+    parse_policy,
+)
 from coterie.telemetry import ExpertCounter, Recorder
 from coterie.values import Policy
 
@@ -154,7 +161,9 @@ class Engine:
         check_layers(resolved_policy, len(self.model.spec.moe_layers))
         if generation.reuse_tolerance is not None:
             check_coreset_reuse(resolved_policy)
-        sequence = SequenceState(self._request(prompt, generation))
+        request = self._request(prompt, generation)
+        _check_joined_commits(request, generation, resolved_policy)
+        sequence = SequenceState(request)
         cache_row = self._kv_pool.allocate(sequence.canvas.length)
         active = ActiveSequence(
             self._next_number,
@@ -414,6 +423,18 @@ def _read_ids(prompt: Sequence[int]) -> list[int]:
         return [operator.index(value) for value in prompt]
     except TypeError as error:
         raise GenerationError(f"a prompt is text or token ids: {error}") from None
+
+
+def _check_joined_commits(
+    request: DecodeRequest, generation: GenerationConfig, policy: Policy
+) -> None:
+    """Raises ConfigError if a joined commit would be routed unlike one on its own."""
+    joined = request.plan.scheme.joins_commits and generation.commit_routing == "policy"
+    if joined and needs_importance(policy):
+        raise ConfigError(
+            f"{_policy_name(policy)} routes by the attention that tokens get, and {request.plan} "
+            "adds that of the next block; use commit=separate, or vanilla commits"
+        )
 
 
 def _policy(policy: str | Policy) -> Policy:

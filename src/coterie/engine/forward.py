@@ -60,7 +60,8 @@ def run_forward(
 
 def _can_replay(transformer: Transformer, graphs: CudaGraphs, batch: ForwardBatch) -> bool:
     own_input = batch.context.embeddings is not None or transformer.self_conditioning is not None
-    return batch.is_decode and not own_input and graphs.can_run(batch.context)
+    is_plain = batch.is_decode and not own_input and not batch.context.committed
+    return is_plain and graphs.can_run(batch.context)
 
 
 def _replay(

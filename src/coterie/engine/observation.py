@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.decoding.kv_schemes import PassKind
+from coterie.decoding.kv_schemes import PassKind, parse_plan
 from coterie.engine.engine import Engine, Prompt
 from coterie.engine.events import Finished, Result
 from coterie.errors import ConfigError, GenerationError
@@ -53,8 +53,8 @@ def observe_forwards(
     """Decode prompts, ``batch_size`` at a time, and observe each MoE layer of their forwards.
 
     ``on_layer`` sees decode forwards, and with ``record_all`` those that write keys too; nothing
-    is stored. ``layers`` limits the observed layers (None: all MoE layers). A sequence is
-    cancelled after ``max_forwards``.
+    is stored. Commits are separate forwards. ``layers`` limits the observed layers (None: all MoE
+    layers). A sequence is cancelled after ``max_forwards``.
 
     The model and the generation options are those of ``engine``, and ``options`` override fields of
     the latter; requests of ``engine`` itself are not touched. ``reset_cache`` resets the expert
@@ -72,6 +72,7 @@ def observe_forwards(
 
     recorder = _ObservationRecorder(on_layer, start_and_kind, _routing_layers(engine.model, layers))
     generation = engine.generation.replace(**options)
+    generation = generation.replace(plan=str(parse_plan(generation.plan).with_separate_commits()))
     observer = Engine(
         engine.model, policy=policy, generation=generation, recorder=recorder, record_all=record_all
     )

@@ -46,6 +46,8 @@ class ForwardContext:
     cache: KVCache | None
     policy: Policy
     recorder: Recorder
+    committed: int = 0  # the first positions of each row: a finished block
+    commit_policy: Policy | None = None  # routes these
     logits_indices: Tensor | None = None  # [P] int64 into B * width: where to compute logits
     voters: Tensor | None = None  # [B, width] weight of each position's vote; None = all 1
     progress: DecodeProgress | None = None  # for policies that filter voters

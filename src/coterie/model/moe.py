@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -12,7 +12,15 @@ from coterie import ops
 from coterie.model.forward_context import ForwardContext
 from coterie.model.spec import ModelSpec
 from coterie.routing import route
-from coterie.values import Activation, ExpertRequest, ExpertStore, Matrix, Routing, Scores
+from coterie.values import (
+    Activation,
+    ExpertRequest,
+    ExpertStore,
+    Matrix,
+    Routing,
+    Scores,
+    join_routings,
+)
 
 
 class FeedForward(Protocol):
@@ -60,7 +68,7 @@ class MoE:
         if self.norms is not None:
             router_input, x = self._normed_inputs(x, *self.norms)
         scores = self._router_scores(router_input, context, importance)
-        routing = route(scores, context.policy)
+        routing = _route(scores, context)
         if context.coresets is not None and routing.coreset_reuse is not None:
             context.coresets.set_current(scores.moe_index, routing.coreset_reuse)
         context.recorder.on_moe_input(self.layer, x)
@@ -111,3 +119,15 @@ class MoE:
             forward_indices=context.forward,
             starts=context.window.start.to(x.device) if self.spec.router.capacity else None,
         )
+
+
+def _route(scores: Scores, context: ForwardContext) -> Routing:
+    """The routing of a forward; the tokens of a finished block are routed on their own."""
+    count, commit_policy = context.committed, context.commit_policy
+    if not count or commit_policy is None:
+        return route(scores, context.policy)
+    finished = replace(scores.positions(0, count), voters=None, previous_coresets=None)
+    live = replace(scores.positions(count), voters=None)
+    return join_routings(
+        scores.logits.shape[0], route(finished, commit_policy), route(live, context.policy)
+    )
