@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for child processes too
@@ -9,6 +10,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # Before anything imports torch or triton; a GPU shows by its device file.
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Tile sizes that a GPU's user has measured would make other kernels than the tests expect.
+os.environ["COTERIE_CACHE"] = tempfile.mkdtemp(prefix="coterie-tests-")
 
 from collections.abc import Callable
 

@@ -31,6 +31,7 @@ TARGETS = {84: 0.85, 38: 0.80, 25: 0.75}  # experts -> share of the copy bandwid
 SAVINGS = (0.45, 0.60)  # of the time, with the second and third number of experts
 KINDS: tuple[ExpertDtype, ...] = ("bf16", "int8", "int4")
 MAX_DISTANCE = {"fp32": 1e-4, "bf16": 2e-2, "int8": 2e-2, "int4": 2e-2}  # relative
+MAX_CONFIG_DISTANCE = 1e-2  # relative, of two tile configurations: they only add in other orders
 
 
 def check(device: torch.device, report: PartReport, *, dry: bool = False) -> None:
@@ -135,10 +136,19 @@ class Layer:
             raise RuntimeError("no time is left")
         pair = [tuning.best_config(work) for work in works]
         pair[index] = config
+        usual = (tuning.default_config(works[0]), tuning.default_config(works[1]))
+
+        def run(routing: Routing, configs: Sequence[tuning.TileConfig]) -> Tensor:
+            return experts.run_experts(self.x, routing, self.slab, configs=(configs[0], configs[1]))
+
+        out, expected = run(routings[0], pair), run(routings[0], usual)
+        # NaN is not below the limit either.
+        if not float((out - expected).norm() / expected.norm()) < MAX_CONFIG_DISTANCE:
+            raise RuntimeError(f"{config} computes other values than the default")
 
         def work() -> None:
             for routing in routings:
-                experts.run_experts(self.x, routing, self.slab, configs=(pair[0], pair[1]))
+                run(routing, pair)
 
         if self.device.type != "cuda":
             work()

@@ -123,6 +123,10 @@ def _add_targets(name: str, report: PartReport) -> None:
             report.add_figure(f"routing {name}: {ratio}", facts[ratio], target)
     launches, limits = facts["kernels run by ours"], {"at_most": True, "required": True}
     report.add_figure(f"routing {name}: launches", launches, MAX_LAUNCHES, **limits)
+    # A profiler that sees nothing counts none.
+    report.add_figure(
+        f"routing {name}: launches seen", launches, 1.0, required=torch.cuda.is_available()
+    )
 
 
 def _equal(values: dict[str, Any], expected: dict[str, Any]) -> bool:

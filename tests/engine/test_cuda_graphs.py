@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from graph_allocator import GraphAllocator, replaying
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -17,7 +19,14 @@ import coterie
 from coterie import ops
 from coterie.decoding import sampling
 from coterie.decoding.sampling import Sampling, propose
-from coterie.engine.cuda_graphs import CudaGraphs, ForwardOutput, GraphInputs, is_capturable
+from coterie.engine import cuda_graphs
+from coterie.engine.cuda_graphs import (
+    CudaGraphCapture,
+    CudaGraphs,
+    ForwardOutput,
+    GraphInputs,
+    is_capturable,
+)
 from coterie.errors import NonFiniteLogitsError
 from coterie.model.cache import KVCache
 from coterie.model.forward_context import ForwardContext
@@ -125,6 +134,86 @@ def test_failed_capture_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixt
     (record,) = caplog.records
     assert "under vanilla" in record.getMessage()
     assert "not permitted when stream is capturing)" in record.getMessage()
+
+
+def graphs_of(engine: coterie.Engine, monkeypatch: pytest.MonkeyPatch) -> GraphAllocator:
+    """Gives the engine graphs that are captured as on a GPU."""
+    allocator = GraphAllocator()
+    allocator.install(monkeypatch)
+    engine._graphs = CudaGraphs(engine.model.transformer, replaying(CudaGraphCapture(), again))
+    return allocator
+
+
+def test_graphs_survive_a_growing_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A second row joins, and a prompt outgrows the cache: each replaces the cache's memory."""
+    engine = coterie.load(write_checkpoint(tmp_path, "llada2", seed=5), device="cpu")
+    options: dict[str, Any] = {"max_new_tokens": 24, "block": 8}
+    long_prompt = [3 + i % 80 for i in range(300)]
+    expected = told(engine, **options), engine.generate(long_prompt, **options).tokens
+    allocator = graphs_of(engine, monkeypatch)
+    replays = []
+    for _ in range(2):
+        found = told(engine, **options), engine.generate(long_prompt, **options).tokens
+        assert found == expected
+        replays.append(allocator.replays)
+    assert 0 < replays[0] < replays[1]
+    assert not caplog.records
+    allocator.draw()
+
+
+class FailingLayer:
+    """A feed-forward network that cannot be captured under one policy."""
+
+    def __init__(self, inner: Any, allocator: GraphAllocator, policy: object) -> None:
+        self.inner, self.allocator, self.policy = inner, allocator, policy
+
+    def __call__(self, x: torch.Tensor, context: ForwardContext, importance: object) -> object:
+        if context.policy == self.policy and self.allocator.recording:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return self.inner(x, context, importance)
+
+
+def test_other_policies_replay_after_a_failed_capture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = coterie.load(write_checkpoint(tmp_path, "llada2", seed=6), device="cpu")
+    options: dict[str, Any] = {"max_new_tokens": 24, "block": 8}
+    policies = ("des-vote:beta=0.5", "vanilla", "des-seq:k=2")
+    expected = [told(engine, policy=policy, **options) for policy in policies]
+    allocator = graphs_of(engine, monkeypatch)
+    assert told(engine, policy=policies[1], **options) == expected[1]
+    transformer = engine.model.transformer
+    first, *rest = transformer.layers
+    failing = FailingLayer(first.feed_forward, allocator, coterie.parse_policy(policies[0]))
+    engine.model = replace(
+        engine.model,
+        transformer=replace(transformer, layers=(replace(first, feed_forward=failing), *rest)),
+    )
+    engine._graphs._transformer = engine.model.transformer
+    for policy, wanted in zip(policies, expected, strict=True):
+        before = allocator.replays
+        assert told(engine, policy=policy, **options) == wanted
+        assert (allocator.replays > before) == (policy != policies[0])
+        assert allocator.streams == ["default"]
+        allocator.draw()
+    assert len(caplog.records) == 1
+
+
+def test_the_least_recently_used_graph_is_evicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
+    engine = coterie.load(write_checkpoint(tmp_path, "llada2", seed=7), device="cpu")
+    capture = Counted()
+    engine._graphs = CudaGraphs(engine.model.transformer, capture)
+    options: dict[str, Any] = {
+        "plan": "block-causal-uncached", "unmask": "fixed:steps=4", "max_new_tokens": 8, "block": 8,
+    }  # fmt: skip
+    for policy in ("vanilla", "des-vote:beta=0.5", "vanilla", "des-seq:k=2", "vanilla"):
+        engine.generate(list(range(8)), policy=policy, **options)
+    assert capture.captures == 3
 
 
 def test_host_dependent_policies_are_not_captured(tmp_path: Path) -> None:

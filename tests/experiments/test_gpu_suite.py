@@ -164,3 +164,26 @@ def test_copies_into_slots_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
             facts = report.facts[f"{kind}, {policy}, slots"]
             assert facts["bytes a forward"] > 0
             assert facts["ms stalled a forward"] > 0
+
+
+def test_a_config_that_computes_other_values_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from coterie.ops.triton import tuning
+    from experiments.gpu import experts
+
+    monkeypatch.setenv("COTERIE_CACHE", str(tmp_path))
+    tuning._tuned_configs.cache_clear()
+    layer = experts.Layer("bf16", CPU, dry=True)
+    defaults = {
+        tuning.default_config(gemm) for gemm in experts.experts.gemm_shapes(layer.x, layer.slab)
+    }
+    right = torch.ones(len(layer.x), layer.x.shape[1])
+
+    def run_experts(*args: object, configs: tuple[tuning.TileConfig, ...]) -> torch.Tensor:
+        return right if defaults >= set(configs) else right * float("nan")
+
+    monkeypatch.setattr(experts.experts, "run_experts", run_experts)
+    facts = layer.tune((4, 2), seconds=60)
+    assert [fact["tried"] for fact in facts.values()] == [1, 1]
+    tuning._tuned_configs.cache_clear()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from coterie.routing import POLICIES, Election, format_policy, needs_importance
 from coterie.telemetry import ExpertCounter, RowId
 from coterie.values import Policy, Window
 
+Output = TypeVar("Output")
 ForwardOutput = tuple[Tensor, ExpertCounter]
 Replay = Callable[[], object]
 CaptureFunction = Callable[[Callable[[], ForwardOutput]], tuple[ForwardOutput, Replay]]
@@ -35,17 +37,53 @@ ALIGNMENT = 64  # bytes
 
 
 class CudaGraphCapture:
-    """Captures CUDA graphs in one memory pool: the next replay overwrites the last output."""
+    """Captures CUDA graphs in one memory pool: the next replay overwrites the last output.
+
+    PyTorch cannot capture into a pool whose graphs are all freed, so a trivial graph, the anchor,
+    lives as long as the pool. After a failed capture the pool is replaced: the allocator may still
+    record into it.
+    """
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._anchor: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, work: Callable[[], ForwardOutput]) -> tuple[ForwardOutput, Replay]:
-        """Raises RuntimeError if ``work`` synchronizes with the host."""
+        """Raises RuntimeError if ``work`` synchronizes with the host.
+
+        Afterwards the stream, the allocator and the random generators are as before.
+        """
+        if self._anchor is None:
+            self._open_pool()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = work()
+        try:
+            output = self._record(graph, work)
+        except BaseException:
+            # The capture of a new anchor also ends the failed one for the random generators.
+            self._open_pool()
+            raise
         return output, graph.replay
+
+    def _open_pool(self) -> None:
+        self._anchor = None
+        self._pool, anchor = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        self._record(anchor, lambda: torch.zeros(1, device=torch.cuda.current_device()))
+        self._anchor = anchor
+
+    def _record(self, graph: torch.cuda.CUDAGraph, work: Callable[[], Output]) -> Output:
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            # PyTorch 2.11 writes to a tensor of its own here, which must allow that.
+            with torch.inference_mode(False):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                output = work()
+            except BaseException:
+                with suppress(RuntimeError):  # it says again that the capture failed
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return output
 
 
 @dataclass(frozen=True)
@@ -148,11 +186,11 @@ class CudaGraphs:
         shapes = tuple((name, tensor.shape) for name, tensor in inputs.items())
         length = 0 if context.cache is None else _attention_length(context.cache, context.window)
         key = (context.policy, context.window.block, length, shapes)
-        if key not in self._forwards:
-            while len(self._forwards) >= MAX_GRAPHS:
-                del self._forwards[next(iter(self._forwards))]
-            self._forwards[key] = self._new_forward(inputs, context, length)
-        return self._forwards[key]
+        captured = self._forwards.pop(key, None) or self._new_forward(inputs, context, length)
+        while len(self._forwards) >= MAX_GRAPHS:  # the least recently used one comes first
+            del self._forwards[next(iter(self._forwards))]
+        self._forwards[key] = captured
+        return captured
 
     def _new_forward(
         self, values: Mapping[str, Tensor], context: ForwardContext, length: int
