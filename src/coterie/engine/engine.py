@@ -391,6 +391,7 @@ class Engine:
             remasked=update.remasked,
             provisional=update.provisional,
             experts=() if counts is None else tuple(map(int, counts.per_layer)),
+            vanilla_experts=() if counts is None else tuple(map(int, counts.vanilla_per_layer)),
             vote_mass_kept=None if counts is None else counts.vote_mass_kept,
             reuse_vote_loss=None if counts is None else counts.reuse_vote_loss,
         )

@@ -1,1 +1,1 @@
-"""An OpenAI-compatible HTTP server on the engine's events (extra ``serve``)."""
+"""An OpenAI-compatible server, and a page that shows the vote of each step."""
