@@ -109,9 +109,7 @@ def serve(
     http_server.serve(engine, settings, lambda port: _greet(settings, port))
 
 
-def _settings(
-    network: NetworkOptions, limits: LimitOptions, model: str | None
-) -> ServerSettings:
+def _settings(network: NetworkOptions, limits: LimitOptions, model: str | None) -> ServerSettings:
     keys = network.api_key or [os.environ.get(KEY_VARIABLE, "")]
     folder = Path(model or EMBEDDED)
     return ServerSettings(

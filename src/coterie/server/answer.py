@@ -83,9 +83,7 @@ class AnswerStream:
         self, ids: Sequence[int], decode: Callable[[Sequence[int]], str]
     ) -> tuple[int, Delta]:
         """How many of the answer's ids make the text that was sent, and those not yet sent."""
-        count = bisect_left(
-            range(len(ids) + 1), self._released, key=lambda n: len(decode(ids[:n]))
-        )
+        count = bisect_left(range(len(ids) + 1), self._released, key=lambda n: len(decode(ids[:n])))
         tokens = tuple(token for _, token in self._tokens if token.position < count)
         self._tokens = []
         return count, Delta(tokens=tokens)

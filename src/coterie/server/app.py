@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -165,9 +165,9 @@ def _add_model_endpoints(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         turns, text = [turn.to_turn() for turn in body.messages or ()], body.prompt
         ids = await service.in_thread(
-            lambda: tokenizer.encode_chat(turns)
-            if text is None
-            else tokenizer.encode(text, raw=True)
+            lambda: (
+                tokenizer.encode_chat(turns) if text is None else tokenizer.encode(text, raw=True)
+            )
         )
         longest = max_model_len(service.engine, service.settings)
         return {"count": len(ids), "max_model_len": longest, "tokens": ids}

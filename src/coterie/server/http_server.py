@@ -13,6 +13,7 @@ from contextlib import suppress
 import uvicorn
 
 from coterie.engine.engine import Engine
+from coterie.errors import ConfigError
 from coterie.server.app import Service, make_app
 from coterie.server.logs import FIELDS, configure_logs
 from coterie.server.settings import ServerSettings
@@ -28,11 +29,8 @@ class HttpServer(uvicorn.Server):
     def __init__(self, service: Service, on_start: Callable[[int], None]) -> None:
         self.service, self.on_start = service, on_start
         self._num_signals = 0
-        settings = service.settings
         config = uvicorn.Config(
             make_app(service),
-            host=settings.host,
-            port=settings.port,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -78,6 +76,15 @@ def serve(engine: Engine, settings: ServerSettings, on_start: Callable[[int], No
     """Serve until a signal; ``on_start`` gets the port once connections are accepted."""
     configure_logs()
     sys.setswitchinterval(SWITCH_SECONDS)
-    server = HttpServer(Service.of(engine, settings), on_start)
-    with suppress(KeyboardInterrupt):
-        server.run()
+    with listen(settings) as listener:
+        HttpServer(Service.of(engine, settings), on_start).run([listener])
+
+
+def listen(settings: ServerSettings) -> socket.socket:
+    """A listening socket; raises ConfigError where another program listens."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        raise ConfigError(f"cannot listen on {where}: {error.strerror or error}") from None

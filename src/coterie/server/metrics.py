@@ -165,9 +165,7 @@ class ServerMetrics:
             return Counter(name, text, ["model_name"], registry=self.registry).labels(model_name)
 
         self.denoising_steps = counter("denoising_steps", "Number of denoising steps.")
-        self.canvas_positions = counter(
-            "canvas_positions", "Number of canvas positions evaluated."
-        )
+        self.canvas_positions = counter("canvas_positions", "Number of canvas positions evaluated.")
         self.committed_tokens = counter(
             "committed_tokens", "Number of committed (finalized) tokens."
         )

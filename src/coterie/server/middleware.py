@@ -155,4 +155,3 @@ class BodyLimit:
             return message
 
         return await self.app(scope, limited, send)
-

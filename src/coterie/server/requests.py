@@ -98,9 +98,7 @@ class GenerationFields(ApiModel):
     ignore_eos: Flag = False
     early_stop: Literal["block", "token", "off"] | None = None
     policy: str | None = None
-    kv_cache: Annotated[
-        str | None, Field(validation_alias=AliasChoices("kv_cache", "plan"))
-    ] = None
+    kv_cache: Annotated[str | None, Field(validation_alias=AliasChoices("kv_cache", "plan"))] = None
     block: PositiveInt | None = None
     unmask: str | None = None
     commit_routing: Literal["vanilla", "policy"] | None = None
