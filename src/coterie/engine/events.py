@@ -18,8 +18,9 @@ class Denoised:
     ``remasked`` positions hold a mask again: an edit dropped or inserted a position before them.
     Applied to a row of masks, all three give the canvas after this forward.
     ``provisional`` tokens are the model's current guess at positions that are still masked.
-    ``experts`` is the number of unique experts in each MoE layer. It is empty, and the votes are
-    None, unless ``kind`` is "decode". ``reuse_vote_loss`` is None if no coreset could be reused.
+    ``experts`` is the number of unique experts in each MoE layer, and ``vanilla_experts`` that of
+    the unmodified model on the same scores. Both are empty, and the votes are None, unless ``kind``
+    is "decode". ``reuse_vote_loss`` is None if no coreset could be reused.
     """
 
     row: int
@@ -34,6 +35,7 @@ class Denoised:
     remasked: tuple[int, ...] = ()
     provisional: tuple[Token, ...] = ()
     experts: tuple[int, ...] = ()
+    vanilla_experts: tuple[int, ...] = ()
     vote_mass_kept: float | None = None
     reuse_vote_loss: float | None = None
 
@@ -54,6 +56,7 @@ class Result:
     """The result of a request.
 
     ``forwards`` counts denoising forwards. ``prefills`` and ``commits`` only write keys and values.
+    ``cached_tokens`` of the prompt were not computed: an earlier request had left their keys.
     """
 
     text: str
@@ -82,6 +85,7 @@ class Result:
     reuse_vote_loss: float | None = None
     # Of all requests, while this one was active; None if all experts are resident.
     traffic: Traffic | None = None
+    cached_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:
