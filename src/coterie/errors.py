@@ -46,8 +46,7 @@ class GenerationError(CoterieError):
 class NonFiniteLogitsError(GenerationError):
     """A forward returned NaN or infinite logits, or router logits.
 
-    ``rows`` are the requests that shared the forward, if the engine raises: at least one of them is
-    the cause.
+    ``rows`` are the requests that are the cause, if the engine raises.
     """
 
     def __init__(self, reason: str, rows: tuple[int, ...] = ()) -> None:

@@ -44,6 +44,20 @@ class ForwardPass:
 
 
 @dataclass(frozen=True)
+class Prefill:
+    """How the keys of a prompt are written: positions before ``start`` have theirs already.
+
+    One pass computes at most ``width`` positions; None: all of them.
+    """
+
+    start: int = 0
+    width: int | None = None
+
+
+WHOLE_PROMPT = Prefill()
+
+
+@dataclass(frozen=True)
 class StepCounter:
     """Denoising forwards so far, of the row and of its current block."""
 
@@ -218,13 +232,20 @@ class DecodePlan:
             whole_blocks=self.scheme.whole_blocks,
         )
 
-    def prefill_passes(self, first: Block) -> tuple[ForwardPass, ...]:
+    def causal_block(self, block_length: int) -> int:
+        """Positions of a prompt that attend to each other; a later one is not attended to."""
+        return 1 if self.scheme.encodes else block_length
+
+    def prefill_passes(
+        self, first: Block, prefill: Prefill = WHOLE_PROMPT
+    ) -> tuple[ForwardPass, ...]:
         """The passes before the first block."""
-        if not self.scheme.writes_kv or first.start == 0:
+        if not self.scheme.writes_kv:
             return ()
-        span = (0, first.start)
-        causal_block = 1 if self.scheme.encodes else first.width
-        return (ForwardPass(*span, first.start, "prefill", span, causal_block),)
+        causal_block, end = self.causal_block(first.width), first.start
+        starts = range(prefill.start, end, prefill.width or max(1, end))
+        spans = zip(starts, (*starts[1:], end), strict=False)
+        return tuple(ForwardPass(*span, span[1], "prefill", span, causal_block) for span in spans)
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         """The next denoising forward of a block on a canvas of this length."""

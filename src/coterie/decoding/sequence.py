@@ -11,7 +11,13 @@ from torch import Tensor
 
 from coterie.decoding.block_edit import BlockEditRule, EditIds, EditState, Predictions
 from coterie.decoding.canvas import Block, Canvas
-from coterie.decoding.kv_schemes import DecodePlan, ForwardPass, StepCounter
+from coterie.decoding.kv_schemes import (
+    WHOLE_PROMPT,
+    DecodePlan,
+    ForwardPass,
+    Prefill,
+    StepCounter,
+)
 from coterie.decoding.refinements import UnmaskStrategy
 from coterie.decoding.sampling import Proposal, Sampling, propose
 from coterie.decoding.unmask import (
@@ -42,6 +48,7 @@ class DecodeRequest:
     mask_id: int
     vocabulary: int = 0  # for rules that draw random tokens
     edit_ids: tuple[int, int] | None = None  # DELETE and SPLIT, for a rule that edits blocks
+    prefill: Prefill = WHOLE_PROMPT
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class SequenceState:
     def _passes(self) -> Iterator[ForwardPass]:
         """The forward passes of the row in order; ``receive`` fills the canvas between them."""
         plan, length = self.request.plan, self.canvas.length
-        yield from plan.prefill_passes(self.blocks[0])
+        yield from plan.prefill_passes(self.blocks[0], self.request.prefill)
         for block in self.blocks:
             self._enter_block(block)
             while not self._is_block_done():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from coterie.decoding import SequenceState
-from coterie.decoding.kv_schemes import ForwardPass
+from coterie.decoding.kv_schemes import ForwardPass, PassKind
 from coterie.engine.generation_config import GenerationConfig
 from coterie.offload.traffic import Traffic
 from coterie.routing import Vanilla
@@ -32,6 +32,8 @@ class ActiveSequence:
     expected: tuple[int, Tensor] | None = None  # block index, expected embeddings [width, H]
     streamed_text: str = ""  # the part of the answer that events carried
     coresets: tuple[int, Tensor] | None = None  # block index, its coresets [L, E] of the last step
+    exact_keys: int = 0  # positions from 0 on whose keys depend on nothing but their tokens
+    shared_keys: int = 0  # those that the prefix cache has, or had
     prefills: int = 0
     commits: int = 0
     traffic_before: Traffic | None = None  # of all requests, when this one was submitted
@@ -61,9 +63,7 @@ class ActiveSequence:
     def next_policy(self) -> Policy:
         """The routing policy of the next forward."""
         kind = self.next_pass.kind
-        config = self.generation
-        routing = config.commit_routing if kind == "commit" else config.prefill_routing
-        return self.policy if kind == "decode" or routing == "policy" else VANILLA
+        return self.policy if kind == "decode" else key_policy(kind, self.policy, self.generation)
 
     def reuse_tolerance(self) -> float | None:
         """The share of votes that a reused coreset may lose; None if every forward elects anew."""
@@ -78,6 +78,12 @@ class ActiveSequence:
         """[L, E]: the coresets of the last step in the same block; None in a block's first step."""
         block, coresets = self.coresets or (None, None)
         return coresets if block == self.sequence.block.index else None
+
+
+def key_policy(kind: PassKind, policy: Policy, config: GenerationConfig) -> Policy:
+    """The routing policy of forwards that write keys, for a request that decodes by ``policy``."""
+    routing = config.commit_routing if kind == "commit" else config.prefill_routing
+    return policy if routing == "policy" else VANILLA
 
 
 def group_sequences(sequences: Iterable[ActiveSequence]) -> list[list[ActiveSequence]]:

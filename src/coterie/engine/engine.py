@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -15,13 +16,15 @@ import torch
 from coterie.decoding import BlockUpdate, DecodeRequest, SequenceState
 from coterie.decoding.canvas import Block
 from coterie.decoding.kv_schemes import PassKind
-from coterie.engine.active_sequence import ActiveSequence, group_sequences
+from coterie.engine.active_sequence import ActiveSequence, group_sequences, key_policy
 from coterie.engine.batch import NULL_RECORDER
 from coterie.engine.cuda_graphs import CudaGraphs
 from coterie.engine.events import Denoised, Event, ExpertUsage, Finished, Result
 from coterie.engine.forward import run_forward
 from coterie.engine.generation_config import GenerationConfig, make_request
 from coterie.engine.kv_pool import KVCachePool
+from coterie.engine.prefix_cache import PrefixCacheStats
+from coterie.engine.prompt_prefixes import PromptPrefixes
 from coterie.errors import (
     AnswerTextError,
     ConfigError,
@@ -47,7 +50,8 @@ class Engine:
 
     ``policy`` and ``generation`` are the defaults of each request. ``recorder`` sees every decode
     forward, or with ``record_all`` every forward. ``graphs`` replays unrecorded decode forwards as
-    CUDA graphs on a GPU.
+    CUDA graphs on a GPU. ``prefill_chunk`` and ``prefix_cache_bytes`` are those of
+    ``PromptPrefixes``.
     """
 
     def __init__(
@@ -59,6 +63,8 @@ class Engine:
         recorder: Recorder = NULL_RECORDER,
         graphs: bool = True,
         record_all: bool = False,
+        prefill_chunk: int | None = None,
+        prefix_cache_bytes: int = 0,
     ) -> None:
         self.model = model
         self.policy = _policy(policy)
@@ -66,6 +72,7 @@ class Engine:
         self._kv_pool = KVCachePool(model.spec, model.transformer.dtype, model.transformer.device)
         on_gpu = model.transformer.device.type == "cuda"
         self._graphs = CudaGraphs(model.transformer) if graphs and on_gpu else None
+        self._prefixes = PromptPrefixes(model.spec.router, prefill_chunk, prefix_cache_bytes)
         self._counter = ExpertCounter()
         self._recorder, self._record_all = recorder, record_all
         self._active: dict[int, ActiveSequence] = {}
@@ -154,14 +161,18 @@ class Engine:
         check_layers(resolved_policy, len(self.model.spec.moe_layers))
         if generation.reuse_tolerance is not None:
             check_coreset_reuse(resolved_policy)
-        sequence = SequenceState(self._request(prompt, generation))
-        cache_row = self._kv_pool.allocate(sequence.canvas.length)
+        request = self._request(prompt, generation)
+        prefix = self._prefixes.find(request, key_policy("prefill", resolved_policy, generation))
+        sequence = SequenceState(replace(request, prefill=prefix.prefill))
+        cache_row = self._kv_pool.allocate(sequence.canvas.length, prefix.blocks)
         active = ActiveSequence(
             self._next_number,
             sequence,
             cache_row,
             resolved_policy,
             generation,
+            exact_keys=prefix.prefill.start,
+            shared_keys=prefix.prefill.start,
             traffic_before=self.traffic(),
         )
         if sequence.request.unmask.smooth is not None:
@@ -178,17 +189,21 @@ class Engine:
         Returns the events of requests that no ``stream`` reads. A failed group does not stop the
         others: the error is raised after all groups have run, and the next call returns their
         events. The requests of a failed group have not advanced. Raises NonFiniteLogitsError with
-        these requests if their logits are not finite, and AnswerTextError for requests with
+        the requests whose logits are not finite, and AnswerTextError for requests with
         text that cannot be decoded, which end. Every other error is raised as it is.
         """
         errors: list[Exception] = []
         reasons: dict[int, str] = {}  # of requests with non-finite logits
         without_text: dict[int, str] = {}
-        for group in group_sequences(self._active.values()):
+        groups = deque(group_sequences(self._active.values()))
+        while groups:
+            group = groups.popleft()
             try:
                 without_text |= self._advance(group)
             except NonFiniteLogitsError as error:
-                reasons |= {active.number: str(error) for active in group}
+                # Each request runs again alone, so that only those that are the cause fail.
+                groups.extend([active] for active in group if len(group) > 1)
+                reasons |= {group[0].number: str(error)} if len(group) == 1 else {}
             except (CoterieError, OSError) as error:
                 errors.append(error)
         if errors:
@@ -203,6 +218,7 @@ class Engine:
     def _advance(self, group: list[ActiveSequence]) -> dict[int, str]:
         """Run one forward; returns why the text of a request that ends here cannot be decoded."""
         passes = [(active, active.next_pass, active.sequence.block) for active in group]
+        policy = group[0].next_policy()
         with self._logged_forward(group):
             updates = run_forward(
                 self.model.transformer,
@@ -215,6 +231,7 @@ class Engine:
             )
         reasons: dict[int, str] = {}
         for (active, next_pass, block), update in zip(passes, updates, strict=True):
+            self._prefixes.after_pass(active, next_pass, policy, self._kv_pool)
             try:
                 if next_pass.is_denoising:
                     self._emit(self._denoised(active, next_pass.kind, block, update))
@@ -294,6 +311,7 @@ class Engine:
             coreset_reuse_rate=counts.coreset_reuse_rate,
             reuse_vote_loss=counts.reuse_vote_loss,
             traffic=self.traffic(active.traffic_before),
+            cached_tokens=sequence.request.prefill.start,
         )
 
     def traffic(self, earlier: Traffic | None = None) -> Traffic | None:
@@ -305,6 +323,14 @@ class Engine:
             return None
         current = log.traffic()
         return current if earlier is None else current - earlier
+
+    def set_recorder(self, recorder: Recorder | None) -> None:
+        """Replace the recorder between two steps; None records nothing."""
+        self._recorder = recorder or NULL_RECORDER
+
+    def prefix_cache_stats(self) -> PrefixCacheStats:
+        """The use of the prefix cache since the start, and its size now."""
+        return self._prefixes.cache.stats
 
     def reset_cache(self) -> None:
         """Reset the expert cache to its initial state; RuntimeError while a request is active."""
@@ -381,12 +407,14 @@ def load(
     expert_memory: str | ExpertMemoryConfig | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     graphs: bool = True,
+    prefill_chunk: int | None = None,
+    prefix_cache_bytes: int = 0,
     **options: object,
 ) -> Engine:
     """An engine for a model folder, a hub id, or (None) the embedded model; see ``load_model``.
 
-    ``graphs`` replays decode forwards as CUDA graphs on a GPU. ``options`` are fields of
-    ``GenerationConfig`` that each request gets by default.
+    ``graphs``, ``prefill_chunk`` and ``prefix_cache_bytes`` are those of ``Engine``. ``options``
+    are fields of ``GenerationConfig`` that each request gets by default.
     """
     resolved_policy = _policy(policy)
     model = load_model(
@@ -399,7 +427,12 @@ def load(
     )
     default = GenerationConfig.for_family(model.defaults)
     return Engine(
-        model, policy=resolved_policy, generation=default.replace(**options), graphs=graphs
+        model,
+        policy=resolved_policy,
+        generation=default.replace(**options),
+        graphs=graphs,
+        prefill_chunk=prefill_chunk,
+        prefix_cache_bytes=prefix_cache_bytes,
     )
 
 

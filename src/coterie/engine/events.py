@@ -56,6 +56,7 @@ class Result:
     """The result of a request.
 
     ``forwards`` counts denoising forwards. ``prefills`` and ``commits`` only write keys and values.
+    ``cached_tokens`` of the prompt were not computed: an earlier request had left their keys.
     """
 
     text: str
@@ -84,6 +85,7 @@ class Result:
     reuse_vote_loss: float | None = None
     # Of all requests, while this one was active; None if all experts are resident.
     traffic: Traffic | None = None
+    cached_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:

@@ -25,14 +25,19 @@ class KVCachePool:
         self._free_rows: list[int] = []
         self._num_rows = 0
 
-    def allocate(self, length: int) -> int:
-        """The index of a cleared row with at least ``length`` positions."""
+    def allocate(self, length: int, prefix: Sequence[KVCache] = ()) -> int:
+        """The index of a row with at least ``length`` positions, empty after the keys of
+        ``prefix``."""
         old = self._cache
         if old is None or not self._free_rows or old.length < length:
             self._grow(length)
         row = self._free_rows.pop(0)
         if old is not None:  # else the memory is new
             self.full_cache().clear([row])
+        start = 0
+        for span in prefix:
+            self.full_cache().paste(row, start, span)
+            start += span.length
         return row
 
     def free(self, row: int) -> None:

@@ -75,6 +75,24 @@ class KVCache:
             keys, values = keys[self.row_indices], values[self.row_indices]
         return keys[:, :, :kv_length], values[:, :, :kv_length]
 
+    def copy_span(self, row: int, start: int, stop: int) -> KVCache:
+        """A copy of these positions of one row, as a cache of one row."""
+        keys, values = (
+            tuple(tensor[row : row + 1, :, start:stop].clone() for tensor in tensors)
+            for tensors in (self.keys, self.values)
+        )
+        return KVCache(keys, values)
+
+    def paste(self, row: int, start: int, span: KVCache) -> None:
+        """Write a copy of a row's positions to a row, from position ``start`` on."""
+        tensors = zip((*self.keys, *self.values), (*span.keys, *span.values), strict=True)
+        for tensor, copied in tensors:
+            tensor[row, :, start : start + span.length] = copied[0]
+
+    def row_bytes(self, length: int) -> int:
+        """The size of ``length`` positions of one row."""
+        return sum(tensor[0, :, :length].nbytes for tensor in (*self.keys, *self.values))
+
     def clear(self, indices: Sequence[int]) -> None:
         """Zeroes these rows, so that a new request starts as in an empty cache."""
         tensors = (*self.keys, *self.values)
