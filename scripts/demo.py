@@ -14,6 +14,7 @@ from pathlib import Path
 import coterie
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised
+from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.model.weights import expert_bytes
 from coterie.routing import parse_policy
 from coterie.server.frames import Json, model_summary, step_frame
@@ -35,7 +36,8 @@ def main() -> None:
 
 def record(policy: str) -> Json:
     """A run as the page exports it."""
-    engine = coterie.load(expert_memory="50%", unmask="fixed:steps=10")
+    memory = ExpertMemoryConfig.parse("50%", simulated=True)
+    engine = coterie.load(expert_memory=memory, unmask="fixed:steps=10")
     engine.generate("warm up", max_new_tokens=32)
     engine.reset_cache()
     return {
