@@ -199,8 +199,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def completions(body: CompletionRequest, http: Request) -> Response:
         """The continuation of a text."""
         service.check_model(body.model)
-        prompt = body.one_prompt
-        ids = prompt
+        prompt, ids = body.prompt, body.prompt
         if isinstance(prompt, str):
             ids = await service.in_thread(lambda: tokenizer.encode(prompt, raw=True))
         assert isinstance(ids, list)
