@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ STOPS = st.lists(st.text("abé", min_size=1, max_size=4), max_size=3)
 def cut(text: str, places: list[int]) -> list[str]:
     """The text in pieces."""
     ends = sorted({min(place, len(text)) for place in places} | {0, len(text)})
-    return [text[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(ends)]
 
 
 def released(pieces: list[str], stops: list[str]) -> tuple[str, bool]:

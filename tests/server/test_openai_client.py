@@ -60,7 +60,7 @@ def test_streamed_whole_and_lone_answers_are_one(client: OpenAI, policy: str) ->
     assert whole.choices[0].message.content == lone(QUESTIONS[0], policy)
     assert streamed(client, **fields) == lone(QUESTIONS[0], policy)
     usage = whole.usage.model_dump()
-    assert usage["forwards"] > 0 and usage["expert_bytes"] > 0
+    assert min(usage["forwards"], usage["expert_bytes"]) > 0
     assert (usage["expert_bytes_avoided"] > 0) == (policy != "vanilla")
 
 
@@ -92,15 +92,14 @@ def test_answers_at_once_are_those_alone(server: LiveServer) -> None:
 def test_the_chunks_of_a_stream_are_openais(client: OpenAI) -> None:
     options = {"include_usage": True}
     chunks = list(
-        client.chat.completions.create(
-            stream=True, stream_options=options, **request(QUESTIONS[0])
-        )
+        client.chat.completions.create(stream=True, stream_options=options, **request(QUESTIONS[0]))
     )
     *parts, last, usage = chunks
     assert parts[0].choices[0].delta.role == "assistant"
     assert [chunk.choices[0].finish_reason for chunk in parts] == [None] * len(parts)
     assert last.choices[0].finish_reason == "stop"
-    assert usage.choices == [] and usage.usage.completion_tokens > 0
+    assert usage.choices == []
+    assert usage.usage.completion_tokens > 0
     assert all(chunk.usage is None for chunk in [*parts, last])
     assert len({chunk.id for chunk in chunks}) == 1
 
@@ -232,9 +231,7 @@ def test_frames_say_what_the_stream_says(client: OpenAI) -> None:
     assert all("votes" in frame for frame in frames if frame["kind"] == "decode")
 
 
-def test_votes_are_recorded_only_while_they_are_watched(
-    server: LiveServer, client: OpenAI
-) -> None:
+def test_votes_are_recorded_only_while_they_are_watched(server: LiveServer, client: OpenAI) -> None:
     list(
         client.chat.completions.create(
             stream=True, stream_options={"coterie": {"votes": True}}, **request(QUESTIONS[0])

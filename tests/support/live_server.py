@@ -11,8 +11,11 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tiny_tokenizer import write_tokenizer
+
 import coterie
 from coterie.engine.engine import Engine
+from coterie.engine.events import Event
 from coterie.engine.generation_config import GenerationConfig
 from coterie.families.llada2 import CHAT_TEMPLATE
 from coterie.loading.load import Model
@@ -21,11 +24,10 @@ from coterie.server.http_server import HttpServer, listen
 from coterie.server.settings import ServerSettings
 from coterie.testing import random_transformer, read_spec, tiny_config
 from coterie.tokenizer import load_tokenizer
-from tiny_tokenizer import write_tokenizer
 
 VOCABULARY, MASK, END = 261, 256, 257
 # One token a forward, and no early end: a request that lasts.
-SLOW = {"unmask": "sequential:n=1", "ignore_eos": True}
+SLOW = {"unmask": "sequential:steps=8", "ignore_eos": True}
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class LiveServer:
     url: str
     service: Service
     server: HttpServer
+
+    def signal(self) -> None:
+        """What a SIGTERM does."""
+        self.server.loop.call_soon_threadsafe(self.server.on_signal)
 
     def wait_until_idle(self, seconds: float = 10.0) -> None:
         """Fails unless all rows are free soon."""
@@ -93,5 +99,14 @@ def byte_model() -> Model:
     )
 
 
-def byte_engine() -> Engine:
-    return Engine(byte_model(), generation=GenerationConfig(block=8, max_new_tokens=48))
+def byte_engine(seconds: float = 0.0) -> Engine:
+    """An engine of this model, with a step that takes at least ``seconds``."""
+    engine = Engine(byte_model(), generation=GenerationConfig(block=8, max_new_tokens=48))
+    step = engine.step
+
+    def slow_step() -> list[Event]:
+        time.sleep(seconds)
+        return step()
+
+    engine.step = slow_step
+    return engine

@@ -140,7 +140,8 @@ class BodyLimit:
             size += len(message.get("body", b""))
             is_complete = not message.get("more_body", False)
             if size > self.limit:
-                await self._discard(receive)
+                if not is_complete:
+                    await self._discard(receive)
                 raise self._too_large()
             return message
 
