@@ -1,5 +1,5 @@
 # Two commands for a fresh machine with python3: each sets up .venv by itself.
-.PHONY: demo test check format clean
+.PHONY: demo serve test check format clean
 
 QUESTION = Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?
 POLICY = priced-vote:price=0.022
@@ -7,6 +7,10 @@ POLICY = priced-vote:price=0.022
 demo:
 	@scripts/setup core
 	@.venv/bin/coterie generate "$(QUESTION)" --policy $(POLICY) --compare-vanilla
+
+serve:
+	@scripts/setup serve
+	@.venv/bin/coterie serve
 
 test:
 	@scripts/test

@@ -17,6 +17,7 @@ from coterie.cli.inspect import inspect
 from coterie.cli.policies import policies
 from coterie.cli.quantize import quantize
 from coterie.cli.replay import replay_command
+from coterie.cli.serve import serve
 from coterie.cli.study import study
 from coterie.cli.trace import trace
 from coterie.cli.train import train
@@ -24,7 +25,8 @@ from coterie.errors import ConfigError
 from coterie.routing import import_policies, load_installed_policies
 
 COMMANDS = {
-    "generate": generate, "compare": compare, "inspect": inspect, "policies": policies,
+    "generate": generate, "serve": serve, "compare": compare, "inspect": inspect,
+    "policies": policies,
     "eval": evaluate, "grade": grade, "calibrate": calibrate_command, "quantize": quantize,
     "train": train, "study": study, "trace": trace, "replay": replay_command,
 }  # fmt: skip

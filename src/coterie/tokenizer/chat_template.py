@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,37 @@ class ChatTemplate:
     origin: str
     special_tokens: Mapping[str, str]
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template reads the list of tools."""
+        return re.search(r"\btools\b", self.source) is not None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None = None,
+    ) -> str:
         """The prompt text that ends where the model's turn starts.
 
-        Raises TokenizerError that names the origin of a template that fails.
+        Raises TokenizerError that names the origin of a template that fails, that takes no tools,
+        or that leaves out a system turn.
         """
-        turns = {"messages": messages, "add_generation_prompt": True}
+        if tools and not self.takes_tools:
+            raise TokenizerError(f"{self.origin}: the chat template takes no tools")
+        text = self._render(messages, tools)
+        for message in messages:
+            content = str(message.get("content", "")).strip()
+            if message.get("role") == "system" and content not in text:
+                raise TokenizerError(f"{self.origin}: the chat template leaves out a system turn")
+        return text
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]] | None,
+    ) -> str:
+        turns: dict[str, object] = {"messages": messages, "add_generation_prompt": True}
+        turns |= {"tools": tools} if tools else {}
         try:
             return RENDERER.render(self.source, {**self.special_tokens, **turns})
         except TokenizerError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -28,6 +28,7 @@ OTHER_TOKENIZERS = (
 MAX_CHARACTERS = 4_000_000  # of a prompt; on lack of memory, the library ends the process
 
 T = TypeVar("T")
+Turns = Sequence[Mapping[str, object]]  # {"role", "content", ..}, as chat templates read them
 
 
 class TextTokenizer(Protocol):
@@ -45,6 +46,13 @@ class TextTokenizer(Protocol):
 
     def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
         """The ids of ``prompt`` in the chat template; with ``raw``, of the text alone."""
+        ...
+
+    def encode_chat(self, turns: Turns, tools: Turns | None = None) -> list[int]:
+        """The ids of a conversation up to the model's next turn.
+
+        Raises TokenizerError for tools that the chat template does not take.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -73,10 +81,15 @@ class SubwordTokenizer:
 
     def encode(self, prompt: str, *, raw: bool = False) -> list[int]:
         _encode_utf8(prompt)
-        text = prompt if raw else self.template.render([{"role": "user", "content": prompt}])
+        if not raw:
+            return self.encode_chat([{"role": "user", "content": prompt}])
+        return _call(self.file, lambda: self.tokenizer.encode(prompt, add_special_tokens=True).ids)
+
+    def encode_chat(self, turns: Turns, tools: Turns | None = None) -> list[int]:
+        text = self.template.render(turns, tools)
+        _encode_utf8(text)
         # A template already contains every special token.
-        encode = self.tokenizer.encode
-        return _call(self.file, lambda: encode(text, add_special_tokens=raw).ids)
+        return _call(self.file, lambda: self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         shown = list(ids) if self.hidden_span is None else _without_spans(ids, *self.hidden_span)
@@ -107,6 +120,11 @@ class IdTokenizer:
                 "(this model has no tokenizer: give ids such as '5 17 33')"
             )
         return ids
+
+    def encode_chat(self, turns: Turns, tools: Turns | None = None) -> list[int]:
+        if tools:
+            raise TokenizerError("this model has no tokenizer, so it takes no tools")
+        return [token for turn in turns for token in self.encode(str(turn.get("content", "")))]
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(str(token) for token in ids)

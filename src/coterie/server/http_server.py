@@ -1,0 +1,94 @@
+"""The process: loads nothing, listens, and ends on a signal after running requests have."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+import uvicorn
+
+from coterie.engine.engine import Engine
+from coterie.errors import ConfigError
+from coterie.server.app import Service, make_app
+from coterie.server.logs import FIELDS, configure_logs
+from coterie.server.settings import ServerSettings
+
+SWITCH_SECONDS = 0.001  # after which a thread that computes in Python lets another one run
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LOG = logging.getLogger("coterie.server")
+
+
+class HttpServer(uvicorn.Server):
+    """A server whose first signal drains it, and whose second one ends it at once."""
+
+    def __init__(self, service: Service, on_start: Callable[[int], None]) -> None:
+        self.service, self.on_start = service, on_start
+        self._num_signals = 0
+        config = uvicorn.Config(
+            make_app(service),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=5,
+            lifespan="off",
+        )
+        super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            # Only the main thread of a program gets signals.
+            with suppress(ValueError, RuntimeError):
+                self.loop.add_signal_handler(number, self.on_signal)
+        self.service.scheduler.start()
+        self.on_start(self.servers[0].sockets[0].getsockname()[1])
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self.service.scheduler.stop(0.0 if self.force_exit else 5.0)
+        self.service.threads.shutdown(wait=False, cancel_futures=True)
+
+    def on_signal(self) -> None:
+        """Drain, or after the first signal, end."""
+        self._num_signals += 1
+        if self._num_signals == 1:
+            self._draining = asyncio.ensure_future(self._drain())
+        else:
+            LOG.warning("a second signal: running requests are lost")
+            self.force_exit = self.should_exit = True
+
+    async def _drain(self) -> None:
+        scheduler, seconds = self.service.scheduler, self.service.settings.drain
+        LOG.info("draining", extra={FIELDS: {**scheduler.stats(), "seconds": seconds}})
+        if not await scheduler.drain(seconds):
+            LOG.warning("drained no further", extra={FIELDS: dict(scheduler.stats())})
+        # Responses that have their answer are sent within the time of a graceful shutdown.
+        self.should_exit = True
+
+
+def serve(engine: Engine, settings: ServerSettings, on_start: Callable[[int], None]) -> None:
+    """Serve until a signal; ``on_start`` gets the port once connections are accepted."""
+    configure_logs()
+    sys.setswitchinterval(SWITCH_SECONDS)
+    with listen(settings) as listener:
+        HttpServer(Service.of(engine, settings), on_start).run([listener])
+
+
+def listen(settings: ServerSettings) -> socket.socket:
+    """A listening socket; raises ConfigError where another program listens."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+    except OSError as error:
+        where, reason = f"{settings.host}:{settings.port}", os.strerror(error.errno or 0)
+        raise ConfigError(f"cannot listen on {where}: {reason}") from None
+    # Connections inherit it: else a small chunk waits 40 ms for the reader to confirm the last.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
