@@ -5,7 +5,6 @@ const Drawings = (() => {
   const { ELECTED, RESIDENT, HIGH } = Runs;
   const THUMB = 18; // pixels of a slider's handle: drawings above a slider share its scale
   const GUTTER = 30; // pixels left of the wall, for the numbers of layers
-  const MIN_SHADE = 0.14;
 
   // A canvas of the size that it has on the page, cleared, in CSS pixels.
   function begin(canvas, height) {
@@ -109,13 +108,12 @@ const Drawings = (() => {
     pen.stroke();
     pen.setLineDash([]);
     pen.fillStyle = colour("ink");
-    const right = cut < width - 190;
-    pen.textAlign = right ? "left" : "right";
-    pen.fillText(right ? `${election.elected.size} elected` : `${election.elected.size} elected`,
-      right ? cut + 7 : cut - 7, 11);
+    const isRight = cut < width - 90, x = cut + (isRight ? 7 : -7);
+    pen.textAlign = isRight ? "left" : "right";
+    pen.fillText(`${election.elected.size} elected`, x, 11);
     const rejected = election.order.length - election.elected.size;
     pen.fillStyle = colour("muted");
-    if (right && rejected > 0) pen.fillText(`${rejected} not read`, cut + 7, 26);
+    if (rejected > 0) pen.fillText(`${rejected} not read`, x, 26);
   }
 
   // All layers and experts: the shade is the vote, the colour whether it is read.
@@ -145,13 +143,13 @@ const Drawings = (() => {
   }
 
   function wallGeometry(width, layers, experts) {
-    const room = width - GUTTER, least = layers > 8 ? 4.4 : 8;
+    const room = width - GUTTER, least = layers > 8 ? 4.4 : Math.min(13, room / 24);
     const fitting = [...Array(experts + 1).keys()].filter(
       (count) => count && experts % count === 0 && room / count >= least);
     const most = Math.min(experts, Math.floor(room / least));
     const columns = Math.max(1, (fitting.at(-1) ?? 0) * 2 > most ? fitting.at(-1) : most);
     const cell = room / columns;
-    const tall = Math.round(Math.min(14, Math.max(7, cell * 1.1)));
+    const tall = Math.round(Math.min(15, Math.max(7, cell * 1.1)));
     return { columns, cell, tall, rowHeight: Math.ceil(experts / columns) * tall + 8, gutter: GUTTER };
   }
 
@@ -168,7 +166,8 @@ const Drawings = (() => {
   function paintExpert(pen, colour, layer, election, id) {
     const was = layer.states[id] & ELECTED, is = election.elected.has(id);
     const share = layer.codes[id] / layer.levels;
-    pen.globalAlpha = share || was ? MIN_SHADE + (1 - MIN_SHADE) * Math.sqrt(share) : 1;
+    const least = was || is ? 0.32 : 0.14;
+    pen.globalAlpha = share || was ? least + (1 - least) * Math.sqrt(share) : 1;
     if (was && !is) pen.fillStyle = colour("drop");
     else if (is && !was) pen.fillStyle = colour("gain");
     else if (is) pen.fillStyle = colour(layer.states[id] & RESIDENT ? "accent" : "fetch");

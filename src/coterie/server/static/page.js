@@ -62,11 +62,9 @@ function drawDifference() {
   const isShown = page.views.length > 1 && page.views.every(({ run }) => run.frames.length);
   $("difference").hidden = !isShown;
   if (!isShown) return;
-  const [a, b] = page.views.map(({ run, step }) => ({ policy: run.policy, text: run.textAt(step) }));
-  const isEqual = a.text === b.text;
-  $("difference-note").textContent = isEqual
-    ? "Both texts are equal at this point."
-    : `From ${b.policy} to ${a.policy}: struck words are only in the former, marked words only in the latter.`;
+  const [a, b] = page.views.map(({ run }) => ({ policy: run.policy, text: run.textAt(run.frames.length) }));
+  fill($("difference-note"), ...a.text === b.text ? ["Both answers are equal."]
+    : ["Marked: only in the answer of ", [a.policy, "b"], ". Struck: only in that of ", [b.policy, "b"], "."]);
   $("difference-text").replaceChildren(...Runs.difference(b.text, a.text).map(([kind, text]) => {
     const part = document.createElement({ same: "span", removed: "del", added: "ins" }[kind]);
     part.textContent = text;
@@ -268,5 +266,5 @@ addEventListener("resize", render);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", render);
 
 const recorded = $("recorded");
-if (recorded) load(recorded.textContent, 2);
+if (recorded) load(recorded.textContent, 12);
 else if (location.protocol !== "file:") connect().catch((error) => showError(error.message));

@@ -69,10 +69,10 @@ const Runs = (() => {
         }
       }
     }
-    for (const token of written.values()) token.end = run.meta.eos_ids.includes(token.id);
     for (const [position, id, text, confidence] of run.frames[step]?.provisional ?? []) {
       if (!written.has(position)) written.set(position, { state: "guess", id, text, confidence });
     }
+    for (const token of written.values()) token.end = run.meta.eos_ids.includes(token.id);
     const masked = { state: "masked", text: "", confidence: 0 };
     return Array.from({ length: Math.max(stop, 0) }, (_, position) => written.get(position) ?? masked);
   }

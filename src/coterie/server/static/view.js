@@ -38,27 +38,26 @@ class RunView {
     const cells = Runs.canvasAt(run, step);
     this.layers = run.votes.slice(0, step + 1).findLast((votes) => votes) ?? null;
     this.vote = this.layers && Runs.replay(this.layers, this.budget);
-    this.showStory(frame, cells);
+    this.showStory(frame);
     this.showTokens(frame, cells);
     this.showVote();
     this.showMeter(frame);
   }
 
-  showStory(frame, cells) {
+  showStory(frame) {
     const story = this.find(".story"), { run } = this;
-    if (!frame) return fill(story, [run.policy, "b"], " has not started.");
+    if (!frame) return fill(story, "Not started yet.");
     const size = run.meta.layers.length * run.meta.expert_bytes;
     const [wanted, read] = [frame.expert_bytes_vanilla / size, frame.expert_bytes / size];
-    const tokens = frame.stop - Math.max(0, frame.start);
-    const start = [`${tokens} tokens`, "b"];
-    if (!frame.experts.length) return fill(story, start, " are written, without a vote in this step.");
+    const start = [`The ${frame.stop - frame.start} tokens of a block`, "b"];
+    if (!frame.experts.length) return fill(story, start, " take this step without a vote.");
     if (frame.expert_bytes >= frame.expert_bytes_vanilla) {
       return fill(story, start, " picked ", [`${count(wanted)} different experts`, "b"],
         " in each layer. The unmodified model holds no election: it reads all of them, ",
         [bytes(frame.expert_bytes), "b"], " in this step.");
     }
     return fill(story, start, " picked ", [`${count(wanted)} different experts`, "b"],
-      " in each layer. They vote; the ", [`${count(read)} with most votes`, "b elected"],
+      " in each layer. They vote. The ", [`${count(read)} with most votes`, "b elected"],
       " are elected, and only these are read: ", [bytes(frame.expert_bytes), "b elected"],
       " instead of ", [bytes(frame.expert_bytes_vanilla), "b"], ".");
   }
@@ -67,7 +66,7 @@ class RunView {
     const states = (state) => cells.filter((cell) => cell.state === state).length;
     const [now, masked] = [states("now"), states("masked") + states("guess")];
     this.find(".step-note").textContent = frame
-      ? `${plural(now, "token")} written in this step, ${masked} masked` : "";
+      ? `${now} written now, ${masked} masked` : "";
     const list = this.find(".tokens");
     list.replaceChildren(...shownCells(cells).map(tokenElement));
     const text = this.run.textAt(this.step);
@@ -88,8 +87,8 @@ class RunView {
     const slider = this.find(".budget"), elected = Math.max(1, election.elected.size);
     this.find(".layer").value = this.layer;
     if (budget === null) slider.value = elected;
-    fill(this.find(".vote-note"), "Each bar is an expert of layer ", [`${layer.layer}`, "b"],
-      ", and its height is the votes of all tokens for it.");
+    fill(this.find(".vote-note"), `Each bar is one of the ${run.meta.experts} experts of layer ${layer.layer}. `
+      + "Its height is its votes: the router weights of all tokens that picked it.");
     Drawings.ballot(this.find(".ballot"), layer, election, budget ?? elected);
     this.find(".ballot").setAttribute("aria-label", `Votes of layer ${layer.layer}: `
       + `${election.order.length} experts have votes, ${election.elected.size} are elected. `
@@ -107,7 +106,9 @@ class RunView {
     const read = vote.experts * run.meta.expert_bytes, share = percent(vote.lost);
     this.find(".reset").hidden = budget === null;
     if (budget === null) {
-      fill(output, "As recorded: the elected experts hold ", [percent(1 - vote.lost), "b"], " of all votes.");
+      fill(output, ...vote.lost > 0
+        ? ["As recorded: the elected experts hold ", [percent(1 - vote.lost), "b"], " of all votes."]
+        : ["As recorded: every expert with votes is read."]);
     } else {
       const change = vote.experts - vote.recorded, gained = vote.dropped + change;
       fill(output, "With ", [`${budget} experts a layer`, "b"], ": ",
@@ -176,7 +177,7 @@ class RunView {
 // After the end of the text, positions hold nothing to read: show only one end mark.
 function shownCells(cells) {
   const end = cells.findIndex((cell) => cell.end);
-  if (end < 0 || cells.slice(0, end).some((cell) => cell.state === "masked")) return cells;
+  if (end < 0 || cells.some(({ state }) => state === "masked" || state === "guess")) return cells;
   return cells.slice(0, end + 1);
 }
 
@@ -205,10 +206,10 @@ function bytes(value) {
   const units = ["B", "kB", "MB", "GB", "TB"];
   const power = value >= 1 ? Math.min(units.length - 1, Math.floor(Math.log10(value) / 3)) : 0;
   const scaled = value / 1000 ** power;
-  return `${power && scaled < 100 ? scaled.toFixed(1) : Math.round(scaled)} ${units[power]}`;
+  return `${power && scaled < 100 ? scaled.toFixed(1) : Math.round(scaled)}\u00a0${units[power]}`;
 }
 
 const count = (value) => (value < 9.95 && value % 1 ? value.toFixed(1) : String(Math.round(value)));
-const percent = (share) => `${(100 * share).toFixed(share < 0.0995 && share > 0 ? 1 : 0)} %`;
+const percent = (share) => `${(100 * share).toFixed(share < 0.0995 && share > 0 ? 1 : 0)}\u00a0%`;
 const plural = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 const votes = (layer, id) => (layer.codes[id] * layer.unit).toFixed(1);

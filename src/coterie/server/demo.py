@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,18 +21,28 @@ from coterie.routing import parse_policy
 from coterie.server.frames import Json, model_summary, step_frame
 from coterie.server.votes import VoteRecorder
 
-ROOT = Path(__file__).parents[1]
-STATIC = ROOT / "src" / "coterie" / "server" / "static"
-PAGE = ROOT / "docs" / "demo" / "index.html"
+STATIC = Path(__file__).with_name("static")
+PAGE = Path(__file__).parents[3] / "docs" / "demo" / "index.html"
 PROMPT = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
-POLICIES = ("des-vote:beta=0.3", "vanilla")
+POLICIES = ("des-vote:beta=0.4", "vanilla")
 
 
 def main() -> None:
-    """Record both runs, and write the page with them."""
-    first, other = (record(policy) for policy in POLICIES)
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(bundle({**first, "compared": other}), encoding="utf-8")
+    """Record both runs, and write the page with them; `page` keeps the runs of the last time."""
+    if sys.argv[1:] == ["page"]:
+        run = recorded_run(PAGE.read_text(encoding="utf-8"))
+    else:
+        run, other = (record(policy) for policy in POLICIES)
+        run["compared"] = other
+    PAGE.write_text(bundle(run), encoding="utf-8")
+
+
+def recorded_run(page: str) -> Json:
+    """The run inside a page."""
+    tag = re.compile(r'<script type="application/json" id="recorded">(.*)</script>')
+    match = tag.search(page)
+    assert match is not None
+    return json.loads(match[1])
 
 
 def record(policy: str) -> Json:
