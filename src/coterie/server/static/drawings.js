@@ -119,7 +119,7 @@ const Drawings = (() => {
   // All layers and experts: the shade is the vote, the colour whether it is read.
   function wall(canvas, layers, elections, selected) {
     const geometry = wallGeometry(canvas.clientWidth, layers.length, layers[0].codes.length);
-    const { columns, cell, tall, rowHeight } = geometry;
+    const { columns, cell, tall, rowHeight, gap, space } = geometry;
     const { pen, colour } = begin(canvas, layers.length * rowHeight);
     layers.forEach((layer, row) => {
       const top = row * rowHeight;
@@ -129,14 +129,15 @@ const Drawings = (() => {
       pen.fillText(layer.layer, GUTTER - 10, top + tall);
       if (row === selected) {
         pen.fillStyle = colour("accent");
-        pen.fillRect(GUTTER - 6, top, 2, rowHeight - 8);
+        pen.fillRect(GUTTER - 6, top, 2, rowHeight - space);
       }
       layer.codes.forEach((code, id) => {
         const x = GUTTER + (id % columns) * cell, y = top + Math.floor(id / columns) * tall;
         paintExpert(pen, colour, layer, elections[row], id);
         const isLow = layer.precisions > 1 && layer.states[id] & ELECTED && !(layer.states[id] & HIGH);
-        const inset = isLow ? Math.max(1, cell * 0.22) : 0;
-        pen.fillRect(x + inset, y + inset, cell - 1 - 2 * inset, tall - 1 - 2 * inset);
+        const [wide, high] = [cell - gap, tall - gap];
+        if (isLow) pen.fillRect(x, y + high / 2, wide, high / 2);
+        else pen.fillRect(x, y, wide, high);
       });
     });
     return geometry;
@@ -149,8 +150,9 @@ const Drawings = (() => {
     const most = Math.min(experts, Math.floor(room / least));
     const columns = Math.max(1, (fitting.at(-1) ?? 0) * 2 > most ? fitting.at(-1) : most);
     const cell = room / columns;
-    const tall = Math.round(Math.min(15, Math.max(7, cell * 1.1)));
-    return { columns, cell, tall, rowHeight: Math.ceil(experts / columns) * tall + 8, gutter: GUTTER };
+    const tall = Math.round(Math.min(15, Math.max(9, cell * 1.1)));
+    const [gap, space] = layers > 8 ? [0.6, 5] : [1, 8]; // between experts, between layers
+    return { columns, cell, tall, gap, space, rowHeight: Math.ceil(experts / columns) * tall + space };
   }
 
   // The row and the expert at a point of the wall; null beside them.

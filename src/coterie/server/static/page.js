@@ -118,6 +118,11 @@ async function ask(event) {
   if (page.stop) return page.stop.abort();
   const policies = [$("policy").value, ...($("compare").checked ? [$("other").value] : [])];
   const prompt = $("prompt").value;
+  try {
+    if (!page.meta) await connect();
+  } catch (error) {
+    return showError(error.message);
+  }
   const runs = policies.map((policy) => new Runs.Run({ meta: page.meta, prompt, policy: policy.trim() }));
   page.stop = new AbortController();
   page.mode = "step";
@@ -229,8 +234,7 @@ async function load(text, position) {
 function onKey(event) {
   const { target, key } = event;
   if (event.ctrlKey || event.altKey || event.metaKey || !page.views.length) return;
-  const isField = target.matches("input:not([type=range]), textarea, select, button");
-  if (isField && target.id !== "play") return;
+  if (target.matches("input:not([type=range]), textarea, select") || (key === " " && target.matches("button"))) return;
   const moves = { ArrowLeft: page.position - 1, ArrowRight: page.position + 1, Home: 0, End: ends() };
   if (key === " ") page.playing ? pause() : play();
   else if (key in moves && target.type !== "range") seek(moves[key]);

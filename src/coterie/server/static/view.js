@@ -7,6 +7,7 @@ class RunView {
     const template = document.getElementById("run-view");
     this.element = template.content.firstElementChild.cloneNode(true);
     this.find = (selector) => this.element.querySelector(selector);
+    this.element.classList.toggle("wide", run.meta.layers.length > 8);
     this.find(".policy").textContent = run.policy;
     const choice = this.find(".layer");
     run.meta.layers.forEach((layer, index) => choice.add(new Option(layer, index)));
@@ -51,13 +52,12 @@ class RunView {
     const [wanted, read] = [frame.expert_bytes_vanilla / size, frame.expert_bytes / size];
     const start = [`The ${frame.stop - frame.start} tokens of a block`, "b"];
     if (!frame.experts.length) return fill(story, start, " take this step without a vote.");
-    if (frame.expert_bytes >= frame.expert_bytes_vanilla) {
-      return fill(story, start, " picked ", [`${count(wanted)} different experts`, "b"],
-        " in each layer. The unmodified model holds no election: it reads all of them, ",
-        [bytes(frame.expert_bytes), "b"], " in this step.");
+    const picked = [start, " picked ", [`${count(wanted)} different experts`, "b"], " in each layer. "];
+    if (run.policy === "vanilla") {
+      return fill(story, ...picked, "The unmodified model holds no election. It reads all of them: ",
+        [bytes(frame.expert_bytes), "b"], ".");
     }
-    return fill(story, start, " picked ", [`${count(wanted)} different experts`, "b"],
-      " in each layer. They vote. The ", [`${count(read)} with most votes`, "b elected"],
+    return fill(story, ...picked, "They vote. The ", [`${count(read)} with most votes`, "b elected"],
       " are elected, and only these are read: ", [bytes(frame.expert_bytes), "b elected"],
       " instead of ", [bytes(frame.expert_bytes_vanilla), "b"], ".");
   }
@@ -86,7 +86,7 @@ class RunView {
     const layer = layers[this.layer], election = vote.elections[this.layer];
     const slider = this.find(".budget"), elected = Math.max(1, election.elected.size);
     this.find(".layer").value = this.layer;
-    if (budget === null) slider.value = elected;
+    slider.value = budget ?? elected;
     fill(this.find(".vote-note"), `Each bar is one of the ${run.meta.experts} experts of layer ${layer.layer}. `
       + "Its height is its votes: the router weights of all tokens that picked it.");
     Drawings.ballot(this.find(".ballot"), layer, election, budget ?? elected);
