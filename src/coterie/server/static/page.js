@@ -142,6 +142,7 @@ async function ask(event) {
     if (!page.stop.signal.aborted) showError(error.message);
   }
   page.stop = null;
+  if (page.follow) page.position = last();
   $("run").textContent = "Run";
   $("answer").textContent = runs.map((run) => `Answer of ${run.policy}: ${run.textAt(run.frames.length)}`).join(" ");
   render();
