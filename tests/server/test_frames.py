@@ -115,7 +115,9 @@ def test_a_frame_of_a_large_model_is_small(kind: str) -> None:
         assert len(json.dumps(frame, ensure_ascii=False).encode()) <= MAX_BYTES
 
 
-@pytest.mark.parametrize("unmask", ["threshold:p=0.9", "fixed:steps=8", "threshold:p=0.6,edit=0.8"])
+@pytest.mark.parametrize(
+    "unmask", ["threshold:p=0.9", "fixed:steps=8", "threshold:p=0.3+edit:p=0.5,post=8"]
+)
 def test_frames_replay_to_the_answer(unmask: str) -> None:
     engine = coterie.load(unmask=unmask)
     frames, result = answer(engine, "Tom has 3 boxes of 4 pens. How many pens?")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,14 +194,39 @@ def test_two_policies_are_compared_and_survive_export(visit: Visit, tmp_path: Pa
     assert visit.call("page.views.map(({run}) => run.textAt(999))") == texts
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"coterie_run": 2}', '{"coterie_run": 1, "frames": [{}], "meta": {}}']
-)
-def test_a_file_that_is_no_run_is_refused(visit: Visit, content: str) -> None:
-    file = {"name": "a.json", "mimeType": "application/json", "buffer": content.encode()}
-    visit.page.set_input_files("#file", file)
-    expect(visit.page.locator("#error")).to_contain_text("Cannot open the run")
-    expect(visit.page.locator(".run")).to_have_count(0)
+def test_a_file_that_is_no_run_is_refused(visit: Visit) -> None:
+    for content in ("{", "[]", "null", '{"coterie_run": 2}', '{"coterie_run": 1, "frames": [{}]}'):
+        file = {"name": "a.json", "mimeType": "application/json", "buffer": content.encode()}
+        visit.page.set_input_files("#file", file)
+        expect(visit.page.locator("#error")).to_contain_text("Cannot open the run")
+        expect(visit.page.locator(".run")).to_have_count(0)
+        visit.call("showError('')")
+
+
+def test_a_damaged_run_is_refused_or_shown(visit: Visit) -> None:
+    """Wherever one value of the file is another one, the page makes no error."""
+    run, draw = recorded_run(DEMO.read_text(encoding="utf-8")), random.Random(0)
+    run["frames"], run["compared"] = run["frames"][:2], None
+    refused = 0
+    for _ in range(60):
+        damaged = json.loads(json.dumps(run))
+        damage(damaged, draw)
+        visit.page.evaluate("(text) => load(text, 1)", json.dumps(damaged))
+        visit.call("if (page.views.length) draw()")
+        refused += visit.page.locator("#error").is_visible()
+        assert visit.errors == [], json.dumps(damaged)[:400]
+    assert 20 < refused < 60
+
+
+def damage(value: Any, draw: random.Random) -> None:
+    """Replace one value, anywhere inside."""
+    while True:
+        key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        child = value[key]
+        if not isinstance(child, dict | list) or not child or draw.random() < 0.2:
+            value[key] = draw.choice([None, -1, 1e9, "x", [], {}, True])
+            return
+        value = child
 
 
 def test_a_policy_that_does_not_exist_is_explained(visit: Visit) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from offload_cases import LAYERS, cached_store, expert_blobs
 from score_strategies import blocks
 
 import coterie
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised
+from coterie.offload.mixed_precision_store import MixedPrecisionStore
+from coterie.offload.tiers import HostTier
 from coterie.routing import Election, parse_policy, route
 from coterie.routing.coreset import flatten_batch
 from coterie.routing.router import VOTE_UNIT
@@ -26,6 +30,8 @@ POLICIES = (
     "priced-vote:price=0.1",
     "des-vote:beta=0.3,scope=batch",
 )
+
+ROUTER = RouterSpec(experts=8, k=2, activation="softmax", renormalise=True)
 
 
 def recorded(scores: Scores, policy_text: str, *rows: str) -> tuple[VoteRecorder, StepVotes]:
@@ -71,14 +77,29 @@ def test_elected_are_the_experts_that_the_row_uses(scores: Scores) -> None:
 
 
 def test_only_watched_rows_are_kept() -> None:
-    scores = Scores(
-        torch.randn(2, 4, 8), RouterSpec(experts=8, k=2, activation="softmax", renormalise=True)
-    )
+    scores = Scores(torch.randn(2, 4, 8), ROUTER)
     recorder, _ = recorded(scores, "vanilla", "a", "b")
     assert recorder.latest("a") is None
     recorder.unwatch("b")
     assert recorder.is_idle
     assert recorder.latest("b") is None
+
+
+def test_a_store_with_two_precisions_shows_which_experts_have_the_high_one() -> None:
+    warm = {layer: np.arange(8.0) for layer in LAYERS}
+    high = cached_store(HostTier(expert_blobs(8)), 8, 3, warm_votes=warm)
+    low = cached_store(HostTier(expert_blobs(8)), 8, 2)
+    scores, policy = Scores(torch.randn(1, 4, 8), ROUTER), parse_policy("vanilla")
+    recorder = VoteRecorder(MixedPrecisionStore(high, low))
+    recorder.watch("a", policy)
+    recorder.on_forward(("a",))
+    for layer in LAYERS:
+        recorder.on_routed(layer, scores, route(scores, policy))
+    votes = recorder.latest("a")
+    assert votes is not None
+    assert votes.resident is None
+    assert votes.high is not None
+    assert votes.high.tolist() == [[False] * 5 + [True] * 3] * 2
 
 
 def test_watching_does_not_change_the_answer() -> None:

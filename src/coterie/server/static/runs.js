@@ -4,6 +4,7 @@
 const Runs = (() => {
   const ELECTED = 1, RESIDENT = 2, HIGH = 4; // bits of an expert's state
   const DIFF_WORDS = 3000; // longer texts are compared whole
+  const MAX_COUNT = 1e6; // of positions, experts and steps, in files of any origin
 
   // One answer under one policy. Frames come from a stream or a file; votes are unpacked on arrival.
   class Run {
@@ -13,7 +14,7 @@ const Runs = (() => {
 
     async add(frame) {
       checkFrame(frame);
-      const votes = frame.votes ? await unpack(frame.votes) : null;
+      const votes = frame.votes ? await unpack(frame.votes, this.meta.experts) : null;
       this.frames.push(frame);
       this.votes.push(votes);
     }
@@ -32,18 +33,17 @@ const Runs = (() => {
     }
   }
 
+  // Bytes that were deflated and written in base64.
   async function inflate(code) {
     const bytes = Uint8Array.from(atob(code), (character) => character.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
     return new Uint8Array(await new Response(stream).arrayBuffer());
   }
 
-  async function unpack({ layers, levels, largest, votes, state, precisions }) {
+  async function unpack({ layers, levels, largest, votes, state, precisions }, experts) {
     const [codes, states] = await Promise.all([inflate(votes), inflate(state)]);
-    const experts = codes.length / layers.length;
-    if (!Number.isInteger(experts) || states.length !== codes.length) {
-      throw new Error("the votes of a frame are damaged");
-    }
+    check(areNumbers(layers) && areNumbers(largest) && levels > 0 && layers.length === largest.length
+      && codes.length === layers.length * experts && states.length === codes.length, "votes");
     return layers.map((layer, index) => ({
       layer,
       precisions,
@@ -113,7 +113,8 @@ const Runs = (() => {
     const frame = frames.at(-1);
     if (!frame) return null;
     const sum = (key) => frames.reduce((total, each) => total + (each[key] ?? 0), 0);
-    const tokens = frames.reduce((total, each) => total + each.committed.length, 0);
+    const isText = ([, id]) => !run.meta.eos_ids.includes(id);
+    const tokens = frames.reduce((total, each) => total + each.committed.filter(isText).length, 0);
     return {
       bytes: frame.expert_bytes,
       vanilla: frame.expert_bytes_vanilla,
@@ -172,9 +173,7 @@ const Runs = (() => {
     if (file?.coterie_run !== 1 || !Array.isArray(file.frames)) {
       throw new Error("this file holds no recorded run (coterie_run: 1)");
     }
-    if (!Array.isArray(file.meta?.layers) || !Array.isArray(file.meta.eos_ids)) {
-      throw new Error("the recorded run does not describe its model");
-    }
+    checkMeta(file.meta);
     const runs = [file, ...(file.compared ? [file.compared] : [])].map((each) => ({ ...file, ...each }));
     return Promise.all(runs.map(async ({ frames, ...head }) => {
       const run = new Run(head);
@@ -184,13 +183,27 @@ const Runs = (() => {
     }));
   }
 
+  const isCount = (value) => Number.isInteger(value) && value >= 0 && value <= MAX_COUNT;
+  const areNumbers = (list) => Array.isArray(list) && list.every(Number.isFinite);
+  const isToken = (token) => Array.isArray(token) && isCount(token[0]) && typeof token[2] === "string"
+    && token[3] >= 0 && token[3] <= 1;
+
+  function check(isGood, part) {
+    if (!isGood) throw new Error(`the ${part} of the run are damaged`);
+  }
+
+  function checkMeta(meta) {
+    check(areNumbers(meta?.layers) && meta.layers.length && areNumbers(meta.eos_ids)
+      && isCount(meta.experts) && meta.experts && isCount(meta.k) && meta.expert_bytes > 0, "model's numbers");
+  }
+
   function checkFrame(frame) {
-    const lists = ["committed", "edited", "provisional", "remasked", "experts"];
-    const numbers = ["forward", "start", "stop", "seconds", "expert_bytes", "expert_bytes_vanilla"];
-    if (!lists.every((key) => Array.isArray(frame?.[key]))
-      || !numbers.every((key) => Number.isFinite(frame[key])) || typeof frame.text !== "string") {
-      throw new Error("a frame of the run is damaged");
-    }
+    const tokens = ["committed", "edited", "provisional"];
+    check(tokens.every((key) => Array.isArray(frame?.[key]) && frame[key].every(isToken)), "tokens");
+    const numbers = ["start", "seconds", "expert_bytes", "expert_bytes_vanilla"];
+    check(numbers.every((key) => Number.isFinite(frame[key])) && typeof frame.text === "string"
+      && isCount(frame.forward) && isCount(frame.block) && isCount(frame.stop)
+      && areNumbers(frame.experts) && areNumbers(frame.remasked), "frames");
   }
 
   return { ELECTED, RESIDENT, HIGH, Run, canvasAt, elect, replay, meterAt, difference, toFile, fromFile };
