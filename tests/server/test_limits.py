@@ -343,11 +343,11 @@ def fail(errors: list[Exception]) -> None:
 
 
 def test_a_drained_server_finishes_what_runs_and_takes_no_more() -> None:
-    body = {"messages": MESSAGES, "max_tokens": 100, **SLOW}
+    body = {"messages": MESSAGES, "max_tokens": 40, **SLOW}
     with live_server(byte_engine(0.01)) as server, ThreadPoolExecutor(1) as threads:
         url = f"{server.url}{CHAT}"
-        expected = httpx.post(url, json=body).json()
-        running = threads.submit(httpx.post, url, json=body)
+        expected = httpx.post(url, json=body, timeout=30).json()
+        running = threads.submit(httpx.post, url, json=body, timeout=30)
         wait_for(lambda: server.service.scheduler.num_running == 1)
         server.signal()
         wait_for(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
