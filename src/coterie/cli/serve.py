@@ -97,12 +97,12 @@ def serve(
         raise ConfigError("MODEL and --model are the same; give one of them")
     engine_options = replace(engine_options, model=name or engine_options.model)
     settings = _settings(network, limits, engine_options.model)
-    options = decode.to_fields()
+    options, spec = decode.to_fields(), engines.canonical_policy(policy)
+    cache = 0 if limits.prefix_cache == "0" else parse_bytes(limits.prefix_cache, "`prefix_cache`")
     opened = engine_options.open()
     engines.check_engine(opened, [policy], options)
-    cache = 0 if limits.prefix_cache == "0" else parse_bytes(limits.prefix_cache, "`prefix_cache`")
     engine = Engine(
-        opened.model, policy=engines.canonical_policy(policy),
+        opened.model, policy=spec,
         generation=opened.generation.replace(**options),
         prefill_chunk=limits.prefill_chunk, prefix_cache_bytes=cache,
     )  # fmt: skip
