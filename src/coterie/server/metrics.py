@@ -131,7 +131,7 @@ class ServerMetrics:
         self.requests = self._counter("requests", ended, "finish_reason")
         self.http_requests = self._counter("http_requests", "HTTP responses.", "path", "status")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
-        cached = "Tokens of prompts whose keys an earlier request had left."
+        cached = "Tokens of prompts with keys that an earlier request had left."
         self.cached_tokens = self._counter("cached_prompt_tokens", cached)
         self.completion_tokens = self._counter("completion_tokens", "Tokens of answers.")
         waited = "Seconds from arrival to a row."
