@@ -59,6 +59,16 @@ def test_forward_and_generate_write_records_with_figures(tmp_path: Path) -> None
     assert len(list(tmp_path.glob("*.svg"))) == 4
 
 
+def test_serve_writes_a_record_with_a_figure(tmp_path: Path) -> None:
+    options = ["--shape", "tiny", "--repeats", "1", "-o", str(tmp_path), "-p", "vanilla"]
+    assert run(["bench", "serve", *options, "--rows", "1", "--rows", "2", "--tokens", "8"]) == 0
+    record = json.loads((tmp_path / "bench-serve-random-tiny-cpu.json").read_text())
+    assert [each["rows"] for each in record["facts"]["settings"]] == [1, 2]
+    chart = make_chart(record)
+    assert (list(chart.rows), list(chart.samples)) == (["1 row", "2 rows"], ["vanilla"])
+    assert len(list(tmp_path.glob("*.svg"))) == 2
+
+
 def test_other_sizes_have_other_record_names(tmp_path: Path) -> None:
     options = ["--shape", "tiny", "--repeats", "1", "-o", str(tmp_path), "-p", "vanilla"]
     assert run(["bench", "layer", *options, "--baseline", "none", "--tokens", "8"]) == 0

@@ -18,9 +18,10 @@ from coterie.engine.active_sequence import group_sequences
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised, Finished, Result
 from coterie.engine.generation_config import GenerationConfig
-from coterie.errors import CoterieError, GenerationError
+from coterie.errors import CoterieError, GenerationError, NonFiniteLogitsError
 from coterie.loading.load import Model
 from coterie.routing import Vanilla, parse_policy
+from coterie.telemetry import TensorRecorder
 from coterie.testing import random_transformer, read_spec, tiny_config
 from coterie.tokenizer import IdTokenizer
 from coterie.values import NO_MASK, Scores
@@ -347,6 +348,42 @@ def test_non_finite_logits_raise_and_do_not_advance() -> None:
     assert host.sequence(number).canvas.tokens.tolist() == tokens
     broken.transformer.head.copy_(kept)
     assert known(finish(host, [number])[0]) == known(engine().generate(PROMPT))
+
+
+def test_only_the_request_with_non_finite_logits_fails() -> None:
+    expected = [known(engine().generate(prompt)) for prompt in (PROMPT, [8] * 5)]
+    written = {token for result in expected for token in result.tokens}
+    bad = next(token for token in range(90) if token not in {*written, *PROMPT, 8})
+    embedding = tiny().transformer.embedding.clone()
+    embedding[bad] = math.nan
+    model = replace(tiny(), transformer=replace(tiny().transformer, embedding=embedding))
+    host = Engine(model, generation=GenerationConfig().replace(block=8, max_new_tokens=12))
+    first, broken, last = (host.submit(prompt) for prompt in (PROMPT, [bad] * 5, [8] * 5))
+    assert len(group_sequences(host._active.values())) == 1
+    for _ in range(2):
+        with pytest.raises(NonFiniteLogitsError) as raised:
+            host.step()
+        assert raised.value.rows == (broken,)
+    assert [host.sequence(row).steps.total for row in (first, broken, last)] == [2, 0, 2]
+    host.cancel(broken)
+    assert [known(result) for result in finish(host, [first, last])] == expected
+
+
+@settings(max_examples=10)
+@given(st.lists(prompt_ids, min_size=2, max_size=4), st.sampled_from([0.15, 0.3]))
+def test_rows_of_a_forward_may_share_one_coreset(prompts: list[list[int]], beta: float) -> None:
+    host, recorder = engine(), TensorRecorder()
+    host.set_recorder(recorder)
+    budget = max(1, int(beta * 16))
+    results = host.generate(prompts, policy=f"des-vote:beta={beta},scope=batch")
+    assert all(int(routing.used.sum()) <= budget for _, _, routing in recorder.routings)
+    # A row counts its own experts: at most those of the coreset.
+    assert all(result.experts.max <= budget for result in results)
+    host.set_recorder(None)
+    recorded = len(recorder.routings)
+    (alone,) = host.generate(prompts[:1], policy=f"des-vote:beta={beta},scope=batch")
+    assert len(recorder.routings) == recorded > 0
+    assert alone.tokens == engine().generate(prompts[0], policy=f"des-vote:beta={beta}").tokens
 
 
 @pytest.mark.parametrize(

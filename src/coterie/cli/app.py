@@ -9,6 +9,7 @@ import coterie
 from coterie.cli import options as o
 from coterie.cli.bench import bench
 from coterie.cli.calibrate import calibrate_command
+from coterie.cli.chat import chat
 from coterie.cli.compare import compare
 from coterie.cli.eval import evaluate
 from coterie.cli.generate import generate
@@ -25,7 +26,7 @@ from coterie.errors import ConfigError
 from coterie.routing import import_policies, load_installed_policies
 
 COMMANDS = {
-    "generate": generate, "serve": serve, "compare": compare, "inspect": inspect,
+    "generate": generate, "chat": chat, "serve": serve, "compare": compare, "inspect": inspect,
     "policies": policies,
     "eval": evaluate, "grade": grade, "calibrate": calibrate_command, "quantize": quantize,
     "train": train, "study": study, "trace": trace, "replay": replay_command,

@@ -1,6 +1,6 @@
 """``coterie bench``: times a layer, a forward or whole answers."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,9 @@ from coterie.cli import bench_output as output
 from coterie.cli import engine_options as engines
 from coterie.cli import options as o
 from coterie.cli.output import print_note, print_text, progress_bar
+from coterie.engine.engine import Engine, Prompt
 from coterie.errors import ConfigError
+from coterie.lab.bench import concurrency
 from coterie.lab.bench import forward as forwards
 from coterie.lab.bench import generate as answers
 from coterie.lab.bench.baselines import BASELINES, ResolvedBaseline, resolve_baselines
@@ -50,6 +52,7 @@ MEMORY_HELP = "GiB for the baselines that run together (default: what is free)."
 MODEL_SHAPE_HELP = f"Shape of a random model to use for --model. {o.one_of(SHAPES)}"
 BENCH_PROMPT_HELP = "Prompt; may be repeated (default: held-out problems)."
 CONTEXT_HELP = "Positions before the block (default: 512, or as many as the model has)."
+ROWS_HELP = "Requests in progress together; may be repeated (default: 1, 2, 4, 8)."
 LENGTH_HELP = "Tokens of a random model's prompts (default 64)."
 OutputFolder = Annotated[Path, measuring("Folder for the record and its figures.", "--out", "-o")]
 Overwrite = Annotated[bool, measuring("Replace a record that exists.", "--overwrite")]
@@ -68,6 +71,7 @@ def bench_command(context: typer.Context) -> None:
     coterie bench layer --shape llada2-mini
     coterie bench forward --shape llada2-mini --expert-dtype int8
     coterie bench generate -p des-vote:beta=0.3
+    coterie bench serve --shape llada2-mini --layers 4 --expert-dtype int8
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -210,6 +214,30 @@ def forward_command(
 
 
 @dataclass(frozen=True)
+class Workload:
+    """A model and its prompts; ``title`` names the model in records."""
+
+    engine: Engine
+    prompts: Sequence[Prompt]
+    title: str
+
+    def facts(self) -> dict[str, object]:
+        model = self.engine.model
+        dtype = str(model.transformer.dtype).removeprefix("torch.")
+        return {"model": model.name, "dtype": dtype, "prompts": len(self.prompts)}
+
+    def identity(self, engine_options: engines.EngineOptions) -> dict[str, object]:
+        """What samples depend on, besides the policies."""
+        threads = torch.get_num_threads()
+        return {"texts": self.prompts, "engine": str(engine_options), "threads": threads}
+
+    @property
+    def device_name(self) -> str:
+        device = str(self.engine.model.transformer.device)
+        return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+@dataclass(frozen=True)
 class WorkloadOptions:
     """The model's shape and the prompts of ``bench generate``."""
 
@@ -239,6 +267,23 @@ class WorkloadOptions:
             reason = "the problems are for the model in the package"
             raise ConfigError(f"--model needs --prompt: {reason}")
 
+    def open(self, engine_options: engines.EngineOptions, count: int) -> Workload:
+        """The model and so many prompts; a random model's experts are bf16 by default."""
+        dtypes = [engine_options.dtype, engine_options.expert_dtype]
+        if self.shape is None:
+            engine = engine_options.open()
+            prompts = list(self.prompt or answers.held_out_problems(count))
+        else:
+            # --dtype is the old name of a random model's --expert-dtype.
+            dtype = engine_options.expert_dtype or engine_options.dtype or "bf16"
+            dtypes = [] if dtype == "bf16" else [dtype]
+            engine = random_engine(self.shape, dtype, self.layers, engine_options.device)
+            prompts = answers.random_prompts(count, self.length or 64, engine.model.plain_ids)
+        layers = None if self.layers is None else f"{self.layers} layers"
+        device = str(engine.model.transformer.device)
+        parts = (Path(engine.model.name).name, device.partition(":")[0], *dtypes, layers)
+        return Workload(engine, prompts, " ".join(filter(None, parts)))
+
 
 @bench.command("generate")
 @o.with_option_groups
@@ -266,38 +311,62 @@ def generate_command(
     reuse_by_policy = engines.reuse_options(specs, coreset_reuse)
     if threads is not None:
         torch.set_num_threads(threads)
-    count = workload.num_prompts or 8
-    dtypes = [engine_options.dtype, engine_options.expert_dtype]
-    if workload.shape is None:
-        engine = engine_options.open()
-        prompts = list(workload.prompt or answers.held_out_problems(count))
-    else:
-        # --dtype is the old name of a random model's --expert-dtype.
-        dtype = engine_options.expert_dtype or engine_options.dtype or "bf16"
-        dtypes = [] if dtype == "bf16" else [dtype]
-        engine = random_engine(workload.shape, dtype, workload.layers, engine_options.device)
-        prompts = answers.random_prompts(count, workload.length or 64, engine.model.plain_ids)
-    layers = None if workload.layers is None else f"{workload.layers} layers"
-    model, device = engine.model, str(engine.model.transformer.device)
-    parts = ("generate", Path(model.name).name, device.partition(":")[0], *dtypes, layers)
-    title = " ".join(filter(None, parts))
-    facts: dict[str, object] = {
-        "model": model.name, "dtype": str(model.transformer.dtype).removeprefix("torch."),
-        "prompts": len(prompts),
-    }  # fmt: skip
-    same = {**facts, "texts": prompts, "policies": reuse_by_policy, "tokens": tokens}
-    same |= {"engine": str(engine_options), "threads": torch.get_num_threads()}
-    with output.open_journal(out, title, same, overwrite=overwrite) as journal:
+    opened = workload.open(engine_options, workload.num_prompts or 8)
+    title, facts = f"generate {opened.title}", opened.facts()
+    same = {**facts, **opened.identity(engine_options), "policies": reuse_by_policy}
+    with output.open_journal(out, title, same | {"tokens": tokens}, overwrite=overwrite) as journal:
         with _progress_callback() as on_progress:
             timings = answers.time_generation(
-                engine, prompts, specs, num_repeats=repeats, options={"max_new_tokens": tokens},
-                policy_options=reuse_by_policy, journal=journal, on_progress=on_progress,
+                opened.engine, opened.prompts, specs, num_repeats=repeats,
+                options={"max_new_tokens": tokens}, policy_options=reuse_by_policy,
+                journal=journal, on_progress=on_progress,
             )  # fmt: skip
         facts["policies"] = {timing.policy: timing.facts(timings[0]) for timing in timings}
-        device_name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
         output.report(
-            output.generation_table(timings), out, title, facts=facts,
-            measures=[timing.measure() for timing in timings], json=json, device=device_name,
+            output.generation_table(timings), out, title, facts=facts, json=json,
+            measures=[timing.measure() for timing in timings], device=opened.device_name,
+        )  # fmt: skip
+
+
+@bench.command("serve")
+@o.with_option_groups
+def serve_command(
+    *, engine_options: engines.EngineOptions, workload: WorkloadOptions,
+    policies: BenchPolicies = None,
+    rows: Annotated[list[int] | None, measuring(ROWS_HELP, min=1)] = None,
+    tokens: Annotated[int, measuring("Maximum of new tokens of a prompt.", min=1)] = 256,
+    repeats: Repeats = 5, threads: Threads = None, out: OutputFolder = RECORDS,
+    overwrite: Overwrite = False, json: o.Json = False,
+) -> None:  # fmt: skip
+    """Time requests in progress together: tokens a second, and the experts that all rows read.
+
+    Without --policy, vanilla runs, and des-vote:beta=0.15 with one coreset for each row and with
+    one for all rows of a forward.
+
+    \b
+    coterie bench serve
+    coterie bench serve --shape llada2-mini --layers 4 --expert-dtype int8 --tokens 64
+    """
+    workload.check(engine_options)
+    specs = engines.distinct_policies(policies or concurrency.POLICIES)
+    counts = rows or concurrency.ROWS
+    if threads is not None:
+        torch.set_num_threads(threads)
+    opened = workload.open(engine_options, workload.num_prompts or max(counts))
+    title, facts = f"bench serve {opened.title}", opened.facts()
+    same = {**facts, **opened.identity(engine_options), "policies": specs, "rows": counts}
+    with output.open_journal(out, title, same | {"tokens": tokens}, overwrite=overwrite) as journal:
+        with _progress_callback() as on_progress:
+            timings = concurrency.time_concurrency(
+                opened.engine, opened.prompts, specs, counts, num_repeats=repeats,
+                options={"max_new_tokens": tokens}, journal=journal, on_progress=on_progress,
+            )  # fmt: skip
+        fewest = {timing.policy: timing for timing in reversed(timings)}
+        settings = [timing.facts(fewest[timing.policy]) for timing in timings]
+        output.report(
+            output.concurrency_table(timings, settings), out, title,
+            facts=facts | {"settings": settings}, json=json,
+            measures=[timing.measure() for timing in timings], device=opened.device_name,
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from coterie.cli import output
 from coterie.errors import ConfigError
+from coterie.lab.bench.concurrency import ConcurrencyTiming
 from coterie.lab.bench.forward import READ, ROOFLINE, ForwardTiming
 from coterie.lab.bench.generate import GenerationTiming
 from coterie.lab.bench.session import LayerBenchResult
@@ -103,3 +104,19 @@ def generation_table(timings: Sequence[GenerationTiming]) -> Table:
         ))  # fmt: skip
     numbers = ("tokens/s", "spread", "experts", "forwards", "forwards/block", "texts as vanilla")
     return output.plain_table("policy", numbers=numbers, rows=rows)
+
+
+def concurrency_table(
+    timings: Sequence[ConcurrencyTiming], facts: Sequence[output.Document]
+) -> Table:
+    rows = []
+    for timing, counts in zip(timings, facts, strict=True):
+        speed, size = timing.measure(), format_bytes(round(counts["expert_bytes_per_token"]))
+        rows.append((
+            timing.policy, str(timing.rows), f"{speed.median:.1f}", f"{speed.spread:.1f}",
+            f"{counts['speedup']:.2f}", f"{counts['experts']:.1f} of {counts['experts_total']}",
+            size, f"{counts['texts_as_alone']} of {len(timing.repeats[0]['tokens'])}",
+        ))  # fmt: skip
+    speeds = ("rows", "tokens/s", "spread", "times one row")
+    counts = ("experts a layer", "expert bytes a token", "texts as alone")
+    return output.plain_table("policy", numbers=(*speeds, *counts), rows=rows)

@@ -94,7 +94,7 @@ class EngineOptions:
             )
         return 1
 
-    def open(self, *, count_vanilla: bool = False) -> Engine:
+    def open(self, *, count_vanilla: bool = False, prefix_cache_bytes: int = 0) -> Engine:
         """The engine. ``count_vanilla`` also counts the traffic of the unmodified model."""
         memory = self.memory
         with progress_bar(DownloadColumn(binary_units=True), TransferSpeedColumn()) as progress:
@@ -107,6 +107,7 @@ class EngineOptions:
             engine = load(
                 self.model, dtype=self.dtype, device=self.device, experts=self.expert_dtype,
                 expert_memory=memory, on_progress=on_progress,
+                prefix_cache_bytes=prefix_cache_bytes,
             )  # fmt: skip
         if count_vanilla and (log := engine.model.store.traffic_log) is not None:
             log.track_vanilla()

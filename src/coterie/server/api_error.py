@@ -58,7 +58,7 @@ class ApiError(HTTPException):
 
 
 def internal_error() -> ApiError:
-    """An error whose cause is in the server's log only."""
+    """An error with its cause in the server's log only."""
     return ApiError(500, "the server failed; its log has the cause", code="internal_error")
 
 

@@ -25,7 +25,7 @@ LOG = logging.getLogger("coterie.server")
 
 
 class HttpServer(uvicorn.Server):
-    """A server whose first signal drains it, and whose second one ends it at once."""
+    """A server that a first signal drains, and a second one ends at once."""
 
     def __init__(self, service: Service, on_start: Callable[[int], None]) -> None:
         self.service, self.on_start = service, on_start

@@ -23,6 +23,7 @@ from prometheus_client import (
 import coterie
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised, Event
+from coterie.engine.prefix_cache import PrefixCacheStats
 from coterie.model.weights import expert_bytes
 from coterie.offload.traffic import Traffic
 
@@ -94,6 +95,10 @@ class ServerMetrics:
             self.prompt_tokens.inc(outcome.result.prompt_tokens)
             self.cached_tokens.inc(outcome.result.cached_tokens)
 
+    def on_prefix_cache(self, stats: PrefixCacheStats) -> None:
+        """What the keys of earlier prompts take."""
+        self.prefix_cache_bytes.set(stats.bytes)
+
     def on_step(self, seconds: float, events: Sequence[Event], traffic: Traffic | None) -> None:
         """The engine ran one step."""
         self.step_seconds.observe(seconds)
@@ -126,7 +131,7 @@ class ServerMetrics:
         self.requests = self._counter("requests", ended, "finish_reason")
         self.http_requests = self._counter("http_requests", "HTTP responses.", "path", "status")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
-        cached = "Tokens of prompts whose keys an earlier request had left."
+        cached = "Tokens of prompts with keys that an earlier request had left."
         self.cached_tokens = self._counter("cached_prompt_tokens", cached)
         self.completion_tokens = self._counter("completion_tokens", "Tokens of answers.")
         waited = "Seconds from arrival to a row."
@@ -154,6 +159,8 @@ class ServerMetrics:
         self.bytes_vanilla = self._counter("expert_bytes_vanilla", vanilla)
         moved = "Bytes of experts fetched into fast memory, by the tier that had them."
         self.bytes_moved = self._counter("expert_bytes_moved", moved, "tier")
+        kept = "Bytes of the keys of earlier prompts."
+        self.prefix_cache_bytes = self._gauge("prefix_cache_bytes", kept)
         self.cache_hits = self._counter("expert_cache_hits", "Used experts that were resident.")
         self.cache_lookups = self._counter("expert_cache_lookups", "Used experts.")
         mass = "Share of a step's votes for the experts that it used."

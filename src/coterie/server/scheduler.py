@@ -302,6 +302,7 @@ class Scheduler:
         if outcome is not None:
             self._remove(number)
             self.metrics.on_finished(ticket, outcome)
+            self.metrics.on_prefix_cache(self.engine.prefix_cache_stats())
         if delta != Delta() or steps or outcome is not None:
             ticket.push(delta.joined(Delta(steps=steps)), outcome)
             ticket.wake()

@@ -27,6 +27,7 @@ from coterie.lab.bench.baselines import (
     ResolvedBaseline,
     resolve_baselines,
 )
+from coterie.lab.bench.concurrency import time_concurrency
 from coterie.lab.bench.cost_model import compute_probe, forward_cost, roofline_seconds
 from coterie.lab.bench.forward import logits_per_forward, random_blocks, time_forward
 from coterie.lab.bench.generate import random_prompts, time_generation
@@ -314,6 +315,39 @@ def test_answers_are_timed_with_vanilla_first() -> None:
     assert counts["forwards_per_block"] == counts["forwards"] / 2
     assert timings[0].facts(timings[0])["texts_as_vanilla"] == 2
     assert len(timings[0].measure().samples) == 2
+
+
+def test_rows_share_the_experts_that_are_read() -> None:
+    engine = Engine(
+        random_model(TINY, "fp32"),
+        generation=GenerationConfig.for_family(TINY.family.defaults).replace(early_stop="off"),
+    )
+    policies = ("vanilla", "des-vote:beta=0.25", "des-vote:beta=0.25,scope=batch")
+    timings = time_concurrency(
+        engine,
+        random_prompts(4, 5, 100),
+        policies,
+        (4, 1),
+        num_repeats=2,
+        options={"max_new_tokens": 27},
+    )
+    assert [(each.policy, each.rows) for each in timings] == [
+        (policy, rows) for policy in policies for rows in (1, 4)
+    ]
+    facts = {(each.policy, each.rows): each.facts(each) for each in timings}
+    budget = facts["vanilla", 1]["experts_total"] // 4
+    vote, batch = policies[1:]
+    assert facts[vote, 1]["experts"] <= budget < facts[vote, 4]["experts"]
+    assert facts[batch, 4]["experts"] <= budget
+    assert facts[vote, 4]["experts"] < facts["vanilla", 4]["experts"]
+    for policy in policies:
+        alone, together = facts[policy, 1], facts[policy, 4]
+        assert together["forwards"] < alone["forwards"]
+        assert together["expert_bytes_per_token"] < alone["expert_bytes_per_token"]
+    for alone, together in zip(timings[::2], timings[1::2], strict=True):
+        same = together.facts(alone)["texts_as_alone"]
+        assert same == 4 or together.policy == batch
+        assert [len(repeat["tokens"][0]) for repeat in together.repeats] == [27, 27]
 
 
 def test_another_record_has_no_figure(tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import ConfigError
+from coterie.lab.bench.concurrency import setting_name
 from coterie.lab.bench.timing import timing_stats
 from coterie.lab.plotting import IntervalSeries, indexed_style, interval_chart, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KNOWN_TITLES = ("bench layer", "bench forward", "generate")
+KNOWN_TITLES = ("bench layer", "bench forward", "bench serve", "generate")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def make_chart(record: Mapping[str, Any]) -> Chart:
         return Chart(list(samples), {"tokens/s": samples}, "tokens/s")
     if not title.startswith(KNOWN_TITLES):
         raise ConfigError(f"a record of {title!r} has no figure; known: {', '.join(KNOWN_TITLES)}")
+    if title.startswith("bench serve"):
+        return _rows_chart(record["facts"]["settings"], samples)
     by_policy: dict[str, dict[str, Sequence[float]]] = {}
     medians: dict[str, list[float]] = {}
     for policy in (facts["policy"] for facts in record["facts"]["policies"]):
@@ -54,6 +57,19 @@ def make_chart(record: Mapping[str, Any]) -> Chart:
         for row, values in by_policy[policy].items():
             medians.setdefault(row, []).append(statistics.median(values))
     return Chart(sorted(medians, key=lambda row: statistics.median(medians[row])), by_policy, "ms")
+
+
+def _rows_chart(
+    settings: Sequence[Mapping[str, Any]], samples: Mapping[str, Sequence[float]]
+) -> Chart:
+    """Tokens per second by policy and number of rows."""
+    by_policy: dict[str, dict[str, Sequence[float]]] = {}
+    for facts in settings:
+        name = setting_name(facts["policy"], facts["rows"])
+        label = name.removeprefix(f"{facts['policy']} ")
+        by_policy.setdefault(facts["policy"], {})[label] = samples[name]
+    rows = dict.fromkeys(row for each in by_policy.values() for row in each)
+    return Chart(list(rows), by_policy, "tokens/s")
 
 
 def draw_chart(chart: Chart) -> Figure:
