@@ -1,6 +1,6 @@
 """Writes docs/demo/index.html: the page of `coterie serve` with one recorded run, in one file.
 
-Two policies answer one question with the embedded model, half of whose experts are cached.
+Two policies answer one question with the embedded model; half of its experts are cached.
 """
 
 from __future__ import annotations
