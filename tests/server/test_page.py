@@ -20,7 +20,7 @@ from coterie.server.demo import bundle, recorded_run
 pytest.importorskip("playwright", reason="the page's tests need playwright")
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "docs" / "demo" / "index.html"
@@ -237,6 +237,31 @@ def test_a_policy_that_does_not_exist_is_explained(visit: Visit) -> None:
     # The browser logs the status of the response.
     assert all("400" in error for error in visit.errors)
     visit.errors.clear()
+
+
+def test_a_key_is_requested_and_sent(browser: Browser) -> None:
+    with live_server(Engine(embedded_model()), api_keys=("secret",)) as server:
+        visit = Visit(browser.new_context().new_page())
+        visit.page.goto(server.url)
+        visit.page.fill("#key", "secret")
+        visit.page.press("#key", "Tab")
+        expect(visit.page.locator("#error")).to_be_hidden()
+        run(visit)
+        assert visit.steps > 1
+        assert all("401" in error for error in visit.errors)
+        visit.page.context.close()
+
+
+def test_a_stream_that_breaks_off_is_an_error_and_keeps_its_steps(visit: Visit) -> None:
+    def half(route: Route) -> None:
+        response = route.fetch()
+        route.fulfill(response=response, body=response.body().partition(b"data: [DONE]")[0])
+
+    visit.page.route("**/v1/chat/completions", half)
+    visit.page.click("#run")
+    expect(visit.page.locator("#error")).to_contain_text("ended the answer early")
+    expect(visit.page.locator("#run")).to_have_text("Run")
+    assert visit.steps > 1
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -142,7 +142,7 @@ async function ask(event) {
     if (!page.stop.signal.aborted) showError(error.message);
   }
   page.stop = null;
-  if (page.follow) page.position = last();
+  if (page.follow && page.views[0].run === runs[0]) page.position = last();
   $("run").textContent = "Run";
   $("answer").textContent = runs.map((run) => `Answer of ${run.policy}: ${run.textAt(run.frames.length)}`).join(" ");
   render();
@@ -168,18 +168,19 @@ async function stream(run, signal) {
   run.done = true;
 }
 
-// The JSON objects of a stream of server-sent events.
+// The JSON objects of a stream of server-sent events, up to its end mark.
 async function* chunks(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new Error("the server ended the answer early");
     const events = (text + value).split("\n\n");
     text = events.pop();
     for (const event of events) {
       const content = event.replace(/^data: /, "");
-      if (content !== "[DONE]") yield JSON.parse(content);
+      if (content === "[DONE]") return;
+      yield JSON.parse(content);
     }
   }
 }
@@ -204,6 +205,8 @@ async function connect() {
   $("ask").hidden = false;
   if (!response.ok) throw await failure(response);
   page.meta = (await response.json()).data[0].coterie;
+  // The model in the package needs two or three steps: too few to watch.
+  if (page.meta.model !== "embedded") $("pace").value = "";
   describe(page.meta);
 }
 
@@ -223,6 +226,7 @@ function save() {
 async function load(text, position) {
   try {
     const runs = await Runs.fromFile(text);
+    page.stop?.abort();
     showError("");
     describe(runs[0].meta);
     $("prompt").value = runs[0].prompt;
@@ -247,7 +251,7 @@ $("ask").addEventListener("submit", ask);
 $("compare").addEventListener("change", () => { $("other").disabled = !$("compare").checked; });
 $("key").addEventListener("change", () => connect().then(() => showError(""), (error) => showError(error.message)));
 $("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey) {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
     $("ask").requestSubmit();
   }
