@@ -32,7 +32,8 @@ const Drawings = (() => {
   function track(canvas, frames, steps, positionOf, current) {
     const { pen, width, height, colour } = begin(canvas);
     const most = Math.max(1, ...frames.map((frame) => frame.committed.length));
-    const bar = Math.max(2, Math.min(THUMB, (width - THUMB) / Math.max(steps, 1) - 3));
+    const isClock = steps > frames.length;
+    const bar = Math.max(2, Math.min(isClock ? 7 : THUMB, (width - THUMB) / frames.length - 3));
     frames.forEach((frame, index) => {
       const x = onSlider(positionOf(frame, index), steps, width);
       const size = Math.max(2, (frame.committed.length / most) * (height - 14));
