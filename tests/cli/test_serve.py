@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from coterie.cli.entry import run
@@ -15,7 +17,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Engine, ServerSettings
     """What would be served, after the server said that it accepts connections."""
     calls: list[tuple[Engine, ServerSettings]] = []
 
-    def serve(engine: Engine, settings: ServerSettings, on_start: object) -> None:
+    def serve(engine: Engine, settings: ServerSettings, on_start: Callable[[int], None]) -> None:
         calls.append((engine, settings))
         on_start(settings.port or 5000)
 

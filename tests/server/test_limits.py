@@ -164,6 +164,7 @@ def connected(server: LiveServer) -> socket.socket:
 def send(connection: socket.socket, body: dict[str, object]) -> None:
     content = json.dumps(body).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += f"authorization: {KEY['authorization']}\r\n"
     connection.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
 
 
@@ -251,10 +252,10 @@ def test_the_probes_and_the_metrics(client: httpx.Client) -> None:
 
 @pytest.fixture(scope="module")
 def small() -> Iterator[LiveServer]:
-    """One row, one place in the queue, a key, little time, and one policy."""
+    """One row, one place in the queue, a key, and some policies."""
     allowed = AllowedOptions.parse(["des-vote:*", "unmask=sequential*"])
-    settings = {"max_batch_size": 1, "max_queue": 1, "deadline": 1.0, "api_keys": ("x", "secret")}
-    with live_server(byte_engine(0.005), allowed=allowed, **settings) as live:
+    settings = {"max_batch_size": 1, "max_queue": 1, "api_keys": ("x", "secret")}
+    with live_server(byte_engine(0.01), allowed=allowed, **settings) as live:
         yield live
 
 
@@ -288,27 +289,33 @@ def test_the_operator_says_what_a_request_may_set(
         assert error_of(answer)["param"] in extra
 
 
-def test_a_full_queue_and_a_deadline(small: LiveServer) -> None:
-    """A row, a place in the queue, then 429; then time runs out for a stream and for a whole."""
-    scheduler, authorized = small.service.scheduler, {"headers": KEY, "timeout": 20}
-    url, stats = f"{small.url}{CHAT}", scheduler.stats
-    with ThreadPoolExecutor(2) as threads:
-        streamed = threads.submit(httpx.post, url, json=LONG | {"stream": True}, **authorized)
+def test_a_full_queue_refuses_and_says_when_to_try_again(small: LiveServer) -> None:
+    url, stats = f"{small.url}{CHAT}", small.service.scheduler.stats
+    with connected(small) as running, connected(small) as waiting:
+        send(running, LONG)
         wait_for(lambda: stats() == {"running": 1, "waiting": 0})
-        whole = threads.submit(httpx.post, url, json=LONG, **authorized)
+        send(waiting, LONG)
         wait_for(lambda: stats() == {"running": 1, "waiting": 1})
-        refused = httpx.post(url, json=LONG, **authorized)
+        refused = httpx.post(url, json=LONG, headers=KEY)
         assert (refused.status_code, error_of(refused)["code"]) == (429, "queue_full")
         assert int(refused.headers["retry-after"]) > 0
         assert httpx.get(f"{small.url}/ready").status_code == 503
+        assert httpx.get(f"{small.url}/health").status_code == 200
+    small.wait_until_idle()
+
+
+def test_time_runs_out_for_a_stream_and_for_what_waits() -> None:
+    settings = {"max_batch_size": 1, "deadline": 2.0}
+    with live_server(byte_engine(0.05), **settings) as server, ThreadPoolExecutor(2) as threads:
+        url, stats = f"{server.url}{CHAT}", server.service.scheduler.stats
+        streamed = threads.submit(httpx.post, url, json=LONG | {"stream": True}, timeout=30)
+        wait_for(lambda: stats()["running"] == 1)
+        whole = threads.submit(httpx.post, url, json=LONG, timeout=30).result()
+        assert (whole.status_code, error_of(whole)["type"]) == (504, "timeout_error")
         assert streamed.result().status_code == 200
         last = streamed.result().text.strip().split("\n\n")[-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
-        assert (whole.result().status_code, error_of(whole.result())["type"]) == (
-            504,
-            "timeout_error",
-        )
-    small.wait_until_idle()
+        server.wait_until_idle()
 
 
 @pytest.mark.parametrize("failure", ["rows", "machine", "machine for good", "a fault"])
@@ -354,6 +361,15 @@ def test_a_drained_server_finishes_what_runs_and_takes_no_more() -> None:
         assert (refused.status_code, error_of(refused)["code"]) == (503, "shutting_down")
         assert running.result().json()["choices"] == expected["choices"]
         wait_for(lambda: server.server.should_exit)
+
+
+def test_a_drain_that_takes_too_long_gives_requests_up() -> None:
+    with live_server(byte_engine(0.05), drain=0.1) as server, ThreadPoolExecutor(1) as threads:
+        running = threads.submit(httpx.post, f"{server.url}{CHAT}", json=LONG, timeout=30)
+        wait_for(lambda: server.service.scheduler.num_running == 1)
+        server.signal()
+        answer = running.result()
+        assert (answer.status_code, error_of(answer)["code"]) == (503, "shutting_down")
 
 
 def test_a_second_signal_ends_a_drain() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import pytest
 from live_server import LiveServer, embedded_model, live_server, wait_for
@@ -37,8 +38,8 @@ def turns(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}]
 
 
-def request(question: str, **extra: object) -> dict[str, object]:
-    fields = {"max_tokens": 64, "messages": turns(question), "model": "embedded"}
+def request(question: str, **extra: object) -> dict[str, Any]:
+    fields: dict[str, Any] = {"max_tokens": 64, "messages": turns(question), "model": "embedded"}
     return fields | {"extra_body": extra}
 
 
@@ -48,7 +49,7 @@ def lone(question: str, policy: str) -> str:
     return Engine(embedded_model()).generate(question, policy=policy, max_new_tokens=64).text
 
 
-def streamed(client: OpenAI, **fields: object) -> str:
+def streamed(client: OpenAI, **fields: Any) -> str:
     chunks = client.chat.completions.create(stream=True, **fields)
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
@@ -132,7 +133,7 @@ def test_logprobs_are_those_of_the_committed_tokens(client: OpenAI) -> None:
 
 def test_completions_take_text_and_ids(client: OpenAI) -> None:
     ids = embedded_model().tokenizer.encode("Tom has", raw=True)
-    fields = {"model": "embedded", "max_tokens": 8, "logprobs": 0}
+    fields: dict[str, Any] = {"model": "embedded", "max_tokens": 8, "logprobs": 0}
     answers = [
         client.completions.create(prompt=prompt, **fields)
         for prompt in ("Tom has", ["Tom has"], ids, [ids])

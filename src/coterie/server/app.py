@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -329,18 +329,18 @@ def _log_request(
     http: Request, settings: ServerSettings, body: GenerationFields, request: GenerationRequest
 ) -> None:
     log: dict[str, object] = http.state.log
-    log.update(stream=body.stream, prompt_tokens=len(request.prompt_ids))
+    log.update(stream=body.stream, policy=body.policy, prompt_tokens=len(request.prompt_ids))
     if settings.log_prompts:
         document = body.model_dump(include={"messages", "prompt"}, exclude_none=True)
         extra = {"request_id": request.id, FIELDS: document}
         LOG.info("prompt", extra=extra)
 
 
-def _model_card(service: Service) -> Mapping[str, object]:
+def _model_card(service: Service) -> dict[str, object]:
     """OpenAI's keys, vLLM's ``max_model_len``, and under ``coterie`` what frames need."""
     engine, settings = service.engine, service.settings
     policy = engine.policy
-    card = {
+    card: dict[str, object] = {
         "id": settings.model_name,
         "object": "model",
         "created": service.created,

@@ -20,6 +20,7 @@ from coterie.server.logs import FIELDS, configure_logs
 from coterie.server.settings import ServerSettings
 
 SWITCH_SECONDS = 0.001  # after which a thread that computes in Python lets another one run
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep theirs, so that none writes to a closed one
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOG = logging.getLogger("coterie.server")
 
@@ -36,6 +37,7 @@ class HttpServer(uvicorn.Server):
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=5,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             lifespan="off",
         )
         super().__init__(config)
@@ -68,7 +70,8 @@ class HttpServer(uvicorn.Server):
         scheduler, seconds = self.service.scheduler, self.service.settings.drain
         LOG.info("draining", extra={FIELDS: {**scheduler.stats(), "seconds": seconds}})
         if not await scheduler.drain(seconds):
-            LOG.warning("drained no further", extra={FIELDS: dict(scheduler.stats())})
+            LOG.warning("requests are given up", extra={FIELDS: dict(scheduler.stats())})
+            await asyncio.to_thread(scheduler.stop)
         # Responses that have their answer are sent within the time of a graceful shutdown.
         self.should_exit = True
 
@@ -78,7 +81,12 @@ def serve(engine: Engine, settings: ServerSettings, on_start: Callable[[int], No
     configure_logs()
     sys.setswitchinterval(SWITCH_SECONDS)
     with listen(settings) as listener:
-        HttpServer(Service.of(engine, settings), on_start).run([listener])
+        service = Service.of(engine, settings)
+        HttpServer(service, on_start).run([listener])
+    if service.scheduler.is_alive:
+        # A step still runs: the interpreter cannot end before it does.
+        logging.shutdown()
+        os._exit(1)
 
 
 def listen(settings: ServerSettings) -> socket.socket:
