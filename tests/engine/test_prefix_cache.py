@@ -18,7 +18,7 @@ ROUTER = RouterSpec(16, 4, "softmax", renormalise=True)
 
 def block(value: float) -> KVCache:
     """Two keys and two values of one number."""
-    keys, values = torch.full((2, 1, 1, 2, 1), value)
+    keys, values = torch.full((2, 1, 1, 2, 1), float(value))
     return KVCache((keys,), (values,))
 
 
