@@ -49,15 +49,23 @@ def lone(question: str, policy: str) -> str:
     return Engine(embedded_model()).generate(question, policy=policy, max_new_tokens=64).text
 
 
+def chat(client: OpenAI, **fields: Any) -> Any:
+    return client.chat.completions.create(**fields)
+
+
+def complete(client: OpenAI, **fields: Any) -> Any:
+    return client.completions.create(**fields)
+
+
 def streamed(client: OpenAI, **fields: Any) -> str:
-    chunks = client.chat.completions.create(stream=True, **fields)
+    chunks = chat(client, stream=True, **fields)
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_streamed_whole_and_lone_answers_are_one(client: OpenAI, policy: str) -> None:
     fields = request(QUESTIONS[0], policy=policy)
-    whole = client.chat.completions.create(**fields)
+    whole = chat(client, **fields)
     assert whole.choices[0].message.content == lone(QUESTIONS[0], policy)
     assert streamed(client, **fields) == lone(QUESTIONS[0], policy)
     usage = whole.usage.model_dump()
@@ -67,7 +75,7 @@ def test_streamed_whole_and_lone_answers_are_one(client: OpenAI, policy: str) ->
 
 def test_a_sampled_stream_is_the_sampled_whole(client: OpenAI) -> None:
     fields = request(QUESTIONS[1]) | {"temperature": 1.2, "top_p": 0.9, "seed": 7}
-    whole = client.chat.completions.create(**fields).choices[0].message.content
+    whole = chat(client, **fields).choices[0].message.content
     assert streamed(client, **fields) == whole
 
 
@@ -92,9 +100,7 @@ def test_answers_at_once_are_those_alone(server: LiveServer) -> None:
 
 def test_the_chunks_of_a_stream_are_openais(client: OpenAI) -> None:
     options = {"include_usage": True}
-    chunks = list(
-        client.chat.completions.create(stream=True, stream_options=options, **request(QUESTIONS[0]))
-    )
+    chunks = list(chat(client, stream=True, stream_options=options, **request(QUESTIONS[0])))
     *parts, last, usage = chunks
     assert parts[0].choices[0].delta.role == "assistant"
     assert [chunk.choices[0].finish_reason for chunk in parts] == [None] * len(parts)
@@ -111,7 +117,7 @@ def test_a_stop_string_ends_the_answer(client: OpenAI, stop: str | list[str]) ->
     strings = [stop] if isinstance(stop, str) else stop
     cut = min(text.find(each) for each in strings if each in text)
     fields = request(QUESTIONS[0]) | {"stop": stop, "logprobs": True}
-    answer = client.chat.completions.create(**fields)
+    answer = chat(client, **fields)
     choice = answer.choices[0]
     assert choice.message.content == text[:cut]
     assert streamed(client, **fields) == text[:cut]
@@ -122,11 +128,11 @@ def test_a_stop_string_ends_the_answer(client: OpenAI, stop: str | list[str]) ->
 
 def test_logprobs_are_those_of_the_committed_tokens(client: OpenAI) -> None:
     fields = request(QUESTIONS[2], unmask="threshold:p=0.2") | {"logprobs": True}
-    whole = client.chat.completions.create(**fields)
+    whole = chat(client, **fields)
     tokens = whole.choices[0].logprobs.content
     assert "".join(token.token for token in tokens) == whole.choices[0].message.content
     assert all(token.logprob <= 0 and math.isfinite(token.logprob) for token in tokens)
-    chunks = client.chat.completions.create(stream=True, **fields)
+    chunks = chat(client, stream=True, **fields)
     parts = [c.choices[0].logprobs for c in chunks if c.choices[0].logprobs]
     assert [token for part in parts for token in part.content] == tokens
 
@@ -135,29 +141,28 @@ def test_completions_take_text_and_ids(client: OpenAI) -> None:
     ids = embedded_model().tokenizer.encode("Tom has", raw=True)
     fields: dict[str, Any] = {"model": "embedded", "max_tokens": 8, "logprobs": 0}
     answers = [
-        client.completions.create(prompt=prompt, **fields)
-        for prompt in ("Tom has", ["Tom has"], ids, [ids])
+        complete(client, prompt=prompt, **fields) for prompt in ("Tom has", ["Tom has"], ids, [ids])
     ]
     texts = {answer.choices[0].text for answer in answers}
     assert len(texts) == 1
     logprobs = answers[0].choices[0].logprobs
     assert "".join(logprobs.tokens) == answers[0].choices[0].text
-    stream = client.completions.create(prompt="Tom has", stream=True, **fields)
+    stream = complete(client, prompt="Tom has", stream=True, **fields)
     assert "".join(chunk.choices[0].text for chunk in stream) == texts.pop()
 
 
 def test_a_system_turn_reaches_the_prompt(client: OpenAI) -> None:
-    alone = client.chat.completions.create(**request(QUESTIONS[0]) | {"max_tokens": 1})
+    alone = chat(client, **request(QUESTIONS[0]) | {"max_tokens": 1})
     with_system = request(QUESTIONS[0]) | {"max_tokens": 1}
     for role in ("system", "developer"):
         with_system["messages"] = [{"role": role, "content": "Be short."}, *turns(QUESTIONS[0])]
-        answer = client.chat.completions.create(**with_system)
+        answer = chat(client, **with_system)
         assert answer.usage.prompt_tokens > alone.usage.prompt_tokens
 
 
 def test_a_prompt_that_was_asked_before_is_not_computed_again(client: OpenAI) -> None:
     fields = request("Count: " + "one two three " * 20) | {"max_tokens": 4}
-    first, second = (client.chat.completions.create(**fields) for _ in range(2))
+    first, second = (chat(client, **fields) for _ in range(2))
     assert second.usage.prompt_tokens_details.cached_tokens > 0
     assert second.choices == first.choices
 
@@ -185,7 +190,7 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_a_field_that_is_not_supported_is_refused_by_name(client: OpenAI, name: str) -> None:
     with pytest.raises(BadRequestError) as caught:
-        client.chat.completions.create(**request(QUESTIONS[0], **{name: UNSUPPORTED[name]}))
+        chat(client, **request(QUESTIONS[0], **{name: UNSUPPORTED[name]}))
     error = caught.value
     assert name in f"{error.param} {error.message}"
     assert error.type == "invalid_request_error"
@@ -196,14 +201,14 @@ def test_fields_that_change_nothing_are_taken(client: OpenAI) -> None:
         "n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "x",
         "response_format": {"type": "text"}, "top_logprobs": None, "tools": None, "stop": None,
     }  # fmt: skip
-    answer = client.chat.completions.create(**request(QUESTIONS[0], **neutral))
+    answer = chat(client, **request(QUESTIONS[0], **neutral))
     assert answer.choices[0].message.content == lone(QUESTIONS[0], "vanilla")
 
 
 def test_a_prompt_that_is_too_long_is_refused(client: OpenAI) -> None:
     for question, tokens in (("a b " * 2000, 4), ("a", 4000)):
         with pytest.raises(BadRequestError) as caught:
-            client.chat.completions.create(**request(question) | {"max_tokens": tokens})
+            chat(client, **request(question) | {"max_tokens": tokens})
         assert caught.value.code == "context_length_exceeded"
 
 
@@ -212,14 +217,14 @@ def test_only_the_served_model_is_known(client: OpenAI) -> None:
     assert card.id == "embedded"
     assert client.models.retrieve("embedded") == card
     with pytest.raises(NotFoundError):
-        client.chat.completions.create(**request(QUESTIONS[0]) | {"model": "gpt-4"})
+        chat(client, **request(QUESTIONS[0]) | {"model": "gpt-4"})
 
 
 def test_frames_say_what_the_stream_says(client: OpenAI) -> None:
     """Each denoising step is in a frame, once; their text is that of the deltas."""
     options = {"coterie": {"votes": True}}
     fields = request(QUESTIONS[0], policy=POLICIES[1], unmask="threshold:p=0.999")
-    chunks = list(client.chat.completions.create(stream=True, stream_options=options, **fields))
+    chunks = list(chat(client, stream=True, stream_options=options, **fields))
     frames = [
         frame
         for chunk in chunks
@@ -234,8 +239,11 @@ def test_frames_say_what_the_stream_says(client: OpenAI) -> None:
 
 def test_votes_are_recorded_only_while_they_are_watched(server: LiveServer, client: OpenAI) -> None:
     list(
-        client.chat.completions.create(
-            stream=True, stream_options={"coterie": {"votes": True}}, **request(QUESTIONS[0])
+        chat(
+            client,
+            stream=True,
+            stream_options={"coterie": {"votes": True}},
+            **request(QUESTIONS[0]),
         )
     )
     wait_for(lambda: server.service.scheduler._votes.is_idle)

@@ -38,7 +38,7 @@ def test_a_number_of_tokens_is_a_whole_number_above_0(value: object) -> None:
 
 def test_true_is_not_1() -> None:
     with pytest.raises(ValidationError):
-        ChatRequest(messages=[USER], n=True)
+        ChatRequest.model_validate({"messages": [USER], "n": True})
 
 
 def test_a_newer_name_of_a_limit_comes_first() -> None:

@@ -98,7 +98,9 @@ class AccessCheck:
         host = headers.get("host", "localhost")
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if self.is_local and name.lower() not in LOCAL_NAMES:
-            return ApiError(403, "without a key, this server answers local host names only", code="wrong_host")
+            return ApiError(
+                403, "without a key, this server answers local host names only", code="wrong_host"
+            )
         if not self.keys or not path.startswith(PROTECTED) or scope["method"] == "OPTIONS":
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
