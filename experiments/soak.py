@@ -173,7 +173,8 @@ class Clients:
         if action == "whole":
             text = text_of(*await exchange(port, content))
         else:
-            frames = {"coterie": {"votes": draw.random() < 0.5}} if action == "frames" else None
+            wanted = action in ("frames", "slow reader")
+            frames = {"coterie": {"votes": draw.random() < 0.5}} if wanted else None
             content = json.dumps(document | {"stream": True, "stream_options": frames}).encode()
             if action == "hang up while streaming":
                 await exchange(port, content, leave_after=draw.uniform(0, 1.0))

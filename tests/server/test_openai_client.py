@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -13,6 +14,7 @@ from live_server import LiveServer, embedded_model, live_server, wait_for
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
 from coterie.engine.engine import Engine
+from coterie.server.pending_answer import FRAME_SECONDS
 
 QUESTIONS = (
     "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?",
@@ -224,7 +226,10 @@ def test_frames_say_what_the_stream_says(client: OpenAI) -> None:
     """Each denoising step is in a frame, once; their text is that of the deltas."""
     options = {"coterie": {"votes": True}}
     fields = request(QUESTIONS[0], policy=POLICIES[1], unmask="threshold:p=0.999")
+    start = time.monotonic()
     chunks = list(chat(client, stream=True, stream_options=options, **fields))
+    with_frame = [chunk for chunk in chunks if hasattr(chunk, "coterie")]
+    assert len(with_frame) <= 1 + (time.monotonic() - start) / FRAME_SECONDS
     frames = [
         frame
         for chunk in chunks

@@ -19,8 +19,8 @@ from coterie.engine.events import Event
 from coterie.engine.generation_config import GenerationConfig
 from coterie.families.llada2 import CHAT_TEMPLATE
 from coterie.loading.load import Model
-from coterie.server.app import Service
 from coterie.server.http_server import HttpServer, listen
+from coterie.server.service import Service
 from coterie.server.settings import ServerSettings
 from coterie.testing import random_transformer, read_spec, tiny_config
 from coterie.tokenizer import load_tokenizer

@@ -15,8 +15,9 @@ import uvicorn
 
 from coterie.engine.engine import Engine
 from coterie.errors import ConfigError
-from coterie.server.app import Service, make_app
+from coterie.server.app import make_app
 from coterie.server.logs import FIELDS, configure_logs
+from coterie.server.service import Service
 from coterie.server.settings import ServerSettings
 
 SWITCH_SECONDS = 0.001  # after which a thread that computes in Python lets another one run

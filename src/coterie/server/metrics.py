@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -26,9 +26,7 @@ from coterie.engine.events import Denoised, Event
 from coterie.engine.prefix_cache import PrefixCacheStats
 from coterie.model.weights import expert_bytes
 from coterie.offload.traffic import Traffic
-
-if TYPE_CHECKING:
-    from coterie.server.scheduler import Outcome, Ticket
+from coterie.server.ticket import Outcome, Ticket
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
