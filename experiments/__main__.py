@@ -5,7 +5,11 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-EXPERIMENTS = {"gpu": "experiments.gpu.suite", "offload": "experiments.offload"}
+EXPERIMENTS = {
+    "gpu": "experiments.gpu.suite",
+    "offload": "experiments.offload",
+    "soak": "experiments.soak",
+}
 
 
 def main(argv: list[str]) -> int:

@@ -37,6 +37,11 @@ OPTIONAL_IMPORTS = {
     ("triton", "triton"),
     ("harness", "lm_eval"),
     ("harness", "tqdm"),
+    ("server", "fastapi"),
+    ("server", "prometheus_client"),
+    ("server", "pydantic"),
+    ("server", "starlette"),
+    ("server", "uvicorn"),
 }
 PREPOSITIONS = {
     *("above", "ahead", "apart", "around", "aside", "before", "behind", "below", "beside"),

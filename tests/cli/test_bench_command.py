@@ -61,7 +61,8 @@ def test_forward_and_generate_write_records_with_figures(tmp_path: Path) -> None
 
 def test_serve_writes_a_record_with_a_figure(tmp_path: Path) -> None:
     options = ["--shape", "tiny", "--repeats", "1", "-o", str(tmp_path), "-p", "vanilla"]
-    assert run(["bench", "serve", *options, "--rows", "1", "--rows", "2", "--tokens", "8"]) == 0
+    options += ["--batch-size", "1", "--batch-size", "2"]
+    assert run(["bench", "serve", *options, "--tokens", "8"]) == 0
     record = json.loads((tmp_path / "bench-serve-random-tiny-cpu.json").read_text())
     assert [each["rows"] for each in record["facts"]["settings"]] == [1, 2]
     chart = make_chart(record)

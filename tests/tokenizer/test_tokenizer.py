@@ -407,3 +407,38 @@ def test_marks_outside_the_vocabulary_hide_nothing(tmp_path: Path) -> None:
     marks = ("<|absent|>", "</role>")
     tokenizer = load_tokenizer(folder, template=LLADA2, vocab_size=300, hidden_span=marks)
     assert tokenizer.decode(tokenizer.encode("a</role>b", raw=True)) == "ab"
+
+
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+TURNS = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
+    "{% for message in messages %}{{ message.content }}{% endfor %}"
+)
+
+
+def test_tools_reach_a_template_that_takes_them(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path), template=WITH_TOOLS, vocab_size=300)
+    shown = [tokenizer.decode(tokenizer.encode_chat(TURNS, tools)) for tools in (TOOLS, None)]
+    assert shown == ["[add]Be short.Hi", "Be short.Hi"]
+
+
+def test_a_template_without_tools_refuses_them(tmp_path: Path) -> None:
+    template = "{{ messages[0].content }}{{ messages[1].content }}"
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path), template=template, vocab_size=300)
+    for refusing in (tokenizer, IdTokenizer(300)):
+        with pytest.raises(TokenizerError, match="tools"):
+            refusing.encode_chat(TURNS, TOOLS)
+
+
+def test_a_template_that_leaves_out_a_system_turn_is_an_error(tmp_path: Path) -> None:
+    template = "{{ messages[-1].content }}"
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path), template=template, vocab_size=300)
+    assert tokenizer.encode_chat(TURNS[1:])
+    with pytest.raises(TokenizerError, match="system"):
+        tokenizer.encode_chat(TURNS)
+
+
+def test_ids_of_turns_follow_each_other_without_a_tokenizer() -> None:
+    turns = [{"role": "user", "content": "5 6"}, {"role": "assistant", "content": "7"}]
+    assert IdTokenizer(300).encode_chat(turns) == [5, 6, 7]

@@ -333,7 +333,7 @@ def generate_command(
 def serve_command(
     *, engine_options: engines.EngineOptions, workload: WorkloadOptions,
     policies: BenchPolicies = None,
-    rows: Annotated[list[int] | None, measuring(ROWS_HELP, min=1)] = None,
+    rows: Annotated[list[int] | None, measuring(ROWS_HELP, "--batch-size", min=1)] = None,
     tokens: Annotated[int, measuring("Maximum of new tokens of a prompt.", min=1)] = 256,
     repeats: Repeats = 5, threads: Threads = None, out: OutputFolder = RECORDS,
     overwrite: Overwrite = False, json: o.Json = False,

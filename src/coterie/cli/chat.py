@@ -1,9 +1,8 @@
 """``coterie chat``: a conversation in the terminal."""
 
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event as Flag
@@ -13,6 +12,7 @@ from coterie.cli import engine_options as engines
 from coterie.cli import options as o
 from coterie.cli import output
 from coterie.cli.generate import result_summary
+from coterie.cli.interrupts import Interrupts
 from coterie.engine.engine import Engine
 from coterie.engine.events import Finished, Result
 from coterie.errors import CoterieError, GenerationError
@@ -21,6 +21,7 @@ from coterie.offload.capacity import format_bytes
 
 PREFIX_CACHE_BYTES = 1 << 30  # for the keys of earlier turns
 SYSTEM_HELP = "System turn that starts the conversation."
+QUIT = "/quit"
 HELP = """\
 /policy SPEC   route by another policy, such as des-vote:beta=0.15; alone, print the current one
 /stats         print counts of the last answer, and of the keys that were used again
@@ -40,6 +41,7 @@ class Conversation:
     first_turns: Sequence[dict[str, str]] = ()
     turns: list[dict[str, str]] = field(default_factory=list)
     last: Result | None = None
+    stopped: bool = False  # whether an interrupt ended the last answer
 
     def answer(self, question: str, interrupted: Flag) -> Iterator[str]:
         """The answer's parts as they become final. An interrupt ends it after a forward.
@@ -60,7 +62,8 @@ class Conversation:
                         text += event.text
                         yield event.text
         finally:
-            if number in engine.rows:
+            self.stopped = number in engine.rows
+            if self.stopped:
                 self.last = engine.result(number)
                 engine.cancel(number)
             if text:
@@ -87,14 +90,20 @@ class Conversation:
         model, policy = self.engine.model.name, self.policy
         atomic_write_json(path, {"model": model, "policy": policy, "messages": self.turns})
 
+    def summary(self) -> str:
+        """Counts of the last answer."""
+        if self.last is None:
+            return "no answer yet"
+        stopped = "stopped; " if self.stopped else ""
+        return stopped + result_summary(self.last, timed=True)
+
     def stats(self) -> str:
         """Counts of the last answer and of the prefix cache."""
         cache = self.engine.prefix_cache_stats()
-        lines = [f"{sum(turn['role'] == 'user' for turn in self.turns)} questions"]
+        lines = [f"{sum(turn['role'] == 'user' for turn in self.turns)} questions", self.summary()]
         if (last := self.last) is not None:
-            lines.append(result_summary(last, timed=True))
-            lines.append(f"keys of {last.cached_tokens} of {last.prompt_tokens} prompt tokens used "
-                         "again")  # fmt: skip
+            used = f"{last.cached_tokens} of {last.prompt_tokens} prompt tokens"
+            lines.append(f"keys of {used} used again")
         lines.append(f"prefix cache: {format_bytes(cache.bytes)} in {cache.entries} blocks")
         return "\n".join(lines)
 
@@ -122,42 +131,37 @@ def chat(
     engines.check_engine(engine, [policy], options)
     first = [] if system is None else [{"role": "system", "content": system}]
     conversation = Conversation(engine, spec, options, first)
-    in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if in_terminal:
+    if sys.stdin.isatty() and sys.stdout.isatty():
         output.print_note(f"{engine.model.name} under {spec}; /help lists commands")
-    for line in read_lines(in_terminal=in_terminal):
-        try:
-            if line == "/quit":
-                return
-            take_line(conversation, line, in_terminal=in_terminal)
-        except (CoterieError, OSError) as error:
-            if not in_terminal:
-                raise
-            output.print_note(str(error))
+        talk_in_terminal(conversation)
+        return
+    for line in sys.stdin:
+        if line.strip() == QUIT:
+            return
+        take_line(conversation, line.strip(), Flag())
 
 
-def read_lines(*, in_terminal: bool) -> Iterator[str]:
-    """The lines of standard input that are not blank; a terminal gets a prompt and a history."""
-    if in_terminal:
-        with suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401
-    while True:
-        try:
-            line = input("> ") if in_terminal else next(sys.stdin).removesuffix("\n")
-        except KeyboardInterrupt:
-            if not in_terminal:
-                raise
-            output.print_text("")
-            continue
-        except (EOFError, StopIteration):
-            break
-        if line.strip():
-            yield line.strip()
-    output.print_text("", end="\n" if in_terminal else "")
+def talk_in_terminal(conversation: Conversation) -> None:
+    """Take lines until Ctrl-D; an error costs a line."""
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401
+    interrupts = Interrupts()
+    with interrupts.handled(), suppress(EOFError):
+        while (line := (interrupts.read_line() or "").strip()) != QUIT:
+            try:
+                if take_line(conversation, line, interrupts.requested):
+                    output.console(stderr=True).print(conversation.summary(), style="dim")
+            except (CoterieError, OSError) as error:
+                output.print_note(str(error))
+        return
+    output.print_text("")
 
 
-def take_line(conversation: Conversation, line: str, *, in_terminal: bool) -> None:
-    """Run a command, or answer a question and print the answer."""
+def take_line(conversation: Conversation, line: str, interrupted: Flag) -> bool:
+    """Run a command, or print the answer to a question as it becomes final.
+
+    Returns whether there was an answer.
+    """
     command, _, argument = line.partition(" ")
     match command, argument.strip():
         case "/policy", spec if spec:
@@ -174,38 +178,15 @@ def take_line(conversation: Conversation, line: str, *, in_terminal: bool) -> No
             output.print_text(HELP)
         case _ if line.startswith("/"):
             raise CoterieError(f"{command}: no such command, or its argument is missing; see /help")
-        case _:
-            print_answer(conversation, line, in_terminal=in_terminal)
+        case _ if line:
+            print_answer(conversation.answer(line, interrupted))
+            return True
+    return False
 
 
-def print_answer(conversation: Conversation, question: str, *, in_terminal: bool) -> None:
-    """Print an answer as it becomes final; a terminal also gets one line of counts."""
-    with interrupts() as interrupted:
-        try:
-            for text in conversation.answer(question, interrupted):
-                output.print_text(text, end="")
-        finally:
-            output.print_text("")
-    if in_terminal and conversation.last is not None:
-        stopped = "stopped; " if interrupted.is_set() else ""
-        summary = stopped + result_summary(conversation.last, timed=True)
-        output.console(stderr=True).print(summary, style="dim")
-    elif interrupted.is_set():
-        raise KeyboardInterrupt
-
-
-@contextmanager
-def interrupts() -> Iterator[Flag]:
-    """A flag that Ctrl-C sets, so that a forward ends first; the second Ctrl-C interrupts."""
-    interrupted = Flag()
-
-    def on_signal(*_: object) -> None:
-        if interrupted.is_set():
-            raise KeyboardInterrupt
-        interrupted.set()
-
-    previous = signal.signal(signal.SIGINT, on_signal)
+def print_answer(parts: Iterator[str]) -> None:
     try:
-        yield interrupted
+        for text in parts:
+            output.print_text(text, end="")
     finally:
-        signal.signal(signal.SIGINT, previous)
+        output.print_text("")

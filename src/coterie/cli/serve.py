@@ -16,7 +16,7 @@ from coterie.offload.capacity import parse_bytes
 from coterie.server.settings import AllowedOptions, ServerSettings
 
 KEY_VARIABLE = "COTERIE_API_KEY"
-network, limits = o.panel("Who may connect, and where"), o.panel("What one client may take")
+network, limits = o.panel("Where to listen, and what to allow"), o.panel("How much to serve")
 ALLOW_HELP = (
     "Pattern of policies that a request may set (des-vote:*), or of another option "
     "(unmask=threshold:*, kv_cache=*, block=32); may be repeated (default: all)."
@@ -30,7 +30,7 @@ OPEN_NOTE = (
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """Where the server listens, and to whom."""
+    """Where the server listens, and what clients may do."""
 
     host: Annotated[str, network("Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1"
     port: Annotated[int, network("Port to listen on; 0 takes a free one.", min=0)] = 8000
@@ -97,12 +97,12 @@ def serve(
         raise ConfigError("MODEL and --model are the same; give one of them")
     engine_options = replace(engine_options, model=name or engine_options.model)
     settings = _settings(network, limits, engine_options.model)
-    options = decode.to_fields()
+    options, spec = decode.to_fields(), engines.canonical_policy(policy)
+    cache = 0 if limits.prefix_cache == "0" else parse_bytes(limits.prefix_cache, "`prefix_cache`")
     opened = engine_options.open()
     engines.check_engine(opened, [policy], options)
-    cache = 0 if limits.prefix_cache == "0" else parse_bytes(limits.prefix_cache, "`prefix_cache`")
     engine = Engine(
-        opened.model, policy=engines.canonical_policy(policy),
+        opened.model, policy=spec,
         generation=opened.generation.replace(**options),
         prefill_chunk=limits.prefill_chunk, prefix_cache_bytes=cache,
     )  # fmt: skip

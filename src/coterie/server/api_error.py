@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import HTTPException, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,6 +16,9 @@ from coterie.errors import MESSAGE_CHARACTERS, clip, printable
 
 INVALID_REQUEST, SERVER_ERROR = "invalid_request_error", "server_error"
 TYPES = {429: "rate_limit_error", 504: "timeout_error"}
+FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s/:'\"]+/)+")
+"""Where the server keeps its files is no client's business; the name of a file may help it."""
+UNION_BRANCHES = {"str", "bool", "int"}
 
 
 class ApiError(HTTPException):
@@ -35,7 +40,7 @@ class ApiError(HTTPException):
         """``{"error": {"message", "type", "param", "code"}}``."""
         kind = INVALID_REQUEST if self.status_code < 500 else SERVER_ERROR
         error = {
-            "message": printable(clip(self.message, MESSAGE_CHARACTERS)),
+            "message": printable(clip(FOLDERS.sub("", self.message), MESSAGE_CHARACTERS)),
             "type": TYPES.get(self.status_code, kind),
             "param": self.param,
             "code": self.code,
@@ -53,7 +58,7 @@ class ApiError(HTTPException):
 
 
 def internal_error() -> ApiError:
-    """An error whose cause is in the server's log only."""
+    """An error with its cause in the server's log only."""
     return ApiError(500, "the server failed; its log has the cause", code="internal_error")
 
 
@@ -76,17 +81,16 @@ async def on_unexpected(_: Request, error: Exception) -> Response:
     return internal_error().response()
 
 
-def validation_error(problems: Sequence[Mapping[str, object]]) -> ApiError:
-    """The first problem that pydantic found, by the name of the field."""
-    problem = problems[0]
-    kind, location = problem.get("type"), problem.get("loc", ())
-    assert isinstance(location, Sequence)
-    # The first part is "body"; names in brackets, or with one, are pydantic's own.
-    parts = [str(part) for part in location[1:] if "[" not in str(part)]
-    param = ".".join(parts) or None
-    if kind == "json_invalid":
+def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The problem that pydantic found deepest in the body, by the name of the field."""
+    problem = max(problems, key=lambda problem: len(problem["loc"]))
+    # The first part is "body"; names of types and of pydantic's functions are no fields.
+    parts = [str(part) for part in problem["loc"][1:]]
+    fields = [part for part in parts if part.isidentifier() or part.isdigit()]
+    param = ".".join(part for part in fields if part not in UNION_BRANCHES) or None
+    if problem["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="json_invalid")
-    if kind == "extra_forbidden":
+    if problem["type"] == "extra_forbidden":
         return ApiError(400, f"{param} is not supported", param=param, code="unsupported_field")
-    message = str(problem.get("msg", "invalid")).removeprefix("Value error, ")
+    message = str(problem["msg"]).removeprefix("Value error, ")
     return ApiError(400, f"{param}: {message}" if param else message, param=param)

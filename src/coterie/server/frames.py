@@ -16,7 +16,7 @@ from coterie.model.weights import expert_bytes
 from coterie.offload.traffic import Traffic
 from coterie.server.votes import StepVotes
 
-VOTE_LEVELS = (255, 63, 15)  # of a layer's largest vote; the first whose code is small enough
+VOTE_LEVELS = (255, 63, 15)  # of a layer's largest vote; the first with a code small enough
 MAX_CODE = 6144  # characters of votes and states: a frame of 19 x 256 experts stays below 8 KB
 ELECTED, RESIDENT, HIGH = 1, 2, 4  # bits of an expert's state
 

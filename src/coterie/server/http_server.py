@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
@@ -14,17 +15,19 @@ import uvicorn
 
 from coterie.engine.engine import Engine
 from coterie.errors import ConfigError
-from coterie.server.app import Service, make_app
+from coterie.server.app import make_app
 from coterie.server.logs import FIELDS, configure_logs
+from coterie.server.service import Service
 from coterie.server.settings import ServerSettings
 
 SWITCH_SECONDS = 0.001  # after which a thread that computes in Python lets another one run
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep theirs, so that none writes to a closed one
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOG = logging.getLogger("coterie.server")
 
 
 class HttpServer(uvicorn.Server):
-    """A server whose first signal drains it, and whose second one ends it at once."""
+    """A server that a first signal drains, and a second one ends at once."""
 
     def __init__(self, service: Service, on_start: Callable[[int], None]) -> None:
         self.service, self.on_start = service, on_start
@@ -35,17 +38,18 @@ class HttpServer(uvicorn.Server):
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=5,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             lifespan="off",
         )
         super().__init__(config)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         for number in SIGNALS:
             # Only the main thread of a program gets signals.
             with suppress(ValueError, RuntimeError):
-                loop.add_signal_handler(number, self.on_signal)
+                self.loop.add_signal_handler(number, self.on_signal)
         self.service.scheduler.start()
         self.on_start(self.servers[0].sockets[0].getsockname()[1])
 
@@ -67,7 +71,8 @@ class HttpServer(uvicorn.Server):
         scheduler, seconds = self.service.scheduler, self.service.settings.drain
         LOG.info("draining", extra={FIELDS: {**scheduler.stats(), "seconds": seconds}})
         if not await scheduler.drain(seconds):
-            LOG.warning("drained no further", extra={FIELDS: dict(scheduler.stats())})
+            LOG.warning("requests are given up", extra={FIELDS: dict(scheduler.stats())})
+            await asyncio.to_thread(scheduler.stop)
         # Responses that have their answer are sent within the time of a graceful shutdown.
         self.should_exit = True
 
@@ -77,14 +82,22 @@ def serve(engine: Engine, settings: ServerSettings, on_start: Callable[[int], No
     configure_logs()
     sys.setswitchinterval(SWITCH_SECONDS)
     with listen(settings) as listener:
-        HttpServer(Service.of(engine, settings), on_start).run([listener])
+        service = Service.of(engine, settings)
+        HttpServer(service, on_start).run([listener])
+    if service.scheduler.is_alive:
+        # A step still runs: the interpreter cannot end before it does.
+        logging.shutdown()
+        os._exit(1)
 
 
 def listen(settings: ServerSettings) -> socket.socket:
     """A listening socket; raises ConfigError where another program listens."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
     except OSError as error:
-        where = f"{settings.host}:{settings.port}"
-        raise ConfigError(f"cannot listen on {where}: {error.strerror or error}") from None
+        where, reason = f"{settings.host}:{settings.port}", os.strerror(error.errno or 0)
+        raise ConfigError(f"cannot listen on {where}: {reason}") from None
+    # Connections inherit it: else a small chunk waits 40 ms for the reader to confirm the last.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener

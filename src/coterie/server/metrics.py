@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import (
     CollectorRegistry,
@@ -23,11 +23,10 @@ from prometheus_client import (
 import coterie
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised, Event
+from coterie.engine.prefix_cache import PrefixCacheStats
 from coterie.model.weights import expert_bytes
 from coterie.offload.traffic import Traffic
-
-if TYPE_CHECKING:
-    from coterie.server.scheduler import Outcome, Ticket
+from coterie.server.ticket import Outcome, Ticket
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -94,6 +93,10 @@ class ServerMetrics:
             self.prompt_tokens.inc(outcome.result.prompt_tokens)
             self.cached_tokens.inc(outcome.result.cached_tokens)
 
+    def on_prefix_cache(self, stats: PrefixCacheStats) -> None:
+        """What the keys of earlier prompts take."""
+        self.prefix_cache_bytes.set(stats.bytes)
+
     def on_step(self, seconds: float, events: Sequence[Event], traffic: Traffic | None) -> None:
         """The engine ran one step."""
         self.step_seconds.observe(seconds)
@@ -126,7 +129,7 @@ class ServerMetrics:
         self.requests = self._counter("requests", ended, "finish_reason")
         self.http_requests = self._counter("http_requests", "HTTP responses.", "path", "status")
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
-        cached = "Tokens of prompts whose keys an earlier request had left."
+        cached = "Tokens of prompts with keys that an earlier request had left."
         self.cached_tokens = self._counter("cached_prompt_tokens", cached)
         self.completion_tokens = self._counter("completion_tokens", "Tokens of answers.")
         waited = "Seconds from arrival to a row."
@@ -154,6 +157,8 @@ class ServerMetrics:
         self.bytes_vanilla = self._counter("expert_bytes_vanilla", vanilla)
         moved = "Bytes of experts fetched into fast memory, by the tier that had them."
         self.bytes_moved = self._counter("expert_bytes_moved", moved, "tier")
+        kept = "Bytes of the keys of earlier prompts."
+        self.prefix_cache_bytes = self._gauge("prefix_cache_bytes", kept)
         self.cache_hits = self._counter("expert_cache_hits", "Used experts that were resident.")
         self.cache_lookups = self._counter("expert_cache_lookups", "Used experts.")
         mass = "Share of a step's votes for the experts that it used."

@@ -9,6 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,6 +23,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 PROTECTED = ("/v1/", "/tokenize", "/detokenize", "/openapi.json")
 QUIET_PATHS = {"/health", "/ready", "/metrics"}
+DISCARDED_BODIES, DISCARD_SECONDS = 8, 5.0  # of a body that is too large
 SECURITY_HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
@@ -96,7 +98,9 @@ class AccessCheck:
         host = headers.get("host", "localhost")
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if self.is_local and name.lower() not in LOCAL_NAMES:
-            return ApiError(403, "this server answers local host names only", code="wrong_host")
+            return ApiError(
+                403, "without a key, this server answers local host names only", code="wrong_host"
+            )
         if not self.keys or not path.startswith(PROTECTED) or scope["method"] == "OPTIONS":
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -121,22 +125,9 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers = Headers(scope=scope)
-        length = headers.get("content-length", "0")
-        too_large = ApiError(
-            413,
-            f"the body is larger than {self.limit:,} bytes",
-            code="body_too_large",
-            headers={"connection": "close"},
-        )
-        if not length.isascii() or not length.isdigit() or int(length[:20]) > self.limit:
-            return await too_large.response()(scope, receive, send)
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if scope["method"] == "POST" and kind != "application/json":
-            message = "the content type must be application/json"
-            return await ApiError(415, message, param="content-type").response()(
-                scope, receive, send
-            )
+        if (error := self._error(scope)) is not None:
+            await self._discard(receive)
+            return await error.response()(scope, receive, send)
         size, is_complete = 0, False
 
         async def limited() -> Message:
@@ -151,7 +142,33 @@ class BodyLimit:
             size += len(message.get("body", b""))
             is_complete = not message.get("more_body", False)
             if size > self.limit:
-                raise too_large
+                if not is_complete:
+                    await self._discard(receive)
+                raise self._too_large()
             return message
 
         return await self.app(scope, limited, send)
+
+    def _error(self, scope: Scope) -> ApiError | None:
+        """What the headers alone say against a body."""
+        headers = Headers(scope=scope)
+        length = headers.get("content-length", "0")
+        if not length.isascii() or not length.isdigit() or int(length[:20]) > self.limit:
+            return self._too_large()
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if scope["method"] == "POST" and kind != "application/json":
+            message = "the content type must be application/json"
+            return ApiError(415, message, param="content-type")
+        return None
+
+    def _too_large(self) -> ApiError:
+        message = f"the body is larger than {self.limit:,} bytes"
+        return ApiError(413, message, code="body_too_large", headers={"connection": "close"})
+
+    async def _discard(self, receive: Receive) -> None:
+        """Reads what the client still sends, within limits: most read no answer before."""
+        rest = DISCARDED_BODIES * self.limit
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DISCARD_SECONDS):
+                while rest > 0 and (message := await receive()).get("more_body"):
+                    rest -= len(message.get("body", b""))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "n": (1,),
@@ -207,25 +207,22 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 class CompletionRequest(GenerationFields):
     """The body of ``/v1/completions``: one prompt, as text or token ids."""
 
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=1)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=1)]
-    )
+    prompt: str | TokenIds
     logprobs: Annotated[int, Field(strict=True, ge=0, le=1)] | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def one_prompt(cls, prompt: object) -> object:
+        """The prompt outside a list of one; raises for several."""
+        if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
+            return prompt
+        if len(prompt) > 1:
+            raise ValueError("one prompt a request")
+        return prompt[0]
 
     @property
     def wants_logprobs(self) -> bool:
         return self.logprobs is not None
-
-    @property
-    def one_prompt(self) -> str | list[int]:
-        """The prompt outside a list of one."""
-        first = self.prompt[0]
-        if isinstance(self.prompt, str):
-            return self.prompt
-        return first if isinstance(first, str | list) else self.prompt  # type: ignore[return-value]
 
 
 class TokenizeRequest(ApiModel):

@@ -12,7 +12,7 @@ from coterie.decoding import Token
 from coterie.engine.events import Result
 from coterie.server.answer import Delta, Step
 from coterie.server.frames import step_frame
-from coterie.server.scheduler import Outcome
+from coterie.server.ticket import Outcome
 
 Json = dict[str, object]
 DecodeToken = Callable[[int], str]
@@ -107,7 +107,6 @@ class AnswerWriter:
     expert_bytes: int
     logprobs: bool = False
     include_usage: bool = False
-    steps: bool = False
 
     def whole(self, delta: Delta, outcome: Outcome) -> Json:
         """The answer in one object."""

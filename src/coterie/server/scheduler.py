@@ -11,7 +11,6 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from coterie.decoding import Token
@@ -20,16 +19,17 @@ from coterie.engine.events import Denoised, Event, Finished, Result
 from coterie.errors import (
     AnswerTextError,
     CoterieError,
-    GenerationError,
     NonFiniteLogitsError,
     clip,
 )
 from coterie.offload.traffic import Traffic
-from coterie.server.answer import AnswerStream, Delta, Step
+from coterie.server.answer import Delta, Step
 from coterie.server.api_error import ApiError, internal_error
 from coterie.server.generation_request import GenerationRequest
+from coterie.server.logs import FIELDS
 from coterie.server.metrics import ServerMetrics
 from coterie.server.settings import ServerSettings
+from coterie.server.ticket import Outcome, Ticket
 from coterie.server.votes import VoteRecorder
 
 RETRIES = 3  # of a step that failed for a reason outside its requests
@@ -39,61 +39,6 @@ LOG = logging.getLogger("coterie.server")
 
 class QueueFullError(Exception):
     """As many requests wait as may."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a request ended: ``error`` is None unless it failed."""
-
-    finish_reason: str = "stop"
-    result: Result | None = None
-    completion_tokens: int = 0
-    error: ApiError | None = None
-
-
-class Ticket:
-    """One submitted request, between the engine's thread and the event loop."""
-
-    def __init__(self, request: GenerationRequest) -> None:
-        self.request = request
-        self.answer = AnswerStream(request.stop_strings)
-        self.is_cancelled = False
-        self.submitted = time.monotonic()
-        self.started: float | None = None
-        self.last_commit: float | None = None
-        self._written: dict[int, Token] = {}
-        self._num_final = 0
-        self._lock = threading.Lock()
-        self._delta, self._outcome = Delta(), None
-        self._loop, self._arrival = asyncio.get_running_loop(), asyncio.Event()
-
-    async def receive(self) -> tuple[Delta, Outcome | None]:
-        """What has become final since the last call, and the outcome at the end."""
-        await self._arrival.wait()
-        self._arrival.clear()
-        with self._lock:
-            delta, self._delta = self._delta, Delta()
-            return delta, self._outcome
-
-    def push(self, delta: Delta, outcome: Outcome | None = None) -> None:
-        """Adds to the delta; called by the engine's thread, which then wakes the reader."""
-        with self._lock:
-            self._delta = self._delta.joined(delta)
-            self._outcome = self._outcome or outcome
-
-    def wake(self) -> None:
-        """Let the reader look; called by the engine's thread."""
-        # The loop is closed when the process ends.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._arrival.set)
-
-    def final_tokens(self, events: Iterable[Denoised], count: int) -> Sequence[Token]:
-        """The tokens that became final, given the events and the number of final ones."""
-        for event in events:
-            self._written |= {token.position: token for token in (*event.committed, *event.edited)}
-        first, self._num_final = self._num_final, max(self._num_final, count)
-        positions = range(first, self._num_final)
-        return [self._written[each] for each in positions if each in self._written]
 
 
 @dataclass  # not frozen: the engine's thread and the event loop write to it
@@ -202,7 +147,7 @@ class Scheduler:
         stopping = ApiError(503, "the server is shutting down", code="shutting_down")
         self._fail(list(self._rows), stopping)
         for ticket in list(self._waiting):
-            _end(ticket, Outcome(error=stopping))
+            ticket.end(Outcome(error=stopping))
 
     def _cancel_rows(self) -> None:
         """Free the rows of requests that were cancelled."""
@@ -229,10 +174,10 @@ class Scheduler:
                 request.prompt_ids, policy=request.policy, **vars(request.generation)
             )
         except CoterieError as error:
-            return _end(ticket, Outcome(error=ApiError(400, str(error))))
+            return ticket.end(Outcome(error=ApiError(400, str(error))))
         except Exception:
             LOG.exception("a request could not start", extra={"request_id": request.id})
-            return _end(ticket, Outcome(error=internal_error()))
+            return ticket.end(Outcome(error=internal_error()))
         self._rows[number] = ticket
         ticket.started = time.monotonic()
         self.metrics.on_started(ticket.started - ticket.submitted)
@@ -247,7 +192,6 @@ class Scheduler:
         try:
             events = self.engine.step()
         except (NonFiniteLogitsError, AnswerTextError) as error:
-            LOG.warning("requests ended: %s", error)
             self._fail(error.rows, ApiError(500, str(error), code="generation_failed"))
             return
         except (CoterieError, OSError) as error:
@@ -302,6 +246,7 @@ class Scheduler:
         if outcome is not None:
             self._remove(number)
             self.metrics.on_finished(ticket, outcome)
+            self.metrics.on_prefix_cache(self.engine.prefix_cache_stats())
         if delta != Delta() or steps or outcome is not None:
             ticket.push(delta.joined(Delta(steps=steps)), outcome)
             ticket.wake()
@@ -338,13 +283,12 @@ class Scheduler:
         return ticket
 
     def _fail(self, numbers: Iterable[int], error: ApiError) -> None:
-        for number in numbers:
-            if number in self._rows:
-                with suppress(GenerationError):
-                    _end(self._remove(number), Outcome(error=error))
-                    self.metrics.on_failed()
-
-
-def _end(ticket: Ticket, outcome: Outcome) -> None:
-    ticket.push(Delta(), outcome)
-    ticket.wake()
+        """End requests with an error, and log the id of each."""
+        for number in [number for number in numbers if number in self._rows]:
+            ticket = self._remove(number)
+            ticket.end(Outcome(error=error))
+            self.metrics.on_failed()
+            LOG.warning(
+                "request failed",
+                extra={"request_id": ticket.request.id, FIELDS: {"error": error.message}},
+            )

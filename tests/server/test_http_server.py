@@ -1,0 +1,79 @@
+"""The server as a process: killed and started again, and ended by a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from openai import APIConnectionError, OpenAI
+
+from coterie.errors import ConfigError
+from coterie.server.http_server import listen
+from coterie.server.settings import ServerSettings
+
+SOURCES = Path(__file__).parents[2] / "src"
+SLOW = {"unmask": "sequential:steps=32", "ignore_eos": True}
+TURNS = [{"role": "user", "content": "Tom has 3 boxes of 4 pens. How many pens are there?"}]
+
+
+@contextmanager
+def process(port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server and its URL."""
+    command = [sys.executable, "-m", "coterie", "serve", "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            url = ""
+            while not url and (line := server.stderr.readline()):
+                url = "".join(re.findall(r"on (http://\S+)/v1,", line))
+            assert url, "the server did not start"
+            yield server, url
+        finally:
+            server.kill()
+
+
+def test_a_killed_server_starts_again_and_a_signal_lets_requests_finish() -> None:
+    fields = {"model": "embedded", "messages": TURNS, "max_tokens": 300, "extra_body": SLOW}
+    with process() as (server, url):
+        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        stream = client.chat.completions.create(stream=True, **fields)
+        next(stream)
+        server.kill()
+        with pytest.raises((APIConnectionError, httpx.HTTPError)):
+            list(stream)
+        with pytest.raises(APIConnectionError):
+            client.models.list()
+        port = int(url.rpartition(":")[2])
+    with process(port) as (server, url), client:
+        fields["max_tokens"] = 30
+        stream = client.chat.completions.create(stream=True, **fields)
+        next(stream)
+        server.send_signal(signal.SIGTERM)
+        *_, last = stream
+        assert last.choices[0].finish_reason == "length"
+        assert server.wait(20) == 0
+        lines = [json.loads(line) for line in server.stderr if line.startswith("{")]
+    assert {"draining", "request"} <= {line["message"] for line in lines}
+    assert next(line for line in lines if line["message"] == "request")["finish_reason"] == "length"
+
+
+def test_two_servers_do_not_share_a_port() -> None:
+    with listen(ServerSettings(port=0)) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(ConfigError, match=str(port)):
+            listen(ServerSettings(port=port))
+
+
+def test_small_chunks_do_not_wait_for_the_reader() -> None:
+    with listen(ServerSettings(port=0)) as listener:
+        assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
