@@ -156,6 +156,14 @@ class RouterSpec:
             raise ConfigError(f"{self.topk_groups} of {self.groups} groups of experts")
         if self.activation not in ("softmax", "sigmoid"):
             raise ConfigError(f"router activation {self.activation!r}; known: softmax, sigmoid")
+        if not 1 <= self.block <= MAX_COUNT:
+            raise ConfigError(f"blocks of {self.block} positions admit experts")
+        if self.capacity and not self.k <= self.capacity < self.experts:
+            raise ConfigError(
+                f"blocks admit {self.capacity} of {self.experts} experts, and a token uses {self.k}"
+            )
+        if self.capacity and self.topk_groups < self.groups:
+            raise ConfigError("blocks admit experts, and tokens drop groups: both limit a router")
 
 
 @dataclass(frozen=True)
