@@ -131,7 +131,7 @@ def test_routing_with_tensors_of_another_shape_raises():
         {"block": 2**31},
         {"capacity": 8},
         {"capacity": 2, "topk_groups": 4},
-        {"capacity": 16, "topk_groups": 4},
+        {"capacity": 17, "topk_groups": 4},
         {"capacity": -1, "topk_groups": 4},
     ],
 )

@@ -166,8 +166,8 @@ def odd_blocks(draw: st.DrawFn) -> Scores:
         biased_weight=draw(st.booleans()) and not renormalise,
         epsilon=draw(st.sampled_from((0.0, 1e-20))),
     )
-    if router.topk_groups == groups and router.k < experts and draw(st.booleans()):
-        capacity = draw(st.integers(router.k, experts - 1))
+    if router.topk_groups == groups and draw(st.booleans()):
+        capacity = draw(st.integers(router.k, experts))
         block = draw(st.sampled_from((1, 3, 8, 32, 100)))
         router = replace(router, capacity=capacity, block=block)
     shape = (draw(st.integers(1, 4)), draw(st.integers(1, 64)))
