@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 
 from coterie.errors import TaskError
@@ -240,12 +240,10 @@ def _result_numbers(text: str) -> Numbers:
 
 def _first_numbers(text: str) -> Numbers:
     """The number at the start of an answer; several where it is part of a range or a date."""
-    numbers = list(islice(find_numbers(text), 2))
-    if len(numbers) == 2:
-        gap = text[numbers[0].stop : numbers[1].start]
-        if len(gap) <= MAX_GAP and JOIN.fullmatch(gap):
-            return tuple(numbers)
-    return _alternatives(text, 0)
+    numbers = tuple(islice(find_numbers(text), 3))
+    gaps = (text[a.stop : b.start][: MAX_GAP + 1] for a, b in pairwise(numbers))
+    joined = sum(1 for _ in takewhile(JOIN.fullmatch, gaps))
+    return numbers[: joined + 1] if joined else _alternatives(text, 0)
 
 
 def _bold_numbers(text: str) -> Numbers:

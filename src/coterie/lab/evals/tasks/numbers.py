@@ -43,7 +43,7 @@ NUMBER = re.compile(
 # A time of day, a date, a version, a ratio, a power, a root: the digits are no number of their own.
 NUMBER_GOES_ON = re.compile(r":\d|\.\d|/\s?\d|_\d|\s*(?:\^|√|\\(?:sqrt|pi)\b)")
 PART_BEFORE = re.compile(
-    r"(?:\d[:._]|\d/\s?\d{1,4}/\s?|\^\s*\{?|(?:√|\\sqrt)\s*(?:\[\d?\]?)?\s*\{?|(?:±|\\pm)\s{0,2})$"
+    r"(?:\d[:._]|\d/\s?\d{1,4}/\s?|\^\s*\{?|(?:√|\\sqrt)\s*(?:\[\d?\]?)?\s*\{?|(?:±|\\pm)\s?)\Z"
 )
 SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 MAX_DIGITS = 300  # Python refuses to parse thousands of digits
