@@ -8,7 +8,7 @@ token. Invariants, which every producer guarantees and every consumer relies on:
 - LayerKV: keys and values have one shape; cache_rows are unique.
 - LogitsSummary: an id of -1 means that no logit is a number; unmasked_argmax is never the mask id.
 - RouterSpec: groups divides experts, topk_groups <= groups, k <= experts. With a capacity,
-  k <= capacity < experts, and there is one group.
+  k <= capacity <= experts, and there is one group.
 - DecodeProgress: a field that is None is unknown; a policy that needs it raises.
 - PreviousCoresets: an all-False row has no previous coreset.
 - CoresetReuse: vote_loss is in 0 .. 1, and 0 where reused is False.
@@ -156,6 +156,14 @@ class RouterSpec:
             raise ConfigError(f"{self.topk_groups} of {self.groups} groups of experts")
         if self.activation not in ("softmax", "sigmoid"):
             raise ConfigError(f"router activation {self.activation!r}; known: softmax, sigmoid")
+        if not 1 <= self.block <= MAX_COUNT:
+            raise ConfigError(f"blocks of {self.block} positions admit experts")
+        if self.capacity and not self.k <= self.capacity <= self.experts:
+            raise ConfigError(
+                f"blocks admit {self.capacity} of {self.experts} experts, and a token uses {self.k}"
+            )
+        if self.capacity and self.topk_groups < self.groups:
+            raise ConfigError("blocks admit experts, and tokens drop groups: both limit a router")
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,10 @@ from coterie.offload.resident_store import ResidentExpertStore
 from coterie.ops import cpu
 from coterie.ops.packed_layout import LAYOUT_VERSION, unpack
 from coterie.quantization import FORMATS, QTensor, dequantize, quantize
-from coterie.testing import write_checkpoint
+from coterie.testing import FAMILY_CONFIGS, write_checkpoint
 from coterie.values import PACKED_FORMATS, PackedExperts, Slab
 
-FAMILIES = ("llada2", "llada-moe", "sdar-moe", "diffusion-gemma")
+FAMILIES = tuple(FAMILY_CONFIGS)
 ODD = {"hidden_size": 33, "moe_intermediate_size": 19}
 LAYER = "packed-experts-of-layer-1.safetensors"
 PACKED = "model.layers.1.mlp.experts.packed"

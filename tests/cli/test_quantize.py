@@ -30,10 +30,10 @@ from coterie.loading.load import Model, load_model
 from coterie.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 from coterie.model.moe import MoE
 from coterie.quantization import FORMATS, QuantFormat, dequantize, parse_format, quantize
-from coterie.testing import write_checkpoint
+from coterie.testing import FAMILY_CONFIGS, write_checkpoint
 from coterie.values import ExpertRequest
 
-FAMILIES = ("llada2", "llada-moe", "sdar-moe", "diffusion-gemma")
+FAMILIES = tuple(FAMILY_CONFIGS)
 INT8, INT4 = (
     ConversionTarget(QuantFormat(8, 64), packed=False),
     ConversionTarget(QuantFormat(4, 32), packed=False),

@@ -22,7 +22,7 @@ from coterie.errors import CoterieError, GenerationError, NonFiniteLogitsError
 from coterie.loading.load import Model
 from coterie.routing import Vanilla, parse_policy
 from coterie.telemetry import TensorRecorder
-from coterie.testing import random_transformer, read_spec, tiny_config
+from coterie.testing import FAMILY_CONFIGS, random_transformer, read_spec, tiny_config
 from coterie.tokenizer import IdTokenizer
 from coterie.values import NO_MASK, Scores
 
@@ -419,10 +419,7 @@ def test_invalid_options_raise(options: dict[str, object], told: str) -> None:
     assert host.rows == ()
 
 
-FAMILY_NAMES = ["llada2", "llada2.2", "llada-moe", "sdar-moe", "diffusion-gemma"]
-
-
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_every_family_runs_with_its_defaults(family: str) -> None:
     model = tiny(family)
     result = Engine(model).generate(PROMPT, max_new_tokens=40)

@@ -27,13 +27,13 @@ from coterie.loading.load import Model
 from coterie.model.moe import MoE
 from coterie.routing import parse_policy, route
 from coterie.telemetry import ExpertCounter, NullRecorder, Recorder, RecorderGroup, TensorRecorder
-from coterie.testing import random_transformer, read_spec, tiny_config
+from coterie.testing import FAMILY_CONFIGS, random_transformer, read_spec, tiny_config
 from coterie.tokenizer import IdTokenizer
 from coterie.values import ExpertRequest
 
 VOCABULARY, MASK = 96, 95
 PROMPTS = [[5, 17, 33, 2, 9], [7, 7, 1], [40, 41, 42, 43, 44, 45, 46], [3, 60, 8, 11]]
-FAMILIES = ("llada2", "llada-moe", "sdar-moe")
+FAMILIES = tuple(FAMILY_CONFIGS)
 
 
 @cache
@@ -45,7 +45,9 @@ def tiny(family: str = "llada2") -> Model:
 
 def engine(family: str = "llada2", **options: object) -> Engine:
     usual = {"block": 8, "max_new_tokens": 20} | options
-    return Engine(tiny(family), generation=GenerationConfig().replace(**usual))
+    model = tiny(family)
+    generation = GenerationConfig.for_family(model.family.defaults).replace(**usual)
+    return Engine(model, generation=generation)
 
 
 def layer(seen: LayerObservation, family: str = "llada2") -> MoE:

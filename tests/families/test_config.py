@@ -35,6 +35,12 @@ HARMLESS: dict[str, list[object]] = {
     "is_encoder_decoder": [False],
     "id2label": [{"0": "LABEL_0"}],
     "a_new_key": [None],
+    "pruned_heads": [{}, None],
+    "pretraining_tp": [1],
+    "max_length": [20],
+    "num_beams": [1, 4],
+    "temperature": [0.7],
+    "_flash_attn_2_enabled": [True],
 }
 HARMFUL: dict[str, list[object]] = {
     "rope_parameters": [
@@ -58,6 +64,8 @@ HARMFUL: dict[str, list[object]] = {
     "use_regular_causal": [True],
     "use_sliding_window": [True],
     "is_encoder_decoder": [True],
+    "pruned_heads": [{"1": [0]}],
+    "pretraining_tp": [2],
     "a_new_key": [0, False, ""],
 }
 METHODS = [
@@ -68,11 +76,20 @@ METHODS = [
     ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
     ({"load_in_4bit": True}, "bitsandbytes"),
     ({"bits": 4, "group_size": 64}, "MLX"),
+    ({"bits": 4, "group_size": 128, "zero_point": True}, "AWQ"),
+    ({"w_bit": 4, "q_group_size": 128, "version": "gemm"}, "AWQ"),
+    ({"config_groups": {"group_0": {}}, "format": "pack-quantized"}, "compressed-tensors"),
+    ({"fmt": "e4m3", "activation_scheme": "dynamic"}, "FP8"),
+    ({"quant_algo": "NVFP4", "producer": {"name": "modelopt"}}, "NVFP4"),
+    ({"load_in_8bit": True}, "bitsandbytes"),
+    ({"nbits": 4}, "HQQ"),
     ({"quant_method": "new-method"}, "new-method"),
 ]
-families = st.sampled_from([name for name in FAMILY_CONFIGS if name != "llada-moe"])
+families = st.sampled_from(sorted(FAMILY_CONFIGS))
 LAYER_KEYS = ("rope_parameters", "rope_scaling", "layer_types")
 """Keys that DiffusionGemma has for each kind of layer, and not at the top."""
+INNER_KEYS = ("attention_bias", "dtype", "layer_types", "quantization_config", "rope_scaling")
+"""Keys that change numbers inside DiffusionGemma's ``text_config``, too."""
 
 
 def read(values: dict) -> tuple[Family, ModelSpec]:
@@ -86,7 +103,7 @@ def harmless_keys() -> st.SearchStrategy[dict[str, object]]:
 
 
 def tiny_with(family: str, keys: dict[str, object]) -> dict:
-    left_out = LAYER_KEYS if family == "diffusion-gemma" else ()
+    left_out = {"diffusion-gemma": LAYER_KEYS, "llada-moe": ("architectures",)}.get(family, ())
     return tiny_config(family) | {k: v for k, v in keys.items() if k not in left_out}
 
 
@@ -102,6 +119,17 @@ def test_one_harmful_key_among_harmless_ones_is_named(
     value = data.draw(st.sampled_from(HARMFUL[key]))
     with pytest.raises(ConfigError, match=key):
         read(tiny_with(family, keys) | {key: value})
+
+
+@given(harmless_keys(), st.sampled_from(INNER_KEYS), st.data())
+def test_a_harmful_key_of_the_text_model_is_named(
+    keys: dict[str, object], key: str, data: st.DataObject
+) -> None:
+    values = tiny_with("diffusion-gemma", keys)
+    value = data.draw(st.sampled_from(HARMFUL[key]))
+    text = values["text_config"] | {key: value}
+    with pytest.raises(ConfigError, match=key):
+        read(values | {"text_config": text})
 
 
 @pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS.keys() - {"diffusion-gemma"}))

@@ -44,6 +44,7 @@ from coterie.errors import CoterieError
 from coterie.offload.eviction import Eviction, Lfu, Lru
 from coterie.offload.resident_store import ResidentExpertStore
 from coterie.offload.tiers import PAGE_BYTES, DiskTier, ExpertFileSpan, HostTier, Tier
+from coterie.testing import FAMILY_CONFIGS
 from coterie.values import ExpertRequest, expert_mask
 
 
@@ -266,7 +267,7 @@ def test_a_file_that_ends_inside_an_expert_is_an_error_in_pages_too(
 
 @needs_kernels
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-@pytest.mark.parametrize("family", ["llada2", "llada-moe", "sdar-moe", "diffusion-gemma"])
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_a_model_answers_the_same_with_few_experts_in_memory(
     tmp_path: Path, family: str, kind: str
 ) -> None:

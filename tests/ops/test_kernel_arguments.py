@@ -98,13 +98,15 @@ def test_attention_outside_the_cache_raises():
 
 
 def test_routing_with_tensors_of_another_shape_raises():
-    scores, rule, vote_weight = route_arguments("des-vote:beta=0.4")
+    scores, rule, vote_weight = route_arguments("des-vote:beta=0.4", capacity=7)
     short = PreviousCoresets(0.1, torch.ones(1, 16, dtype=torch.bool))
     for name, wrong in (
         ("previous_coresets", short),
         ("bias", scores.bias[:5]),
         ("resident", scores.resident[:5]),
         ("voters", scores.voters[:1]),
+        ("starts", scores.starts[:1]),
+        ("starts", scores.starts.int()),
     ):
         with pytest.raises(ValueError, match=name.split("_", maxsplit=1)[0]):
             ops.route(replace(scores, **{name: wrong}), rule, vote_weight)
@@ -125,6 +127,12 @@ def test_routing_with_tensors_of_another_shape_raises():
         {"k": 17},
         {"experts": 2**16},
         {"activation": "relu"},
+        {"block": 0},
+        {"block": 2**31},
+        {"capacity": 8},
+        {"capacity": 2, "topk_groups": 4},
+        {"capacity": 17, "topk_groups": 4},
+        {"capacity": -1, "topk_groups": 4},
     ],
 )
 def test_a_router_checks_itself(wrong: dict):

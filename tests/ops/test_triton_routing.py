@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 import pytest
@@ -18,20 +17,25 @@ from interpreter import quicken
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton_routing_cases import (
+    DEVICE,
+    VOTE_NAMES,
+    Block,
+    Vote,
+    agree,
+    blocks,
+    by_kernel,
+    by_torch,
+    on_device,
+    spread,
+)
 
 from coterie import ops
 from coterie.ops import reference
-from coterie.routing.coreset import Fixed, Mass, restore_votes, take_by_votes, union_of_topm
-from coterie.routing.router import combine_weights, select_topk, vanilla_ids
-from coterie.routing.votes import VOTES
-from coterie.values import CoresetRule, PreviousCoresets, RouterSpec, Routing, Scores, expert_mask
+from coterie.values import CoresetRule, PreviousCoresets, RouterSpec, Scores
 
 pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-Vote = Literal["topk-prob", "weight", "count", "full", "margin", "max"]
-VOTE_NAMES: tuple[Vote, ...] = ("topk-prob", "weight", "count", "full", "margin", "max")
 Activation = Literal["softmax", "sigmoid"]
-Block = tuple[Scores, CoresetRule | None, Tensor | None]
 
 
 @pytest.fixture(autouse=True)
@@ -41,168 +45,8 @@ def quick_interpreter() -> Iterator[None]:
         yield
 
 
-def by_kernel(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) -> Routing:
-    return with_probability(scores, rule, vote_weight)[0]
-
-
-def with_probability(
-    scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None
-) -> tuple[Routing, Tensor]:
-    """The kernels' routing, and the probabilities that they used."""
-    from coterie.ops.triton import routing
-
-    launch, seen = routing.launch, []
-
-    def watched(kernel: object, grid: tuple[int, ...], *args: Tensor, **constants: int) -> None:
-        seen.append(args)
-        launch(kernel, grid, *args, **constants)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(routing, "launch", watched)
-        found = routing.route(scores, rule, vote_weight)
-    assert found is not None
-    bits = seen[1][1] & 0x7FFFFFFF  # what the first launch left for the second
-    return found, bits.view(torch.float32).view(scores.logits.shape)
-
-
-def by_torch(
-    scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None, p: Tensor | None = None
-) -> Routing:
-    """The rule in plain torch, from the parts that policies are made of; from ``p`` on if given."""
-    scores = given(scores, p)
-    scores = given(replace(scores, vanilla_ids=vanilla_ids(scores)), p)
-    mask = None if rule is None else coreset(scores, rule, vote_weight).unsqueeze(1)
-    ids = select_topk(scores, mask)
-    return Routing(
-        topk_ids=ids.flatten(0, 1),
-        topk_weights=combine_weights(scores, ids).flatten(0, 1),
-        used=expert_mask(ids.flatten(), scores.router.experts),
-        vanilla_ids=vanilla_ids(scores).flatten(0, 1),
-    )
-
-
-def given(scores: Scores, p: Tensor | None) -> Scores:
-    fresh = replace(scores)
-    if p is not None:
-        vars(fresh)["probability"] = p  # what is worked out once, and kept there
-    return fresh
-
-
-def coreset(scores: Scores, rule: CoresetRule, vote_weight: Tensor | None) -> Tensor:
-    vote_weight = torch.ones_like(scores.logits[..., 0]) if vote_weight is None else vote_weight
-    if rule.union:
-        return union_of_topm(scores, vote_weight, rule.union)
-    size = Mass(rule.mass, rule.min_experts) if rule.mass else Fixed(rule.count)
-    safe = union_of_topm(scores, vote_weight, rule.protect)
-    votes = VOTES[rule.vote](scores, vote_weight, 0)
-    plain = take_by_votes(votes, safe, size, rule.min_experts)
-    if not rule.resident_bonus or scores.resident is None:
-        return plain
-    liked = take_by_votes(
-        votes * (1 + rule.resident_bonus * scores.resident.double()), safe, size, rule.min_experts
-    )
-    return restore_votes(liked, plain, votes, rule.max_vote_loss)
-
-
-@st.composite
-def routers(draw: st.DrawFn) -> RouterSpec:
-    experts, groups = draw(
-        st.sampled_from([(8, 1), (8, 2), (64, 1), (64, 8), (96, 8), (96, 1), (128, 1), (128, 4)])
-        | st.sampled_from([(256, 8), (256, 1), (5, 1), (12, 4)])
-    )
-    renormalise = draw(st.booleans())
-    return RouterSpec(
-        experts=experts,
-        k=draw(st.integers(1, min(8, experts))),
-        activation=draw(st.sampled_from(("softmax", "sigmoid"))),
-        renormalise=renormalise,
-        scale=draw(st.sampled_from((1.0, 2.5))),
-        groups=groups,
-        topk_groups=draw(st.integers(1, groups)),
-        biased_weight=draw(st.booleans()) and not renormalise,
-        epsilon=draw(st.sampled_from((0.0, 1e-20))),
-    )
-
-
-@st.composite
-def rules(draw: st.DrawFn, router: RouterSpec) -> CoresetRule | None:
-    kind = draw(st.sampled_from(("none", "union", "count", "count", "count", "mass")))
-    if kind == "none":
-        return None
-    if kind == "union":
-        return CoresetRule(union=draw(st.integers(1, router.k)))
-    vote = draw(st.sampled_from(VOTE_NAMES))
-    rule = partial(
-        CoresetRule,
-        vote=vote,
-        protect=draw(st.integers(0, min(2, router.k))),
-        # Halves keep every product exact, so that sums in another order are the same.
-        resident_bonus=draw(st.sampled_from((0.0, 0.0, 0.5, 2.0))),
-        max_vote_loss=draw(st.sampled_from((0.0, 0.02, 0.3, 1.0))),
-    )
-    if kind == "count" or vote == "max":
-        return rule(count=draw(st.integers(1, router.experts)))
-    return rule(
-        mass=draw(st.sampled_from((0.3, 0.8, 1.0))),
-        min_experts=draw(st.integers(1, router.experts)),
-    )
-
-
-@st.composite
-def blocks(draw: st.DrawFn, *, most: int) -> Block:
-    """A block of any size up to ``most``, with voters or without, and a rule for it."""
-    router = draw(routers())
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
-    shape = (draw(st.integers(1, 2)), draw(st.integers(1, most)))
-    experts = router.experts
-    logits, bias = spread(shape, experts, generator), None
-    if draw(st.booleans()):
-        bias = torch.randn(experts, generator=generator) / 4
-    chance = torch.rand(shape, generator=generator)
-    vote_weight = draw(st.sampled_from([None, (chance > 0.4).float(), chance]))
-    if vote_weight is not None:
-        vote_weight[:, 0] = 1.0
-    scores = Scores(
-        logits,
-        router,
-        bias=bias,
-        resident=torch.rand(experts, generator=generator) < 0.4 if draw(st.booleans()) else None,
-    )
-    return (
-        on_device(scores),
-        draw(rules(router)),
-        None if vote_weight is None else vote_weight.to(DEVICE),
-    )
-
-
-def spread(shape: tuple[int, int], experts: int, generator: torch.Generator) -> Tensor:
-    """[*shape, E]: each token's logits are a shuffled grid, drawn out at random."""
-    order = torch.rand(*shape, experts, generator=generator).argsort(-1)
-    width = 1 + 3 * torch.rand(*shape, 1, generator=generator)
-    return (order / experts - 0.5) * 2 * width
-
-
-def on_device(scores: Scores) -> Scores:
-    moved = {
-        name: value.to(DEVICE)
-        for name in ("logits", "bias", "resident")
-        if (value := getattr(scores, name)) is not None
-    }
-    return replace(scores, **moved)
-
-
-def agree(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) -> None:
-    """Ids exactly, given the same probabilities: two exponentials may differ in the last bits."""
-    found, p = with_probability(scores, rule, vote_weight)
-    torch.testing.assert_close(p, scores.probability, rtol=1e-5, atol=1e-12)
-    expected = by_torch(scores, rule, vote_weight, p)
-    assert torch.equal(found.vanilla_ids, expected.vanilla_ids)
-    assert torch.equal(found.topk_ids, expected.topk_ids)
-    assert torch.equal(found.used, expected.used)
-    assert found.used.dtype == torch.bool
-    torch.testing.assert_close(found.topk_weights, expected.topk_weights, rtol=2e-5, atol=1e-9)
-
-
+GROUPED = RouterSpec(64, 8, "sigmoid", True, 2.5, 8, 4, epsilon=1e-20)
+ADMITTING = RouterSpec(64, 8, "sigmoid", True, 2.5, epsilon=1e-20, capacity=12, block=4)
 LAW = settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -301,9 +145,22 @@ def test_ties_go_to_the_lower_expert(activation: Activation, groups: int, kept: 
         agree(scores, CoresetRule("max", count=4), None)
 
 
-def test_a_coreset_of_all_experts_is_the_unmodified_model() -> None:
+@pytest.mark.parametrize("vote", VOTE_NAMES)
+def test_every_vote_inside_the_experts_that_blocks_admit(vote: Vote) -> None:
+    """One row ends a block and begins another; the other lies inside one."""
+    scores, vote_weight = voted_block(vote)
+    router = RouterSpec(12, 3, "sigmoid", True, epsilon=1e-20, capacity=4, block=8)
+    scores = on_device(replace(scores, router=router, starts=torch.tensor([6, 64])))
+    rule = CoresetRule(vote, count=9, protect=1, resident_bonus=2.0, max_vote_loss=0.02)
+    for each in (rule, CoresetRule(vote, count=3), CoresetRule(union=2), None):
+        agree(scores, each, vote_weight)
+    if vote != "max":
+        agree(scores, CoresetRule(vote, mass=0.7, min_experts=5, protect=1), vote_weight)
+
+
+@pytest.mark.parametrize("router", [GROUPED, ADMITTING], ids=["groups", "capacity"])
+def test_a_coreset_of_all_experts_is_the_unmodified_model(router: RouterSpec) -> None:
     generator = torch.Generator().manual_seed(4)
-    router = RouterSpec(64, 8, "sigmoid", True, 2.5, 8, 4, epsilon=1e-20)
     bias = torch.randn(64, generator=generator) / 4
     scores = on_device(Scores(torch.randn(1, 6, 64, generator=generator), router, bias=bias))
     plain, full = by_kernel(scores, None, None), by_kernel(scores, CoresetRule(count=64), None)
@@ -373,6 +230,8 @@ def test_unsupported_inputs_are_left_to_torch() -> None:
     assert route(scores, CoresetRule("full", count=4, protect=1, max_experts=3), None) is None
     had = PreviousCoresets(0.1, torch.ones(1, 8, dtype=torch.bool))
     assert route(replace(scores, previous_coresets=had), CoresetRule(count=4), None) is None
+    inside = RouterSpec(8, 2, "softmax", False, capacity=3)
+    assert route(replace(scores, router=inside), CoresetRule("max", mass=0.5), None) is None
     wide = RouterSpec(2048, 2, "softmax", False)
     assert route(Scores(torch.zeros(1, 3, 2048), wide), None, None) is None
 
@@ -412,7 +271,9 @@ class Queued(TorchDispatchMode):
         CoresetRule(union=2),
     ],
 )
-def test_routing_is_two_launches(rule: CoresetRule | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routing_is_two_launches_and_one_for_admission(
+    rule: CoresetRule | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With kernels that do nothing: only operations of torch itself are recorded."""
     from coterie.ops.triton import routing
 
@@ -426,10 +287,13 @@ def test_routing_is_two_launches(rule: CoresetRule | None, monkeypatch: pytest.M
         resident=torch.zeros(16, dtype=torch.bool),
     )
     vote_weight = torch.ones(1, 6)
-    with Queued() as queued:
-        routing.route(scores, rule, vote_weight)
-    assert len(launches) == 2
-    assert queued.seen == []
+    admitting = replace(scores, router=replace(scores.router, capacity=5))
+    for each, count in ((scores, 2), (admitting, 3)):
+        launches.clear()
+        with Queued() as queued:
+            routing.route(each, rule, vote_weight)
+        assert len(launches) == count
+        assert queued.seen == []
 
 
 LAUNCHES = """
@@ -439,10 +303,17 @@ from coterie.values import CoresetRule, RouterSpec, Scores
 
 mini = RouterSpec(256, 8, "sigmoid", True, 2.5, 8, 4, False, 1e-20)
 moe = RouterSpec(64, 8, "softmax", False)
+blocks = RouterSpec(256, 8, "sigmoid", True, 2.5, epsilon=1e-20, capacity=48)
 
 def go(router, tokens, rule):
     experts = torch.zeros(router.experts)
-    scores = Scores(torch.zeros(1, tokens, router.experts), router, experts, resident=experts > 0)
+    scores = Scores(
+        torch.zeros(1, tokens, router.experts),
+        router,
+        experts,
+        resident=experts > 0,
+        starts=torch.zeros(1, dtype=torch.int64),
+    )
     assert route(scores, rule, torch.ones(1, tokens)) is not None
 """
 
@@ -455,12 +326,14 @@ from coterie.ops.triton import vote_weights
 
 go(mini, 32, None)
 go(mini, 32, CoresetRule(count=38))
+go(blocks, 32, CoresetRule(count=38))
 vote_weights(torch.ones(1, 32), torch.ones(1, 32, dtype=torch.bool), invert_filter=True)
 vote_weights(None, torch.ones(1, 256))
 """
     )
     assert [kernel.name for kernel in kernels] == [
         *["vote_kernel", "choose_kernel"] * 2,
+        *["admit_kernel", "vote_kernel", "choose_kernel"],
         *["_vote_weights_kernel"] * 2,
     ]
     assert all(kernel.stack <= 16 for kernel in kernels), kernels

@@ -28,7 +28,7 @@ def block_routed(draw: st.DrawFn, *, one_block: bool = False) -> Scores:
     scores = draw(blocks(groups=False))
     rows, _, experts = scores.logits.shape
     block = draw(st.sampled_from((4, 8, 32)))
-    capacity = draw(st.integers(scores.router.k, experts - 1)) if scores.router.k < experts else 0
+    capacity = draw(st.integers(scores.router.k, experts))
     starts = torch.tensor([draw(st.integers(0, 70)) for _ in range(rows)])
     if one_block:
         block, starts = 64, None

@@ -86,13 +86,15 @@ def calls() -> dict[str, Call]:
         made[f"run_experts {kind}"] = Call(
             ops.run_experts, (tokens, routing(), ops.pack(slab)), plain_experts
         )
+    groups, blocks = {"groups": 4, "topk_groups": 2}, {"capacity": 7, "block": 4}
     for text in ("vanilla", "des-vote:beta=0.4", "mass-vote:tau=0.6", "des-seq:k=1"):
-        made[f"route {text}"] = Call(ops.route, route_arguments(text))
-        made[f"route by {text}"] = Call(
-            lambda scores, text=text: kernel_routing(text, scores),
-            (route_arguments(text)[0],),
-            lambda scores, text=text: route_by_mask(scores, parse_policy(text)),
-        )
+        for name, limit in (("", groups), (" in blocks", blocks)):
+            made[f"route{name} {text}"] = Call(ops.route, route_arguments(text, **limit))
+            made[f"route{name} by {text}"] = Call(
+                lambda scores, text=text: kernel_routing(text, scores),
+                (route_arguments(text, **limit)[0],),
+                lambda scores, text=text: route_by_mask(scores, parse_policy(text)),
+            )
     return made
 
 
@@ -141,8 +143,8 @@ def plain_experts(x: Tensor, routing: Routing, slab: Slab) -> Tensor:
     return out
 
 
-def route_arguments(text: str) -> tuple[Scores, CoresetRule | None, Tensor | None]:
-    router = RouterSpec(16, 3, "sigmoid", True, groups=4, topk_groups=2, epsilon=1e-20)
+def route_arguments(text: str, **limit: int) -> tuple[Scores, CoresetRule | None, Tensor | None]:
+    router = RouterSpec(16, 3, "sigmoid", True, epsilon=1e-20, **limit)
     reuse = PreviousCoresets(0.2, torch.rand(2, 16) < 0.5)
     scores = Scores(
         torch.randn(2, 5, 16),
@@ -151,6 +153,7 @@ def route_arguments(text: str) -> tuple[Scores, CoresetRule | None, Tensor | Non
         voters=torch.rand(2, 5),
         resident=torch.rand(16) < 0.5,
         previous_coresets=None if text == "vanilla" else reuse,
+        starts=torch.tensor([2, 37]),
     )
     form = parse_policy(text).kernel_rule(scores, 3)
     return form.scores, form.rule, form.vote_weight

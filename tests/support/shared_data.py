@@ -36,6 +36,13 @@ def field_cases(kind: str) -> list[tuple[str, str]]:
     return cases or [("absent", "ok")]
 
 
+def grading_cases() -> list[dict]:
+    """Outputs of models, each with its task, its gold and the right verdict; or a stand-in."""
+    index = SHARED / "cases" / "grading" / "numbers-and-latex.jsonl"
+    lines = index.read_text(encoding="utf-8").splitlines() if index.is_file() else []
+    return [json.loads(line) for line in lines] or [{"id": "absent", "task": "gsm8k"}]
+
+
 def field_case(kind: str, *parts: str) -> Path:
     """``field_case("configs", "01-llada2-plain")``: a case of ``field_cases``."""
     return _present("cases", kind, *parts)

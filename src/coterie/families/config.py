@@ -9,9 +9,12 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from coterie.errors import ConfigError, clip, quote
 from coterie.strict_json import read_object
+
+Scalar: TypeAlias = bool | int | float | str | None
 
 MAX_SIZE = 1 << 24
 """Upper limit of every size; a larger one means a damaged config."""
@@ -19,6 +22,7 @@ MAX_SIZE = 1 << 24
 IGNORED_KEYS = frozenset(
     (
         *("_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal"),
+        *("_flash_attn_2_enabled", "tf_legacy_loss", "use_bfloat16"),
         *("_commit_hash", "_experts_implementation", "_moe_implementation", "_name_or_path"),
         *("architectures", "attention_dropout", "attn_implementation", "auto_map"),
         *("bos_token_id", "embedding_dropout", "eos_token_id", "finetuning_task"),
@@ -39,10 +43,39 @@ IGNORED_KEYS = frozenset(
 )
 """Keys without effect on a forward pass: training, bookkeeping, and token ids (read separately)."""
 
-NEUTRAL_VALUES: Mapping[str, tuple[bool | int, ...]] = {
+GENERATION_KEYS = frozenset(
+    [
+        "bad_words_ids",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "length_penalty",
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "output_scores",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+    ]
+)
+"""Options of another decoder, which tools that write every default leave in a config."""
+
+NEUTRAL_VALUES: Mapping[str, tuple[bool | int | dict[str, object], ...]] = {
     "add_cross_attention": (False,),
     "chunk_size_feed_forward": (0,),
     "is_encoder_decoder": (False,),
+    "pretraining_tp": (1,),
+    "pruned_heads": ({},),
     "tie_encoder_decoder": (False,),
     "use_regular_causal": (False,),
 }
@@ -111,7 +144,7 @@ class ModelConfig:
             raise self.error(key, f"is {quote(value)}, not true or false")
         return value
 
-    def allow_only(self, key: str, *supported: bool | int | float | str | None) -> None:
+    def allow_only(self, key: str, *supported: Scalar | dict[str, object]) -> None:
         """Raises ConfigError if the key is present with another value than these.
 
         Null is false, as in the models' own code.
@@ -131,7 +164,7 @@ class ModelConfig:
         """
         for key, neutral in NEUTRAL_VALUES.items():
             self.allow_only(key, *neutral, None)
-        known = self.read_keys | IGNORED_KEYS
+        known = self.read_keys | IGNORED_KEYS | GENERATION_KEYS
         if unknown := sorted(key for key in set(self.values) - known if self.get(key) is not None):
             raise ConfigError(
                 f"{self.file}: unknown key {clip(', '.join(map(repr, unknown)), 300)}"

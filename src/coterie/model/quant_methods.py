@@ -16,10 +16,24 @@ TITLES = {
     "fbgemm_fp8": "FP8 (FBGEMM)",
     "fp8": "FP8",
     "gptq": "GPTQ",
+    "hqq": "HQQ",
     "mlx": "MLX",
     "mxfp4": "MXFP4",
 }
 """The title of each ``quant_method``; others are named as they stand in the config."""
+
+CONFIG_METHODS = (
+    ({"bits", "sym"}, "gptq"),
+    ({"bits", "group_size", "zero_point"}, "awq"),
+    ({"w_bit", "q_group_size"}, "awq"),
+    ({"bits", "group_size"}, "mlx"),
+    ({"load_in_4bit"}, "bitsandbytes"),
+    ({"load_in_8bit"}, "bitsandbytes"),
+    ({"config_groups"}, "compressed-tensors"),
+    ({"fmt", "activation_scheme"}, "fp8"),
+    ({"nbits"}, "hqq"),
+)
+"""Fields of a config that names no method, and the method that has them, in order."""
 
 TENSOR_METHODS = {
     "weight_packed": "compressed-tensors",
@@ -34,18 +48,11 @@ TENSOR_METHODS = {
 
 def method_of_config(quantization: Mapping[str, object]) -> str:
     """The title of the method that a config's ``quantization_config`` names."""
-    method = quantization.get("quant_method")
+    method = quantization.get("quant_method", quantization.get("quant_algo"))
     if method is None:
-        fields = set(quantization)
-        if {"group_size", "bits"} <= fields and "sym" not in fields:
-            method = "awq" if "zero_point" in fields else "mlx"
-        elif {"bits", "sym"} <= fields:
-            method = "gptq"
-        elif {"load_in_4bit", "load_in_8bit"} & fields:
-            method = "bitsandbytes"
-    if method is None:
-        return "an unnamed method"
-    return TITLES.get(str(method), str(method))
+        methods = (name for fields, name in CONFIG_METHODS if fields <= set(quantization))
+        method = next(methods, "an unnamed method")
+    return TITLES.get(str(method).lower(), str(method))
 
 
 def method_of_tensors(names: Collection[str]) -> str | None:

@@ -340,6 +340,7 @@ def flatten_batch(scores: Scores) -> Scores:
         progress=DecodeProgress(**{name: flatten(tensor) for name, tensor in progress.items()}),
         importance=flatten(scores.importance),
         vanilla_ids=flatten(scores.vanilla_ids),
+        starts=None,
         admitted=flatten(scores.admitted),
         forward_indices=scores.forward_indices[:1],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ from hard_answers import GSM8K
 from hard_formulas import MATH500
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from shared_data import field_case, grading_cases
 
 from coterie.errors import CoterieError
 from coterie.lab.evals.task import TaskOptions
@@ -21,6 +23,7 @@ from coterie.lab.evals.tasks.latex import is_equivalent
 from coterie.lab.evals.tasks.numbers import find_numbers, latex_to_plain
 
 integers = st.integers(-(10**7), 10**7)
+PLACES = ("#### {}", r"\boxed{{{}}}", "<answer>{}</answer>", "The answer is {}.")
 # Text that may stand after an answer: no box, no #### and no new question in it.
 prose = st.text(st.characters(exclude_characters="\\#:<{}"), max_size=60)
 
@@ -61,6 +64,54 @@ def test_math500_reads_formulas_as_they_are_written(output, gold, is_correct):
 @given(integers.filter(lambda n: n >= 0), st.sampled_from([":30", ":1", "^3", ".2.3", r"\sqrt{5}"]))
 def test_a_number_that_goes_on_is_not_that_number(number, rest):
     assert not gsm8k.grade(f"#### {number}{rest}", str(number)).correct
+
+
+JOINS = ("-", " - ", "\u2013", "..", " to ", " + ", "*", "-05-", " hours and ", " May ")
+
+
+@given(st.integers(0, 99), st.integers(0, 99), st.sampled_from(JOINS), st.sampled_from(PLACES))
+def test_a_part_of_a_range_or_date_is_not_the_answer(first, second, join, place):
+    output = place.format(f"{first}{join}{second}")
+    if first != second:
+        assert not gsm8k.grade(output, str(first)).correct
+        assert not gsm8k.grade(output, str(second)).correct
+
+
+@given(st.integers(1, 28), st.integers(1, 12), st.integers(1990, 2030), st.sampled_from("-/."))
+def test_no_part_of_a_date_is_the_answer(day, month, year, mark):
+    for date in (f"{day}{mark}{month:02}{mark}{year}", f"{year}{mark}{month:02}{mark}{day:02}"):
+        for gold in (day, month, year):
+            assert not gsm8k.grade(f"#### {date}", str(gold)).correct
+
+
+@given(st.integers(3, 12))
+def test_a_factorial_is_its_value_and_an_exclamation_is_none(number):
+    for place in ("#### {}", "\\boxed{{{}}}"):
+        output = place.format(f"{number}!")
+        assert not gsm8k.grade(output, str(number)).correct
+        assert gsm8k.grade(output, str(math.factorial(number))).correct
+    assert gsm8k.grade(f"The answer is {number}!", str(number)).correct
+
+
+@given(integers.filter(lambda n: n >= 0), st.sampled_from(PLACES))
+def test_words_after_an_answer_change_nothing(number, place):
+    for rest in (
+        " dollars",
+        " - all of it",
+        "-hour",
+        " of 7 days",
+        " (9 eggs at $2)",
+        " in 3 bags",
+    ):
+        assert gsm8k.grade(place.format(f"{number}{rest}"), str(number)).correct
+
+
+@pytest.mark.parametrize("case", grading_cases(), ids=lambda case: str(case["id"]))
+def test_answers_of_the_field_are_graded_as_expected(case):
+    field_case("grading")  # skips where the folder is absent
+    grade = {"gsm8k": gsm8k.grade, "math500": math500.grade}[case["task"]]
+    if case["expect"] is not None:  # else either verdict is right
+        assert grade(case["output"], case["gold"]).correct is case["expect"]
 
 
 @pytest.mark.parametrize("grade", [gsm8k.grade, math500.grade])

@@ -33,9 +33,10 @@ from coterie.lab.replay.trace import (
 )
 from coterie.lab.replay.trace_file import TraceWriter, read_trace
 from coterie.routing import parse_policy
+from coterie.testing import FAMILY_CONFIGS
 from coterie.values import expert_mask
 
-FAMILIES = ("llada2", "llada-moe", "sdar-moe")
+FAMILIES = tuple(FAMILY_CONFIGS)
 EXACT = (
     *("vanilla", "topk:k=2", "des-seq:k=1", "des-seq:k=2", "des-seq:k=2,voters=masked"),
     *("uniform-vote:beta=0.4", "uniform-vote:beta=0.3,voters=before-eos,protect=top1"),

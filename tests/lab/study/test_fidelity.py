@@ -65,10 +65,16 @@ from coterie.lab.study.reconstruction import ReconstructionExperiment
 from coterie.loading.load import Model
 from coterie.routing import POLICIES, parse_policy, route
 from coterie.telemetry import ExpertCounter
-from coterie.testing import random_transformer, read_spec, tiny_config, write_checkpoint
+from coterie.testing import (
+    FAMILY_CONFIGS,
+    random_transformer,
+    read_spec,
+    tiny_config,
+    write_checkpoint,
+)
 from coterie.tokenizer import IdTokenizer
 
-FAMILIES = ("llada2", "llada-moe", "sdar-moe")
+FAMILIES = tuple(FAMILY_CONFIGS)
 PROMPTS = ("5 17 33 2 9", "7 7 1", "40 41 42 43 44 45 46 60 61")
 CHAPTERS = (
     ReconstructionExperiment(),

@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define COTERIE_ABI 7
+#define COTERIE_ABI 8
 #define COTERIE_LAYOUT 1  // version of the packed layout; described in `ops/packed_layout.py`
 #define COTERIE_API extern "C" __attribute__((visibility("default")))
 
@@ -84,6 +84,9 @@ struct RouteArgs {
   const float* bias;         // [experts], or null
   const float* vote_weight;  // [T] weight of each token's vote; null = all 1
   const uint8_t* resident;   // [experts] experts in fast memory, or null
+  // With a capacity, each block of `block` positions admits that many experts; its tokens choose
+  // among these, and a coreset is elected among those of any block of the sequence.
+  const int64_t* starts;  // [sequences] position of the first token, or null: all 0
   int64_t* ids;          // [T, k], -1 = none; the same pointer as `vanilla_ids` to run the unmodified model
   int64_t* vanilla_ids;  // [T, k] top-k of the unmodified model
   float* weights;        // [T, k]
@@ -107,6 +110,7 @@ struct RouteArgs {
   float scale, epsilon;
   int32_t stride, sequences, tokens, experts, k, groups, kept_groups, renormalise, biased;
   int32_t vote, union_size, count, min_experts, protect, max_experts;
+  int32_t capacity, block;  // 0: no capacity
 };
 
 constexpr int MAX_GROUPS = 64;  // groups of experts: one bit each in a 64-bit mask

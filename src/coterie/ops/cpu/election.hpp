@@ -1,7 +1,6 @@
 // Elects a coreset from votes. Included once per instruction set. See `routing/coreset.py: elect`.
 #pragma once
-#include <math.h>
-#include "selection.hpp"
+#include "admission.hpp"
 
 namespace COTERIE_ISA::routing {
 
@@ -46,23 +45,9 @@ static void vote_full(const RouteArgs& e, size_t token, float vote_weight, Code*
 
 // Votes are the maximum score of each expert over all voters.
 static void vote_max(const RouteArgs& e, const SelectionScratch& scratch, int row) {
-  float* best = scratch.score;
-  for (int i = 0; i < e.experts; i++) best[i] = -INFINITY;
-  for (size_t t = size_t(row) * e.tokens; t < size_t(row + 1) * e.tokens; t++) {
-    const float* p = e.p + t * e.stride;
-    if (e.vote_weight && !(e.vote_weight[t] > 0)) continue;
-    int i = 0;
-    for (; WIDTH > 2 && i + WIDTH <= e.experts; i += WIDTH) {
-      Scores mine = load<Scores>(p + i), old = load<Scores>(best + i);
-      if (e.bias) mine += load<Scores>(e.bias + i);
-      store(best + i, mine > old ? mine : old);
-    }
-    for (; i < e.experts; i++) {
-      float mine = e.bias ? p[i] + e.bias[i] : p[i];
-      best[i] = mine > best[i] ? mine : best[i];
-    }
-  }
-  for (int i = 0; i < e.experts; i++) scratch.votes[i] = units(best[i]);
+  size_t begin = size_t(row) * e.tokens;
+  best_scores(e, begin, begin + e.tokens, e.vote_weight, scratch.score);
+  for (int i = 0; i < e.experts; i++) scratch.votes[i] = units(scratch.score[i]);
 }
 
 // Counts the votes of one sequence.
@@ -104,11 +89,11 @@ static void sort_down(const RouteArgs& e, const SelectionScratch& scratch, const
     int32_t* swapped = from;
     from = to, to = swapped;
   }
-  // Stable partition: protected experts first.
+  // Stable partition by tier.
   int count = 0;
-  for (int is_protected = 1; is_protected >= 0; is_protected--)
+  for (int tier = PROTECTED; tier <= EXCLUDED; tier++)
     for (int i = 0; i < e.experts; i++)
-      if (scratch.protected_mask[from[i]] == is_protected) to[count++] = from[i];
+      if (scratch.tier[from[i]] == tier) to[count++] = from[i];
   if (to != scratch.order) memcpy(scratch.order, to, size_t(e.experts) * sizeof *to);
 }
 
@@ -126,59 +111,22 @@ static int smallest_size(const RouteArgs& e, const SelectionScratch& scratch, co
   return count > e.min_experts ? count : e.min_experts;
 }
 
-// Marks the `size` experts with the largest keys, protected experts first; lower indices win ties.
-// A bisection finds the smallest selected key. With `only_protected`, all others are excluded.
-static void select_largest(const RouteArgs& e, const SelectionScratch& scratch, const Code* key, int size,
-                           bool only_protected, uint8_t* coreset) {
-  Code low = INT64_MAX, high = LOWEST_CODE;
-  int count = 0;  // experts with a key of at least `low`
-  for (int i = 0; i < e.experts; i++) {
-    if (only_protected && !scratch.protected_mask[i]) continue;
-    low = key[i] < low ? key[i] : low;
-    high = key[i] > high ? key[i] : high;
-    count++;
-  }
-  for (int i = 0; i < padded_codes(e.experts); i++) {
-    bool eligible = i < e.experts && (!only_protected || scratch.protected_mask[i]);
-    scratch.candidates[i] = !eligible                                      ? LOWEST_CODE
-                            : scratch.protected_mask[i] && !only_protected ? high + 1
-                                                                           : key[i];
-  }
-  high++;
-  while (low < high && count != size) {
-    Code middle = low + Code((uint64_t(high) - uint64_t(low) + 1) / 2);
-    Codes reach_lanes = {};
-    for (int i = 0; i < padded_codes(e.experts); i += WIDTH)
-      reach_lanes -= load<Codes>(scratch.candidates + i) >= middle;
-    Code lanes[WIDTH], reach_count = 0;
-    store(lanes, reach_lanes);
-    for (Code each : lanes) reach_count += each;
-    if (reach_count >= size) {
-      low = middle;
-      count = int(reach_count);
-    } else {
-      high = middle - 1;
-    }
-  }
-  for (int i = e.experts - 1; i >= 0; i--) {
-    coreset[i] = scratch.candidates[i] >= low;
-    if (scratch.candidates[i] == low && count > size) coreset[i] = 0, count--;
-  }
-}
-
 // Elects the coreset; `key` orders the experts, `votes` decide its size if `mass` is set.
 template <class Vote>
 static void select_coreset(const RouteArgs& e, const SelectionScratch& scratch, const Code* key,
                            const Vote* votes, uint8_t* coreset) {
-  int protect = 0, size = e.count;
-  for (int i = 0; i < e.experts; i++) protect += scratch.protected_mask[i];
+  int protect = 0, eligible = 0, size = e.count;
+  for (int i = 0; i < e.experts; i++) {
+    protect += scratch.tier[i] == PROTECTED;
+    eligible += scratch.tier[i] != EXCLUDED;
+  }
   if (e.mass > 0) {
     sort_down(e, scratch, key);
     size = smallest_size(e, scratch, votes);
   }
-  size = min_int(size > protect ? size : protect, e.experts);
+  size = min_int(size > protect ? size : protect, eligible);
   if (e.max_experts > 0) size = min_int(size, e.max_experts);
-  select_largest(e, scratch, key, size, protect > size, coreset);
+  select_largest(e, scratch, key, size, protect > size ? PROTECTED : CANDIDATE, coreset);
 }
 
 // Writes the experts of one set that are not in the other, sorted by votes in ascending or
@@ -231,8 +179,11 @@ static void apply_resident_bonus(const RouteArgs& e, const SelectionScratch& scr
 static void elect(const RouteArgs& e, const SelectionScratch& scratch, int row) {
   if (e.union_size > 0 && e.max_experts == 0)
     return mark_first_choices(e, row, e.union_size, scratch.coreset);
-  mark_first_choices(e, row, e.union_size > 0 ? e.union_size : e.protect, scratch.protected_mask);
+  mark_first_choices(e, row, e.union_size > 0 ? e.union_size : e.protect, scratch.coreset);
+  set_tiers(e, scratch, row, scratch.coreset);
   count_votes(e, scratch, row);
+  for (int i = 0; i < e.experts; i++)
+    if (scratch.tier[i] == EXCLUDED) scratch.votes[i] = 0;
   bool has_bonus = e.resident_bonus > 0 && e.resident;
   select_coreset(e, scratch, scratch.votes, scratch.votes, has_bonus ? scratch.plain : scratch.coreset);
   if (has_bonus) apply_resident_bonus(e, scratch);

@@ -25,7 +25,7 @@ from coterie.errors import ConfigError
 from coterie.ops.cpu.build import LIBRARY_PATH
 from coterie.ops.packed_layout import LAYOUT_VERSION
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 FORMAT_IDS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
 ACTIVATIONS = ("silu", "gelu-tanh")  # in the order of their ids
 ISA_VARIABLE = "COTERIE_ISA"
@@ -100,12 +100,12 @@ class RouteArgs(Structure):
     """See ``api.hpp``."""
 
     _fields_ = _fields(
-        pointers="logits p bias vote_weight resident ids vanilla_ids weights used ballots sums "
-        "previous_coresets reuse_vote_weight coresets reused vote_loss",
+        pointers="logits p bias vote_weight resident starts ids vanilla_ids weights used ballots "
+        "sums previous_coresets reuse_vote_weight coresets reused vote_loss",
         doubles="mass resident_bonus max_vote_loss reuse_tolerance",
         floats="scale epsilon",
         ints="stride sequences tokens experts k groups kept_groups renormalise biased "
-        "vote union_size count min_experts protect max_experts",
+        "vote union_size count min_experts protect max_experts capacity block",
     )
 
 

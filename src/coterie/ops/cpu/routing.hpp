@@ -15,7 +15,8 @@ static void penalise_dropped_groups(Code dropped, const Code* group, int n, Code
   for (; i < n; i++) code[i] -= in(dropped, int(group[i])) ? OUTSIDE_PENALTY : 0;
 }
 
-// Each token's top k of the coreset: first from the token's kept groups, then from the rest.
+// Each token's top k of the coreset: first from the token's kept groups, or the experts that its
+// block admits, then from the rest.
 static void choose_inside(const RouteArgs& e, const SelectionScratch& scratch, int row) {
   int count = 0, size = e.experts / e.groups;
   for (int i = 0; i < e.experts; i++) {
@@ -32,6 +33,8 @@ static void choose_inside(const RouteArgs& e, const SelectionScratch& scratch, i
     write_codes(scratch.score, bias, scratch.coreset_tie_break, count, scratch.code);
     if (e.kept_groups < e.groups)
       penalise_dropped_groups(scratch.dropped[t], scratch.group, count, scratch.code);
+    const Code* outside = e.capacity ? scratch.outside_of(t) : nullptr;
+    for (int i = 0; outside && i < count; i++) scratch.code[i] -= outside[scratch.member[i]];
     int chosen_count = choose(scratch.code, count, e.k, scratch.candidates, scratch.best);
     for (int j = 0; j < e.k; j++) e.ids[t * e.k + j] = j < chosen_count ? expert_of(e, scratch.best[j]) : -1;
   }
@@ -86,6 +89,8 @@ static bool all_finite(const float* x, size_t n) {
 static int32_t run_route(const RouteArgs& e) {
   if (e.k > e.experts || e.experts > 65535 || e.groups > MAX_GROUPS || e.experts % e.groups)
     return UNSUPPORTED_ROUTER;
+  if (e.capacity && (e.capacity < e.k || e.capacity > e.experts || e.block < 1 || e.kept_groups < e.groups))
+    return UNSUPPORTED_ROUTER;
   size_t tokens = size_t(e.sequences) * e.tokens;
   if (!all_finite(e.logits, tokens * e.experts)) return NOT_FINITE;
   SelectionScratch scratch(e);
@@ -93,6 +98,7 @@ static int32_t run_route(const RouteArgs& e) {
   bool splits = e.ballots && !e.sums;
   // Margins are measured from the best score outside the top k.
   int choices = splits && e.vote == MARGIN ? min_int(e.k + 1, e.experts) : e.k;
+  if (e.capacity) admit(e, scratch);
   for (size_t t = 0; t < tokens; t++) {
     choose_vanilla(e, scratch, t, choices);
     for (int j = 0; j < e.k; j++) e.vanilla_ids[t * e.k + j] = expert_of(e, scratch.best[j]);

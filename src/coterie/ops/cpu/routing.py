@@ -23,7 +23,6 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
     if (
         kernels is None
         or not _supports(scores, vote_weight)
-        or scores.router.capacity
         or (rule is None and previous is not None)
     ):
         return None
@@ -43,6 +42,7 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
         bias=optional_address(scores.bias, torch.float32, (experts,), "bias"),
         vote_weight=optional_address(vote_weight, torch.float32, by_token, "vote weights"),
         resident=optional_address(scores.resident, torch.bool, (experts,), "resident experts"),
+        starts=optional_address(scores.starts, torch.int64, (rows,), "starts"),
         ids=ids.data_ptr(),
         vanilla_ids=vanilla_ids.data_ptr(),
         weights=weights.data_ptr(),
@@ -75,6 +75,8 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
         min_experts=effective_rule.min_experts,
         protect=effective_rule.protect,
         max_experts=effective_rule.max_experts,
+        capacity=router.capacity,
+        block=router.block,
     )
     run, isa = kernels.handle.coterie_route, kernels.isa()
     if rule is not None and (rule.max_experts or not rule.union) and rule.vote in SPLIT_VOTES:

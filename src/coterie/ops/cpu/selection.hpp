@@ -31,19 +31,23 @@ constexpr double ROUNDING_MAGIC = 6755399441055744.0;  // 1.5 * 2**52: adding it
 
 static inline int padded_codes(int n) { return (n + CODE_STRIDE - 1) / CODE_STRIDE * CODE_STRIDE; }
 
-// Working memory of one call. Every array but the last has one padded entry per expert.
+// Working memory of one call. Every array but the last three has one padded entry per expert.
 struct SelectionScratch {
   Code *code, *candidates, *best, *key, *votes, *other;
   Code *tie_break, *coreset_tie_break;  // of all experts; of the coreset's
   Code* group;                          // of each coreset member
   int32_t *order, *swap, *restored, *evicted, *member;
   float *score, *bias;  // of each coreset member
-  uint8_t *protected_mask, *plain, *coreset;
+  uint8_t *tier, *plain, *coreset;  // see `enum Tier`
   Code* dropped;  // [T] groups that the router dropped for this token, as bits
+  Code* block;    // [T] index of the token's block, with a capacity
+  Code* outside;  // [blocks, experts] OUTSIDE_PENALTY for experts that the block does not admit
 
   explicit SelectionScratch(const RouteArgs& e) : wide_(size_t(padded_codes(e.experts)) + CODE_STRIDE) {
     size_t all = wide_ * (9 * sizeof(Code) + 5 * sizeof(int32_t) + 2 * sizeof(float) + 3);
-    all += size_t(e.sequences) * e.tokens * sizeof(Code);
+    size_t tokens = size_t(e.sequences) * e.tokens, blocks = 0;
+    if (e.capacity) blocks = size_t(e.sequences) * ((size_t(e.tokens) + e.block - 1) / e.block + 1);
+    all += (2 * tokens + blocks * wide_) * sizeof(Code);
     memory_ = aligned_alloc(64, (all + 63) / 64 * 64);
     at_ = static_cast<uint8_t*>(memory_);
     if (!memory_) return;
@@ -51,12 +55,14 @@ struct SelectionScratch {
         carve(coreset_tie_break);
     carve(group), carve(order), carve(swap), carve(restored), carve(evicted), carve(member), carve(score),
         carve(bias);
-    carve(protected_mask), carve(plain), carve(coreset), carve(dropped);
+    carve(tier), carve(plain), carve(coreset), carve(dropped, tokens), carve(block, tokens),
+        carve(outside, blocks * wide_);
     for (int i = 0; i < e.experts; i++) tie_break[i] = e.experts - 1 - i;
   }
   SelectionScratch(const SelectionScratch&) = delete;
   ~SelectionScratch() { free(memory_); }
   bool is_allocated() const { return memory_; }
+  Code* outside_of(size_t token) const { return outside + size_t(block[token]) * wide_; }
 
  private:
   size_t wide_;
@@ -65,8 +71,12 @@ struct SelectionScratch {
 
   template <class T>
   void carve(T*& array) {
+    carve(array, wide_);
+  }
+  template <class T>
+  void carve(T*& array, size_t count) {
     array = reinterpret_cast<T*>(at_);
-    at_ += wide_ * sizeof(T);
+    at_ += count * sizeof(T);
   }
 };
 
@@ -227,11 +237,19 @@ static Code drop_groups(const RouteArgs& e, const Code* code) {
   return dropped;
 }
 
+// Ranks experts that the token's block does not admit after all others.
+static void penalise_outside(const RouteArgs& e, const SelectionScratch& scratch, size_t token) {
+  const Code* outside = scratch.outside_of(token);
+  for (int i = 0; i < padded_codes(e.experts); i += WIDTH)
+    store(scratch.code + i, load<Codes>(scratch.code + i) - load<Codes>(outside + i));
+}
+
 static inline bool in(Code groups, int g) { return (groups >> g) & 1; }
 
 // A token's top-k experts in the unmodified model, as codes in `scratch.best`.
 static void choose_vanilla(const RouteArgs& e, const SelectionScratch& scratch, size_t token, int k) {
   write_codes(e.p + token * e.stride, e.bias, scratch.tie_break, e.experts, scratch.code);
+  if (e.capacity) penalise_outside(e, scratch, token);
   if (e.kept_groups == e.groups) {
     choose(scratch.code, e.experts, k, scratch.candidates, scratch.best);
     return;

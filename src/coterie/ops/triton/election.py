@@ -19,6 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from coterie.ops.triton.admission import activation, block_offset, dropped_groups, is_finite
 from coterie.ops.triton.sort_keys import (
     LOWEST_KEY,
     LOWEST_KEY64,
@@ -35,17 +36,20 @@ MARGIN_FLOOR = tl.constexpr(0.0009765625)  # 2**-10
 INTEGER_THRESHOLD = tl.constexpr(8388608.0)  # 2**23: from here on, fp32 holds whole numbers only
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "blocks"])
 def vote_kernel(
     logits,  # [S, N, E] fp32
     bias,  # [E] fp32, or None
     vote_weight,  # [S, N] fp32, or None
+    starts,  # [S] int64, or None; read with ``admitted``
+    admitted,  # [S, blocks, E] int32, or None: see ``admission``
     p_bits,  # out [S, N, E] int32: bits of p
     vanilla_ids,  # out [S, N, K] int64
     vote_sums,  # out [S, tiles, E] int64: votes of each tile, if VOTE
     marks,  # out [S, tiles, E] int32: whether a voter has the expert among its first MARKS
     used,  # out [E] uint8: zeroed for the next launch
     tokens,  # N
+    blocks,  # of ``admitted``
     VOTE: tl.constexpr,  # "" for none
     MARKS: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -58,6 +62,8 @@ def vote_kernel(
     GROUP_SIZE: tl.constexpr,
     PADDED_SIZE: tl.constexpr,
     CHOICES: tl.constexpr,  # K, padded
+    KEPT: tl.constexpr,  # experts in the kept groups, or that a block admits
+    BLOCK: tl.constexpr,  # positions of such a block
     TOKENS: tl.constexpr,  # per program
 ):
     tile, row = tl.program_id(0), tl.program_id(1)
@@ -72,8 +78,7 @@ def vote_kernel(
 
     z = tl.load(logits + offset, mask=valid, other=0.0)
     # Tokens with non-finite logits do not vote, and their p is NaN, which shows in the weights.
-    non_finite = ((z.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000).to(tl.int32)
-    finite = tl.max(non_finite, axis=1) == 0
+    finite = is_finite(z)
     z = tl.where(finite[:, None], z, 0.0)
     p = activation(tl.where(valid_column[None, :], z, float("-inf")), SIGMOID)
     c = p
@@ -89,16 +94,23 @@ def vote_kernel(
         )
         in_groups = in_groups & ~dropped
         bits = tl.where(dropped, bits | LOWEST_KEY, bits)
+    if admitted is not None:
+        block = row * blocks + (block_offset(starts, row, BLOCK) + token) // BLOCK
+        is_admitted = tl.load(
+            admitted + block[:, None] * EXPERTS + expert[None, :], mask=valid, other=1
+        )
+        in_groups = in_groups & (is_admitted > 0)
+        bits = tl.where(is_admitted > 0, bits, bits | LOWEST_KEY)
     tl.store(p_bits + offset, bits, mask=valid)
 
     # Margins are measured from the best score outside the top k.
     EXTRA: tl.constexpr = 1 if VOTE == "margin" and K < EXPERTS else 0
-    HAS_OUTER: tl.constexpr = TOPK_GROUPS * GROUP_SIZE < K + EXTRA
+    HAS_OUTER: tl.constexpr = KEPT < K + EXTRA
     choice = tl.arange(0, CHOICES)
     marked = tl.zeros((TOKENS, PADDED_GROUPS * PADDED_SIZE), tl.int1)
     inner = tl.where(in_groups, key, LOWEST_KEY)
     outer = tl.where(in_groups, LOWEST_KEY, key)
-    inner_count = tl.full((TOKENS,), TOPK_GROUPS * GROUP_SIZE, tl.int32)
+    inner_count = tl.full((TOKENS,), KEPT, tl.int32)
     columns, inner, outer, last_key, marked = topk_columns(
         inner,
         outer,
@@ -112,7 +124,7 @@ def vote_kernel(
         PADDED_GROUPS * PADDED_SIZE,
     )
     if EXTRA:
-        last_key = tl.max(inner if K < TOPK_GROUPS * GROUP_SIZE else outer, axis=1)
+        last_key = tl.max(inner if K < KEPT else outer, axis=1)
     # The key of a selected column was removed.
     selected = (valid_column[None, :] if HAS_OUTER else in_groups) & (inner == LOWEST_KEY)
     if HAS_OUTER:
@@ -155,6 +167,7 @@ def vote_kernel(
     do_not_specialize=[
         "tokens",
         "tiles",
+        "blocks",
         "count",
         "min_experts",
         "mass_bits",
@@ -164,6 +177,7 @@ def vote_kernel(
 )
 def choose_kernel(
     logits,  # [S, N, E] fp32
+    admitted,  # [S, blocks, E] int32, or None: see ``admission``
     p_bits,  # [S, N, E] int32; this and the next four are outputs of ``vote_kernel``
     vanilla_ids,
     vote_sums,
@@ -175,6 +189,7 @@ def choose_kernel(
     weights,  # out [S, N, K] fp32
     tokens,
     tiles,  # tiles per sequence in the first launch
+    blocks,  # of ``admitted``
     count,  # coreset size, unless MASS
     min_experts,  # minimum coreset size, if MASS
     mass_bits,  # bits of a double, as the next two
@@ -195,6 +210,7 @@ def choose_kernel(
     GROUP_SIZE: tl.constexpr,
     PADDED_SIZE: tl.constexpr,
     CHOICES: tl.constexpr,
+    KEPT: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     row = tl.program_id(1)
@@ -212,6 +228,19 @@ def choose_kernel(
         valid_column = (column // PADDED_SIZE < GROUPS) & (column % PADDED_SIZE < GROUP_SIZE)
         tile_offset = row * tiles * EXPERTS + expert
         coreset = valid_column
+        eligible = valid_column
+        if admitted is not None:
+            eligible = (
+                reduce_tiles(
+                    admitted + row * blocks * EXPERTS + expert,
+                    valid_column,
+                    blocks,
+                    EXPERTS,
+                    PADDED_GROUPS * PADDED_SIZE,
+                    "any",
+                )
+                > 0
+            )
         if RULE == "union":
             coreset = (
                 reduce_tiles(
@@ -234,6 +263,7 @@ def choose_kernel(
                 PADDED_GROUPS * PADDED_SIZE,
                 reduction,
             )
+            votes = tl.where(eligible, votes, 0)
             protected = tl.zeros((PADDED_GROUPS * PADDED_SIZE,), tl.int1)
             if PROTECT:
                 protected = (
@@ -251,12 +281,11 @@ def choose_kernel(
             coreset = elect(
                 votes,
                 protected,
-                valid_column,
+                eligible,
                 count,
                 min_experts,
                 mass_bits,
                 MASS,
-                EXPERTS,
                 PADDED_GROUPS * PADDED_SIZE,
             )
             if resident is not None:
@@ -266,12 +295,11 @@ def choose_kernel(
                 resident_coreset = elect(
                     weighted_votes,
                     protected,
-                    valid_column,
+                    eligible,
                     count,
                     min_experts,
                     mass_bits,
                     MASS,
-                    EXPERTS,
                     PADDED_GROUPS * PADDED_SIZE,
                 )
                 coreset = restore_votes(
@@ -288,7 +316,7 @@ def choose_kernel(
         if bias is not None:
             c = c + tl.load(bias + expert, mask=valid_column, other=0.0)[None, :]
         key = tl.where((coreset & valid_column)[None, :], float_to_key(c), LOWEST_KEY)
-        HAS_OUTER: tl.constexpr = TOPK_GROUPS < GROUPS
+        HAS_OUTER: tl.constexpr = KEPT < EXPERTS
         outer = tl.where(bits < 0, key, LOWEST_KEY)
         inner = tl.where(bits < 0, LOWEST_KEY, key) if HAS_OUTER else key
         inner_count = tl.sum((inner != LOWEST_KEY).to(tl.int32), axis=1)
@@ -327,49 +355,6 @@ def choose_kernel(
         w = tl.div_rn(w, tl.broadcast_to(total[:, None], (TOKENS, CHOICES)))
     tl.store(weights + choice_offset, w * SCALE, mask=valid_choice)
     tl.store(used + selected, tl.full((TOKENS, CHOICES), 1, tl.uint8), mask=valid)
-
-
-@triton.jit
-def activation(z, SIGMOID: tl.constexpr):
-    """p of logits [.., COLUMNS], which are -inf in padding columns."""
-    if SIGMOID:
-        exp_z = tl.exp(-tl.abs(z))
-        return tl.div_rn(tl.where(z >= 0, 1.0, exp_z), 1.0 + exp_z)
-    exps = tl.exp(z - tl.max(z, axis=1)[:, None])
-    return tl.div_rn(exps, tl.broadcast_to(tl.sum(exps, axis=1)[:, None], exps.shape))
-
-
-@triton.jit
-def dropped_groups(
-    key,
-    TOPK_GROUPS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    PADDED_GROUPS: tl.constexpr,
-    PADDED_SIZE: tl.constexpr,
-):
-    """Mask [tokens, COLUMNS] of dropped groups: all but the TOPK_GROUPS with the largest score.
-
-    A group's score is the sum of its two best scores.
-    """
-    keys = tl.reshape(key, (TOKENS, PADDED_GROUPS, PADDED_SIZE))
-    best = tl.max(keys, axis=2)
-    total = key_to_float(best)
-    if GROUP_SIZE > 1:
-        column = tl.arange(0, PADDED_SIZE)[None, None, :]
-        best_column = tl.min(tl.where(keys == best[:, :, None], column, PADDED_SIZE), axis=2)
-        total += key_to_float(
-            tl.max(tl.where(column == best_column[:, :, None], LOWEST_KEY, keys), axis=2)
-        )
-    # Padding groups rank below all others.
-    score = tl.where(best == LOWEST_KEY, LOWEST_KEY, float_to_key(tl.where(total == 0, 0.0, total)))
-    group = tl.arange(0, PADDED_GROUPS)
-    score_a, score_b = score[:, :, None], score[:, None, :]
-    lower_index = (group[None, :] < group[:, None])[None, :, :]
-    ranked_above = (score_b > score_a) | ((score_b == score_a) & lower_index)
-    dropped = tl.sum(ranked_above.to(tl.int32), axis=2) >= TOPK_GROUPS
-    expanded = tl.broadcast_to(dropped[:, :, None], (TOKENS, PADDED_GROUPS, PADDED_SIZE))
-    return tl.reshape(expanded.to(tl.int32), (TOKENS, PADDED_GROUPS * PADDED_SIZE)) != 0
 
 
 @triton.jit
@@ -433,17 +418,17 @@ def reduce_tiles(
 def elect(
     votes,  # [COLUMNS] int64, or fp64
     protected,
-    valid_column,
+    eligible,
     count,
     min_experts,
     mass_bits,
     MASS: tl.constexpr,
-    EXPERTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """The coreset, a mask [COLUMNS]: protected experts, then those with most votes."""
     rank = tl.arange(0, COLUMNS)
-    candidate = valid_column & ~protected
+    candidate = eligible & ~protected
+    candidate_count = tl.sum(candidate.to(tl.int32), axis=0)
     protected_count = tl.sum(protected.to(tl.int32), axis=0)
     FLOATS: tl.constexpr = votes.dtype == tl.float64
     key = double_to_key(votes) if FLOATS else votes
@@ -452,7 +437,7 @@ def elect(
     size = count
     if MASS:
         zero = tl.zeros_like(votes)
-        inside = rank < EXPERTS - protected_count
+        inside = rank < candidate_count
         value = tl.where(inside, key_to_double(order) if FLOATS else order, zero)
         protected_votes = tl.sum(tl.where(protected, votes, zero), axis=0)
         cumulative = (protected_votes + tl.cumsum(value, axis=0)).to(tl.float64)
@@ -462,7 +447,7 @@ def elect(
         # Protected experts alone may hold enough votes; then only ``min_experts`` adds others.
         needs_more = (protected_count == 0) | (protected_votes.to(tl.float64) < required)
         size = tl.maximum(tl.where(needs_more, protected_count + below_count + 1, 1), min_experts)
-    size = tl.minimum(tl.maximum(size - protected_count, 0), EXPERTS - protected_count)
+    size = tl.minimum(tl.maximum(size - protected_count, 0), candidate_count)
     return protected | first_candidates(key, candidate, size, order, rank)
 
 

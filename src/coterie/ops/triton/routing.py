@@ -1,4 +1,7 @@
-"""Routing on a GPU: two launches for any rule, without synchronising with the host."""
+"""Routing on a GPU: two launches for any rule, without synchronising with the host.
+
+A router with a capacity takes one more, for the experts that blocks admit.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from coterie.ops.triton.admission import admit_kernel
 from coterie.ops.triton.election import choose_kernel, vote_kernel
 from coterie.ops.triton.launch import ceil_div, launch, next_power_of_two
 from coterie.values import CoresetRule, RouterSpec, Routing, Scores
@@ -21,7 +25,7 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
     if not supports(scores, rule):
         return None
     rows, tokens, experts = scores.logits.shape
-    if rule is None:  # without an election, sequences do not matter
+    if rule is None and not scores.router.capacity:  # sequences do not matter
         rows, tokens = 1, rows * tokens
     config = launch_config(scores.router, tokens, rule is not None)
     empty = scores.logits.new_empty
@@ -36,24 +40,31 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
     ids = vanilla_ids if rule is None else torch.empty_like(vanilla_ids)
     bias = None if scores.bias is None else scores.bias.contiguous()
     logits = scores.logits.contiguous()
+    starts = None if scores.starts is None else scores.starts.contiguous()
+    admitted = _admit(scores, logits, bias, starts) if scores.router.capacity else None
+    blocks = 0 if admitted is None else admitted.shape[1]
     launch(
         vote_kernel,
         (config.tiles, rows),
         logits,
         bias,
         None if vote_weight is None else vote_weight.contiguous(),
+        starts,
+        admitted,
         p_bits,
         vanilla_ids,
         vote_sums,
         marks,
         used.view(torch.uint8),
         tokens,
+        blocks,
         VOTE=vote_kind,
         MARKS=mark_count,
         SIGMOID=scores.router.activation == "sigmoid",
         BIASED=scores.router.biased_weight and bias is not None,
         TOKENS=config.vote_tokens,
         num_warps=config.vote_warps,
+        BLOCK=scores.router.block,
         **config.constants,
     )
     resident = scores.resident if rule is not None and rule.resident_bonus > 0 else None
@@ -61,6 +72,7 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
         choose_kernel,
         (ceil_div(tokens, config.choose_tokens), rows),
         logits,
+        admitted,
         p_bits,
         vanilla_ids,
         vote_sums,
@@ -72,6 +84,7 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
         weights,
         tokens,
         config.tiles,
+        blocks,
         *_rule_numbers(rule),
         RULE=_size_kind(rule),
         BEST=vote_kind == "max",
@@ -90,8 +103,8 @@ def route(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
 def supports(scores: Scores, rule: CoresetRule | None) -> bool:
     """Whether the kernels support these scores and this rule."""
     router, logits = scores.router, scores.logits
-    limits = router.capacity or (rule is not None and rule.max_experts > 0)
-    if limits or scores.previous_coresets is not None:
+    has_maximum = rule is not None and rule.max_experts > 0
+    if has_maximum or scores.previous_coresets is not None:
         return False
     if logits.numel() == 0 or logits.requires_grad:
         return False
@@ -99,11 +112,36 @@ def supports(scores: Scores, rule: CoresetRule | None) -> bool:
         return False
     if logits.numel() >= 2**31 or router.k > router.experts or router.experts % router.groups:
         return False
-    if rule is not None and rule.vote == "max" and rule.mass > 0 and rule.protect > 0:
+    is_limited = router.capacity > 0 or (rule is not None and rule.protect > 0)
+    if rule is not None and rule.vote == "max" and rule.mass > 0 and is_limited:
         # Votes may be negative here, and their sums depend on an order that the kernel drops.
         return False
     constants = _column_constants(router)
     return constants["PADDED_GROUPS"] * constants["PADDED_SIZE"] <= MAX_COLUMNS
+
+
+def _admit(scores: Scores, logits: Tensor, bias: Tensor | None, starts: Tensor | None) -> Tensor:
+    """[S, blocks, E] int32: the experts that each block of a row admits."""
+    (rows, tokens, experts), router = logits.shape, scores.router
+    blocks = (tokens + router.block - 2) // router.block + 1
+    admitted = logits.new_empty((rows, blocks, experts), dtype=torch.int32)
+    launch(
+        admit_kernel,
+        (blocks, rows),
+        logits,
+        bias,
+        starts,
+        admitted,
+        tokens,
+        SIGMOID=router.activation == "sigmoid",
+        CAPACITY=router.capacity,
+        BLOCK=router.block,
+        EXPERTS=experts,
+        COLUMNS=next_power_of_two(experts),
+        TOKENS=min(8, next_power_of_two(router.block)),
+        num_warps=4,
+    )
+    return admitted
 
 
 @dataclass(frozen=True)
@@ -142,6 +180,7 @@ def _column_constants(router: RouterSpec) -> dict[str, int]:
     has_group_limit = router.topk_groups < router.groups
     groups = router.groups if has_group_limit else 1
     size = router.experts // groups
+    kept = router.topk_groups * size if has_group_limit else router.experts
     return {
         "EXPERTS": router.experts,
         "K": router.k,
@@ -151,6 +190,7 @@ def _column_constants(router: RouterSpec) -> dict[str, int]:
         "GROUP_SIZE": size,
         "PADDED_SIZE": next_power_of_two(size),
         "CHOICES": next_power_of_two(router.k),
+        "KEPT": router.capacity or kept,
     }
 
 

@@ -8,10 +8,11 @@ first ``####``, and ``flexible``, the last number. ``strict`` fails if the promp
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 
 from coterie.errors import TaskError
@@ -61,6 +62,16 @@ COMPUTATION = re.compile(r"(?:[\s\d.,+*/()$€£%-]*=)+\s*")  # "9 * 2 = "
 OR = re.compile(r"[\s*_`$]*(?P<unit>[A-Za-z]*)[\s*_`$]*,?[\s*_`$]*\bor\b[\s*_`$]*", re.IGNORECASE)
 LIST = re.compile(r"\s*(?:[,;]|,?\s*\band\b)\s*")
 WORD = re.compile(r"[\s*_`$]{0,9}(?P<unit>[A-Za-z]*)(?!\s{0,9}=)")  # "5A/5 or 20 = A" is no hedge
+# Between the numbers of what is not one number: a range, a computation without its result, a date,
+# "5 hours and 30 minutes".
+JOIN = re.compile(
+    r"[\s*_`$)]{0,9}(?:[-+*/~\u2010-\u2015\u00f7]|\.{2,3}|\u2026|to\b|"
+    r"(?:st|nd|rd|th)?\s*(?:of\s+)?(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)[a-z]*\.?,?|"
+    r"(?:years?|months?|weeks?|days?|hours?|hrs?|minutes?|feet|foot|ft|yards?|pounds?|lbs?|dollars?)"
+    r"[\s,]*(?:and\b)?)[\s*$(]{0,9}",
+    re.IGNORECASE,
+)
+FACTORIAL = re.compile(r"(?<![\w.,])(\d{1,2})\s?!(?!=)")
 BETWEEN_BOXES = re.compile(r"[\s$.,]*\bor\b[\s$]*", re.IGNORECASE)
 # "The total is 138 dollars for 5 people": the number of the claim, then numbers of its setting.
 CLAIM = re.compile(
@@ -192,7 +203,8 @@ def _marked_numbers(text: str) -> Numbers:
     for hashes in HASHES.finditer(text):
         candidates.append((hashes.start(), text[hashes.end() :].split("\n", 1)[0]))
     for start, content in sorted(candidates, reverse=True):
-        if numbers := _result_numbers(join_digit_groups(latex_to_plain(content))):
+        plain = join_digit_groups(latex_to_plain(content))
+        if numbers := _result_numbers(FACTORIAL.sub(_format_factorial, plain)):
             for box in boxes:
                 if box.stop <= start and BETWEEN_BOXES.fullmatch(text, box.stop, start):
                     numbers = _result_numbers(latex_to_plain(box.content)) + numbers
@@ -208,8 +220,12 @@ def _stated_numbers(text: str) -> Numbers:
         if first is not None and not rest[: first.start].strip(" -$€£¥₹"):
             computation = COMPUTATION.match(rest, first.start)
             result = "" if computation is None else rest[computation.end() :]
-            return _alternatives(result, 0) or _alternatives(rest, 0)
+            return _first_numbers(result) or _first_numbers(rest)
     return ()
+
+
+def _format_factorial(match: re.Match[str]) -> str:
+    return str(math.factorial(int(match[1])))
 
 
 def _result_numbers(text: str) -> Numbers:
@@ -219,7 +235,15 @@ def _result_numbers(text: str) -> Numbers:
     gaps = [result[a.stop : b.start] for a, b in pairwise(numbers)]
     if gaps and all(len(gap) <= MAX_GAP and LIST.fullmatch(gap) for gap in gaps):
         return tuple(numbers)
-    return _alternatives(result, 0) or _alternatives(text, 0)
+    return _first_numbers(result) or _first_numbers(text)
+
+
+def _first_numbers(text: str) -> Numbers:
+    """The number at the start of an answer; several where it is part of a range or a date."""
+    numbers = tuple(islice(find_numbers(text), 3))
+    gaps = (text[a.stop : b.start][: MAX_GAP + 1] for a, b in pairwise(numbers))
+    joined = sum(1 for _ in takewhile(JOIN.fullmatch, gaps))
+    return numbers[: joined + 1] if joined else _alternatives(text, 0)
 
 
 def _bold_numbers(text: str) -> Numbers:

@@ -40,9 +40,11 @@ NUMBER = re.compile(
     rf"(?:\s?/\s?(?P<under>(?:{WHOLE_NUMBER})(?:\.\d+)?)|[eE](?P<ten>[+-]?\d{{1,2}})(?!\w))?"
     r"(?P<scale>\s*(?:thousand|million|billion)\b)?"
 )
-# A time of day, a version, a ratio, a power, a root: the digits are no number of their own.
-NUMBER_GOES_ON = re.compile(r":\d|\.\d|\s*\^|\s*\\(?:sqrt|pi)\b")
-PART_BEFORE = re.compile(r"(?:\d[:.]|\^\s*\{?|\\sqrt\s*\{?)$")
+# A time of day, a date, a version, a ratio, a power, a root: the digits are no number of their own.
+NUMBER_GOES_ON = re.compile(r":\d|\.\d|/\s?\d|_\d|\s*(?:\^|√|\\(?:sqrt|pi)\b)")
+PART_BEFORE = re.compile(
+    r"(?:\d[:._]|\d/\s?\d{1,4}/\s?|\^\s*\{?|(?:√|\\sqrt)\s*(?:\[\d?\]?)?\s*\{?|(?:±|\\pm)\s?)\Z"
+)
 SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9}
 MAX_DIGITS = 300  # Python refuses to parse thousands of digits
 
@@ -86,7 +88,7 @@ def find_numbers(text: str) -> Iterator[ParsedNumber]:
 
 def _parse_number(match: re.Match[str], text: str) -> ParsedNumber | None:
     if NUMBER_GOES_ON.match(text, match.end()) or PART_BEFORE.search(
-        text, max(0, match.start() - 8), match.start()
+        text, max(0, match.start() - 12), match.start()
     ):
         return None
     core = match["core"].replace(",", "")
