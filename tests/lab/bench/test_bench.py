@@ -17,8 +17,8 @@ import torch
 from coterie.engine.engine import Engine
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import CoterieError
+from coterie.lab.bandwidth import read_rows, readable_rows, weight_buffers
 from coterie.lab.bench import llama, session, worker
-from coterie.lab.bench.bandwidth import read_rows, readable_rows, weight_buffers
 from coterie.lab.bench.baselines import (
     BASELINES,
     Baseline,
@@ -288,7 +288,7 @@ def test_logit_counts_of_a_block_decrease_evenly() -> None:
 
 
 def test_bytes_are_read_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coterie.lab.bench.bandwidth.cpu.is_available", lambda: False)
+    monkeypatch.setattr("coterie.lab.bandwidth.cpu.is_available", lambda: False)
     rows = readable_rows([torch.ones(3, 4, 5)])
     assert isinstance(rows[0], torch.Tensor)
     read_rows(rows, torch.tensor([True, False, True]))

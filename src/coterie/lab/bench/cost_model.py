@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from coterie import ops
-from coterie.lab.bench.bandwidth import AnyWeight, read_rows, readable_rows, weight_buffers
+from coterie.lab.bandwidth import AnyWeight, read_rows, readable_rows, weight_buffers
 from coterie.lab.bench.routings import balanced_routing
-from coterie.lab.bench.timing import time_once
+from coterie.lab.timing import time_once
 from coterie.model.cache import KVCache
 from coterie.model.moe import Dense, MoE
 from coterie.model.transformer import ParallelLayer, Transformer

@@ -24,9 +24,9 @@ from coterie.lab.bench.cost_model import (
     roofline_seconds,
 )
 from coterie.lab.bench.interleaved import ProgressCallback, Repeat, Sample, run_repeats
-from coterie.lab.bench.timing import time_once
 from coterie.lab.journal import Journal
 from coterie.lab.records import Measurement, measurements_ms, median_ratio
+from coterie.lab.timing import time_once
 from coterie.loading.load import Model
 from coterie.model.cache import KVCache
 from coterie.model.forward_context import ForwardContext
