@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coterie.engine.engine import Engine
 from coterie.engine.generation_config import GenerationConfig
@@ -27,7 +29,14 @@ from coterie.lab.bench.baselines import (
     ResolvedBaseline,
     resolve_baselines,
 )
-from coterie.lab.bench.cost_model import compute_probe, forward_cost, roofline_seconds
+from coterie.lab.bench.cost_model import (
+    compute_probe,
+    first_slab,
+    forward_cost,
+    overlapped,
+    part_bytes,
+    roofline_seconds,
+)
 from coterie.lab.bench.forward import logits_per_forward, random_blocks, time_forward
 from coterie.lab.bench.generate import random_prompts, time_generation
 from coterie.lab.bench.layer import draw_cases, group_by_memory, make_slab, time_layer
@@ -266,7 +275,17 @@ def test_flops_are_two_per_weight_and_token(experts: str) -> None:
     assert flops["head"] == 2 * 5 * spec.vocabulary * spec.hidden
     assert flops["experts"] == 2 * (32 * 4 * 2) * spec.expert_parameters
     assert flops["keys and values"] == 4 * 32 * 96 * spec.heads * spec.head_dim * spec.layers
-    assert all(rate > 0 for rate in compute_probe(transformer, 32).measure_rates().values())
+    slab, device = first_slab(transformer), transformer.device
+    probe = compute_probe(spec, slab, 32, matrix_dtype=transformer.dtype, device=device)
+    assert all(rate > 0 for rate in probe.measure_rates().values())
+
+
+@pytest.mark.parametrize("experts", ["fp32", "bf16", "int8"])
+def test_the_bytes_of_a_spec_are_those_of_the_model(experts: str) -> None:
+    model = random_model(TINY, experts)
+    cost = forward_cost(model.transformer, random_blocks(model, 32, 64, 1))
+    sizes = part_bytes(model.spec, model.transformer.dtype, 96)
+    assert sizes == pytest.approx(cost.part_bytes, rel=0.01)
 
 
 def test_the_roofline_sums_the_longer_time_of_each_part() -> None:
@@ -277,6 +296,11 @@ def test_the_roofline_sums_the_longer_time_of_each_part() -> None:
         rates={"experts": 50.0, "matrix": 30.0, "router": 4.0},
     )
     assert result == 6 + 3 + 2
+
+
+@given(st.floats(0, 10), st.floats(0, 10), st.floats(0, 1))
+def test_overlapped_times_lie_between_the_longer_and_the_sum(a: float, b: float, c: float) -> None:
+    assert max(a, b) - 1e-9 <= overlapped(a, b, c) <= a + b + 1e-9
 
 
 def test_logit_counts_of_a_block_decrease_evenly() -> None:

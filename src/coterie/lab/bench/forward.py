@@ -20,6 +20,7 @@ from coterie.lab.bench.cost_model import (
     KernelKind,
     RandomBlocks,
     compute_probe,
+    first_slab,
     forward_cost,
     roofline_seconds,
 )
@@ -130,7 +131,13 @@ def time_forward(
     transformer = model.transformer
     blocks = random_blocks(model, tokens, context, seed)
     cost = forward_cost(transformer, blocks)
-    probe = compute_probe(transformer, tokens)
+    probe = compute_probe(
+        transformer.spec,
+        first_slab(transformer),
+        tokens,
+        matrix_dtype=transformer.dtype,
+        device=transformer.device,
+    )
     logit_counts = logits_per_forward(num_logits, tokens)
     runs: dict[str, list[_BlockRun]] = {}
     for policy in policies:
