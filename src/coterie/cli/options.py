@@ -18,6 +18,7 @@ from coterie.cli.output import print_note
 from coterie.decoding.kv_schemes import PLANS
 from coterie.decoding.refinements import ALL_RULES
 from coterie.errors import ConfigError
+from coterie.lab.bench.shapes import SHAPES
 from coterie.lab.calibration import PromptSet, prompts_from_file, prompts_from_tasks
 from coterie.lab.evals.task import TaskOptions
 from coterie.lab.evals.tasks import TASKS, check_task_name
@@ -120,6 +121,10 @@ MODEL_HELP = "Model folder in the official layout, or hub id (default: the model
 Model = Annotated[str | None, runtime(MODEL_HELP, "--model", "-m")]
 ModelArgument = Annotated[
     str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)
+]
+SHAPE_HELP = f"{MODEL_HELP[:-1]}, or a shape. {one_of(SHAPES)}"
+ModelOrShape = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help=SHAPE_HELP, show_default=False)
 ]
 DTYPE_HELP = "Data type of the weights: float32, bfloat16 or float16 (default: the device's)."
 Dtype = Annotated[str | None, runtime(DTYPE_HELP)]

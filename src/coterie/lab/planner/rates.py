@@ -27,6 +27,7 @@ from coterie.lab.bench.cost_model import (
     part_flops,
     roofline_seconds,
 )
+from coterie.lab.bench.model import ExpertDtype
 from coterie.lab.planner.expert_counts import PassCounts
 from coterie.lab.replay.hardware_model import HardwareModel
 from coterie.lab.replay.hardware_model import predict_seconds as predict_forwards
@@ -57,7 +58,7 @@ class ShapeCost:
 
     spec: ModelSpec
     dtype: torch.dtype
-    format_name: str
+    format_name: ExpertDtype
     expert_bytes: int
 
     def bytes(self, positions: int, counts: PassCounts) -> float:
@@ -76,11 +77,6 @@ class ShapeCost:
     ) -> float:
         """Predicted mean seconds of forwards; the clock of replays counts fetched experts."""
         spec = self.spec
-        used, layers = counts.mean_used, len(spec.moe_layers)
-        computed = self.expert_seconds(rates, used, counts.pairs)
-        hardware = replace(rates.copies, memory_bandwidth=used * self.expert_bytes / computed)
-        sampled, _ = predict_forwards(hardware, counts.used, counts.loads, self.expert_bytes)
-        experts = float(sampled.mean()) * layers / counts.used.shape[1]
         sizes = part_bytes(spec, self.dtype, positions)
         flops: dict[ForwardPart, float] = dict(part_flops(spec, tokens, positions))
         flops["head"] = 2 * spec.hidden * spec.vocabulary * num_logits
@@ -91,7 +87,16 @@ class ShapeCost:
             rates={"matrix": rates.matrix_rate, "router": rates.router_rate},
             overlap=rates.overlap,
         )
+        experts = len(spec.moe_layers) * self.layer_seconds(rates, counts)
         return experts + others + spec.layers * rates.layer_seconds
+
+    def layer_seconds(self, rates: MachineRates, counts: PassCounts) -> float:
+        """Mean seconds of a layer's experts, those that are fetched included."""
+        computed = self.expert_seconds(rates, counts.mean_used, counts.pairs)
+        memory = counts.mean_used * self.expert_bytes / computed
+        hardware = replace(rates.copies, memory_bandwidth=memory, other_seconds=0.0)
+        sampled, _ = predict_forwards(hardware, counts.used, counts.loads, self.expert_bytes)
+        return float(sampled.mean()) / counts.used.shape[1]
 
     def expert_seconds(self, rates: MachineRates, experts: float, pairs: float) -> float:
         """Seconds of a layer's experts in memory."""
