@@ -146,6 +146,8 @@ SimulateExpertMemory = Annotated[str | None, memory(
     "Memory for routed experts to simulate (35%, 47, 6GiB) while all are in memory; routing "
     "and traffic are those of the smaller memory."
 )]  # fmt: skip
+AUTO_HELP = "Choose the experts' format and memory by `coterie plan` (takes seconds); never 4 bits."
+Auto = Annotated[bool, memory(AUTO_HELP, "--auto")]
 HOST_HELP = "Host memory for experts, between a GPU and the disk: bytes (20GiB) or auto."
 HostMemory = Annotated[str | None, memory(HOST_HELP)]
 CpuExperts = Annotated[str | None, memory(

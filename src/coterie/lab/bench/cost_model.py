@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ ForwardPart = Literal[
     "experts", "attention", "shared", "dense", "router", "head", "keys and values"
 ]
 KernelKind = Literal["matrix", "router", "experts"]
+KERNEL_KINDS: tuple[KernelKind, ...] = get_args(KernelKind)
 
 PART_OF_WEIGHT: Mapping[str, ForwardPart] = {
     "qkv": "attention",
@@ -95,10 +96,13 @@ class ComputeProbe:
     kernels: Mapping[KernelKind, tuple[Callable[[], object], float]]  # with FLOPs per call
     device: torch.device
 
-    def measure_rates(self) -> dict[KernelKind, float]:
+    def measure_rates(
+        self, kinds: Collection[KernelKind] = KERNEL_KINDS
+    ) -> dict[KernelKind, float]:
         """FLOPs per second by kind."""
         rates: dict[KernelKind, float] = {}
-        for kind, (kernel, flops) in self.kernels.items():
+        for kind in kinds:
+            kernel, flops = self.kernels[kind]
             kernel()  # loads the weights into the cache
             rates[kind] = REPEATS * flops / time_once(partial(_repeat, kernel), self.device)
         return rates
@@ -137,8 +141,10 @@ def compute_probe(
     for kind, dtype in kinds.items():
         weight = ops.prepare_matrix(torch.randn(MATRIX_ROWS, spec.hidden).to(device, dtype))
         kernels[kind] = (partial(ops.linear, x, weight), 2 * tokens * MATRIX_ROWS * spec.hidden)
-    k = min(CACHED_EXPERTS, spec.router.experts)
-    routing = balanced_routing(replace(spec.router, k=k), tokens, k, torch.Generator(), device)
+    experts = len(slab.slot_of)
+    k = min(CACHED_EXPERTS, experts)
+    router = replace(spec.router, experts=experts, k=k, groups=1, topk_groups=1)
+    routing = balanced_routing(router, tokens, k, torch.Generator(), device)
     run_experts = partial(ops.run_experts, x, routing, slab)
     kernels["experts"] = (run_experts, tokens * k * flops_per_pair(spec))
     return ComputeProbe(kernels, device)

@@ -8,6 +8,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from coterie import ops
 from coterie.errors import ConfigError
 from coterie.lab.bandwidth import read_rows, readable_rows, weight_buffers
-from coterie.lab.bench.cost_model import compute_probe
+from coterie.lab.bench.cost_model import KernelKind, compute_probe
 from coterie.lab.bench.forward import FORWARD, time_forward
 from coterie.lab.bench.model import ExpertDtype, random_experts, random_model, repeat_experts
 from coterie.lab.bench.shapes import ModelShape
@@ -39,7 +40,9 @@ from coterie.lab.timing import (
     predict_seconds,
     time_interleaved,
 )
+from coterie.model.size import model_size
 from coterie.model.spec import ModelSpec
+from coterie.model.transformer import LAYER_REGIONS
 from coterie.model.weights import expert_bytes
 from coterie.offload.cached_store import CachedExpertStore
 from coterie.offload.eviction import Lru
@@ -47,12 +50,13 @@ from coterie.offload.fetchers import ThreadedFetcher
 from coterie.offload.tiers import DiskTier, ExpertFileSpan, FileIdentity
 from coterie.ops.cpu.experts import allocate
 from coterie.ops.packed_layout import slab_of_packed
+from coterie.ops.threads import limited_threads
 from coterie.quantization import FORMATS
 from coterie.routing import parse_policy
 from coterie.values import PackedExperts, Routing, Slab, expert_mask
 
 LAYER_BYTES = 192 << 20  # bytes of the layer of experts that is timed
-MIN_ROUNDS, MAX_ROUNDS = 2, 7
+MIN_ROUNDS, MAX_ROUNDS, MATRIX_ROUNDS = 2, 7, 3
 READ_SECONDS = 0.5
 SECONDS = 2.0  # of the calls of one format, from the second round on
 WARM_CALLS = 3  # kernel calls per reading of the clock; the first finds the weights in memory
@@ -88,7 +92,8 @@ def measure_rates(
     timings: dict[str, LayerTiming] = {}
     for name in formats:
         on_progress(f"timing experts in {name}")
-        timings[name] = time_experts(shape, name, tokens)
+        with forward_threads(shape, tokens):
+            timings[name] = time_experts(shape, name, tokens)
     timed = timings.values()
     # A layer smaller than a cache is read in calls too short to show the bandwidth.
     measured = max(
@@ -96,11 +101,13 @@ def measure_rates(
         statistics.median(x for timing in timed for x in timing.read_bandwidths),
     )
     overlaps = [timing.overlap for timing in timed]
-    first = next(iter(timings.values()))
+    on_progress("timing matrices")
+    with forward_threads(shape, tokens):
+        matrix, router = measure_matrix_rates(shape, formats[0], tokens)
     rates = MachineRates(
         measured,
-        first.matrix_rate,
-        first.router_rate,
+        matrix,
+        router,
         {name: timing.warm for name, timing in timings.items()},
         statistics.fmean(overlaps),
         0.0,
@@ -116,6 +123,12 @@ def measure_rates(
     return rates if given.read is None else replace(rates, read_bandwidth=given.read)
 
 
+def forward_threads(shape: ModelShape, tokens: int) -> AbstractContextManager[None]:
+    """The threads that a forward of this model takes."""
+    active = model_size(shape.spec, torch.bfloat16).active_parameters
+    return limited_threads(active // shape.spec.layers * tokens, regions=LAYER_REGIONS)
+
+
 @dataclass(frozen=True)
 class LayerTiming:
     """A layer of experts in one format: read, multiplied from the cache, and both."""
@@ -123,8 +136,6 @@ class LayerTiming:
     warm: LatencyFit
     overlap: float
     read_bandwidths: Sequence[float]
-    matrix_rate: float
-    router_rate: float
 
 
 def time_experts(shape: ModelShape, name: ExpertDtype, tokens: int) -> LayerTiming:
@@ -151,11 +162,18 @@ def time_experts(shape: ModelShape, name: ExpertDtype, tokens: int) -> LayerTimi
     reads = [stats["read", size, 0]["median"] for size in sizes]
     layers = [stats["layer", size, tokens * k]["median"] for size in sizes]
     products = [predict_seconds(fit, size, tokens * k) for size in sizes]
-    probe = compute_probe(shape.spec, slab, tokens, matrix_dtype=dtype, device=CPU)
-    rates = [probe.measure_rates() for _ in range(3)]
-    matrix, router = (statistics.median(r[kind] for r in rates) for kind in ("matrix", "router"))
     bandwidths = [size * expert_bytes / s for size, s in zip(sizes, reads, strict=True)]
-    return LayerTiming(fit, fitted_overlap(reads, products, layers), bandwidths, matrix, router)
+    return LayerTiming(fit, fitted_overlap(reads, products, layers), bandwidths)
+
+
+def measure_matrix_rates(shape: ModelShape, name: ExpertDtype, tokens: int) -> list[float]:
+    """FLOPs per second of the matrix products and of the router's."""
+    kinds: tuple[KernelKind, ...] = ("matrix", "router")
+    slab = random_experts(cost_of(shape, name).spec, name, torch.Generator().manual_seed(0), CPU)
+    dtype = _other_dtype(name)
+    probe = compute_probe(shape.spec, slab, tokens, matrix_dtype=dtype, device=CPU)
+    rates = [probe.measure_rates(kinds) for _ in range(MATRIX_ROUNDS)]
+    return [statistics.median(each[kind] for each in rates) for kind in kinds]
 
 
 def timed_layer(shape: ModelShape, name: ExpertDtype) -> tuple[Slab, int]:
@@ -301,5 +319,5 @@ def _warm_calls(call: TimedFunction) -> None:
 def _warm_fit(
     stats: Mapping[tuple[str, int, int], TimingStats], cases: Sequence[tuple[int, int]]
 ) -> LatencyFit:
-    seconds = [stats["warm", *case]["low"] / WARM_CALLS for case in cases]
+    seconds = [stats["warm", *case]["median"] / WARM_CALLS for case in cases]
     return fit_latency([case[0] for case in cases], [case[1] for case in cases], seconds)

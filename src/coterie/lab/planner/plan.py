@@ -54,12 +54,25 @@ class Configuration:
     forward_bytes: Annotated[float, Key("bytes_a_forward")]
     fetched_bytes: Annotated[float, Key("fetched_bytes_a_forward")]
     forward_seconds: float
+    converted_to: ExpertDtype | None  # None: the format in which the model is stored
     tokens_per_second: Annotated[float, Key("tokens_per_second")]
     commands: Annotated[tuple[str, ...], Key("commands")]
 
     @property
     def seconds_per_token(self) -> float:
         return 1 / self.tokens_per_second
+
+    @property
+    def capacity(self) -> str | None:
+        """The share of experts in memory as options spell it; None for all."""
+        return None if self.share == 1 else f"{self.share:.0%}"
+
+    def describe(self) -> str:
+        return (
+            f"planned: experts in {self.format_name}, {self.share:.0%} of them in memory, "
+            f"{format_bytes(self.memory)} in all; {1e3 * self.forward_seconds:.0f} ms a forward "
+            f"and {self.tokens_per_second:.1f} tokens/s are predicted"
+        )
 
     def to_dict(self) -> dict[str, object]:
         return {**to_json(self), "ms_a_forward": 1e3 * self.forward_seconds}
@@ -149,6 +162,7 @@ def _configuration(planned: _Planned, cost: ShapeCost, policy: str, percent: int
         forward_bytes=block.forward_bytes,
         fetched_bytes=fetched,
         forward_seconds=block.forward_seconds,
+        converted_to=None if cost.format_name == model.stored_format else cost.format_name,
         tokens_per_second=model.block / block.seconds,
         commands=run_commands(
             model, cost.format_name, policy, percent, commit_routing=options.commit_routing

@@ -19,7 +19,7 @@ from coterie.model.spec import ModelSpec
 
 LARGE_COUNT = 128  # experts from which the coresets of LLaDA2.0-mini are planned
 SMALL_BETAS = SHAPES["llada-moe"].betas
-ALL_FORMATS: tuple[ExpertDtype, ...] = ("int8", "int4")
+QUANTISED: tuple[ExpertDtype, ...] = ("int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class PlannedModel:
 
     @property
     def formats(self) -> tuple[ExpertDtype, ...]:
-        """The formats that the model can run in: as stored, or quantised from that."""
+        """The formats to plan: as stored, or quantised from bf16. A small model needs no less."""
         stored = self.stored_format
-        converted = self.spec.expert_format is not None or self.spec.panels
-        return (stored,) if converted else (stored, *ALL_FORMATS)
+        can_convert = stored == "bf16" and not self.spec.panels
+        return (stored, *QUANTISED) if can_convert else (stored,)
 
     @property
     def source(self) -> str:
