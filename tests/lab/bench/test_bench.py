@@ -33,6 +33,7 @@ from coterie.lab.bench.cost_model import (
     compute_probe,
     first_slab,
     forward_cost,
+    kv_bytes,
     overlapped,
     part_bytes,
     roofline_seconds,
@@ -284,7 +285,8 @@ def test_flops_are_two_per_weight_and_token(experts: str) -> None:
 def test_the_bytes_of_a_spec_are_those_of_the_model(experts: str) -> None:
     model = random_model(TINY, experts)
     cost = forward_cost(model.transformer, random_blocks(model, 32, 64, 1))
-    sizes = part_bytes(model.spec, model.transformer.dtype, 96)
+    spec, dtype = model.spec, model.transformer.dtype
+    sizes = part_bytes(spec, dtype) | kv_bytes(spec, dtype, 96)
     assert sizes == pytest.approx(cost.part_bytes, rel=0.01)
 
 

@@ -74,7 +74,7 @@ def plan(name: str, memory: float, rates: MachineRates = MACHINE) -> tuple[Confi
 
 
 @given(machines, st.sampled_from(NAMES), st.floats(4, 40), st.floats(0, 40))
-@law(20)
+@law(6)
 def test_more_memory_gives_no_worse_first_choice(
     machine: MachineRates, name: str, memory: float, more: float
 ) -> None:
@@ -83,7 +83,7 @@ def test_more_memory_gives_no_worse_first_choice(
 
 
 @given(machines, st.sampled_from(NAMES), st.floats(4, 40))
-@law(20)
+@law(6)
 def test_each_configuration_fits_and_the_fastest_is_first(
     machine: MachineRates, name: str, memory: float
 ) -> None:
@@ -96,7 +96,7 @@ def test_each_configuration_fits_and_the_fastest_is_first(
 
 
 @given(machines, st.floats(1.1, 10))
-@law(20)
+@law(6)
 def test_a_faster_disk_or_memory_is_never_slower(machine: MachineRates, factor: float) -> None:
     faster_disk = replace(machine.copies, link_bandwidth=factor * machine.copies.link_bandwidth)
     for faster in (

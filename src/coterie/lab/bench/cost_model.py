@@ -195,13 +195,18 @@ def forward_cost(transformer: Transformer, blocks: RandomBlocks) -> ForwardCost:
     )
 
 
-def part_bytes(spec: ModelSpec, dtype: torch.dtype, positions: int) -> dict[ForwardPart, int]:
-    """Bytes that every forward reads, from the spec alone; ``positions`` are in the KV cache."""
+def part_bytes(spec: ModelSpec, dtype: torch.dtype) -> dict[ForwardPart, int]:
+    """Bytes of the weights that every forward reads, from the spec alone."""
     sizes: dict[ForwardPart, int] = {}
     for name, shape, stored_dtype in loaded_tensors(spec, dtype):
         if (part := _part_of(name, spec)) is not None:
             sizes[part] = sizes.get(part, 0) + prod(shape) * stored_dtype.itemsize
-    return sizes | {"keys and values": positions * spec.kv_features * dtype.itemsize}
+    return sizes
+
+
+def kv_bytes(spec: ModelSpec, dtype: torch.dtype, positions: int) -> dict[ForwardPart, int]:
+    """Bytes of the KV cache that a forward reads."""
+    return {"keys and values": positions * spec.kv_features * dtype.itemsize}
 
 
 def part_flops(spec: ModelSpec, tokens: int, visible_length: int) -> dict[ForwardPart, int]:

@@ -16,7 +16,6 @@ from coterie.lab.planner.planned_model import PlannedModel
 from coterie.lab.planner.rates import MachineRates, ShapeCost
 from coterie.lab.replay.cache_simulation import ReplayPolicy
 from coterie.loading.expert_memory import AUTO_KV_LENGTH, AUTO_MARGIN_BYTES
-from coterie.model.size import model_size
 from coterie.offload.capacity import format_bytes
 from coterie.ops import cpu
 from coterie.routing import check_layers, parse_policy
@@ -109,8 +108,7 @@ def make_plan(
 
 def memory_bytes(cost: ShapeCost, slots: int) -> int:
     """Bytes of the weights with so many experts a layer, a long KV cache and a forward's values."""
-    size = model_size(cost.spec, cost.dtype)
-    layers = len(cost.spec.moe_layers)
+    size, layers = cost.size, len(cost.spec.moe_layers)
     others = size.bytes - layers * size.layer_expert_bytes
     kv_bytes = min(AUTO_KV_LENGTH, cost.spec.max_length) * size.kv_bytes_per_token
     return others + layers * slots * cost.expert_bytes + kv_bytes + AUTO_MARGIN_BYTES

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 from coterie.keys import Key
 from coterie.lab.bench.cost_model import (
     ForwardPart,
+    kv_bytes,
     overlapped,
     part_bytes,
     part_flops,
@@ -32,6 +34,7 @@ from coterie.lab.planner.expert_counts import PassCounts
 from coterie.lab.replay.hardware_model import HardwareModel
 from coterie.lab.replay.hardware_model import predict_seconds as predict_forwards
 from coterie.lab.timing import LatencyFit, predict_seconds
+from coterie.model.size import ModelSize, model_size
 from coterie.model.spec import ModelSpec
 
 
@@ -61,10 +64,22 @@ class ShapeCost:
     format_name: ExpertDtype
     expert_bytes: int
 
+    @cached_property
+    def size(self) -> ModelSize:
+        return model_size(self.spec, self.dtype)
+
+    def part_bytes(self, positions: int) -> dict[ForwardPart, int]:
+        """Bytes that every forward reads besides experts."""
+        return self._weight_bytes | kv_bytes(self.spec, self.dtype, positions)
+
+    @cached_property
+    def _weight_bytes(self) -> dict[ForwardPart, int]:
+        return part_bytes(self.spec, self.dtype)
+
     def bytes(self, positions: int, counts: PassCounts) -> float:
         """Bytes that a forward reads; ``positions`` are in the KV cache."""
         experts = counts.mean_used * len(self.spec.moe_layers) * self.expert_bytes
-        return experts + sum(part_bytes(self.spec, self.dtype, positions).values())
+        return experts + sum(self.part_bytes(positions).values())
 
     def seconds(
         self,
@@ -77,7 +92,7 @@ class ShapeCost:
     ) -> float:
         """Predicted mean seconds of forwards; the clock of replays counts fetched experts."""
         spec = self.spec
-        sizes = part_bytes(spec, self.dtype, positions)
+        sizes = self.part_bytes(positions)
         flops: dict[ForwardPart, float] = dict(part_flops(spec, tokens, positions))
         flops["head"] = 2 * spec.hidden * spec.vocabulary * num_logits
         others = roofline_seconds(
