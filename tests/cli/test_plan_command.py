@@ -81,14 +81,14 @@ def test_a_trace_sets_experts_and_steps(capsys: Capture) -> None:
     trace = Path(__file__).parents[1] / "kept" / "words.trace"
     found = document(capsys, "plan", "--trace", str(trace), "-p", "vanilla")
     assert "as recorded" in found["assumptions"][0]
-    assert "of 32 experts" in refusal(capsys, "plan", "tiny", "--trace", str(trace))
+    assert "tiny has 4 of 32" in refusal(capsys, "plan", "tiny", "--trace", str(trace))
 
 
 def test_what_has_no_effect_or_no_meaning_is_refused(capsys: Capture) -> None:
     assert "--memory" in refusal(capsys, "plan", "tiny", "--memory", "3")
     assert "--disk" in refusal(capsys, "plan", "tiny", "--disk", "fast")
     assert "known: fp32" in refusal(capsys, "plan", "--expert-dtype", "int8")
-    assert "--experts is 500" in refusal(capsys, "plan", "tiny", "--experts", "500")
+    assert "--unique-experts is 500" in refusal(capsys, "plan", "tiny", "--unique-experts", "500")
 
 
 def test_auto_takes_what_runs_at_once(capsys: Capture, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def plan_command(
     read: Annotated[str | None, machine(READ_HELP)] = None, policies: BenchPolicies = None,
     expert_dtype: o.ExpertDtype = None, commit_routing: o.CommitRouting = None,
     steps_per_block: Annotated[int | None, assumed(STEPS_HELP, min=1)] = None,
-    experts: Annotated[float | None, assumed(EXPERTS_HELP, min=1)] = None,
+    unique_experts: Annotated[float | None, assumed(EXPERTS_HELP, min=1)] = None,
     trace: Annotated[Path | None, assumed(TRACE_HELP)] = None,
     verify_first: Annotated[bool, o.output(VERIFY_HELP, "--verify")] = False, json: o.Json = False,
 ) -> None:  # fmt: skip
@@ -60,7 +60,7 @@ def plan_command(
         tuple(engines.distinct_policies(policies or ())),
         () if expert_dtype is None else (expert_dtype,),
         steps=steps_per_block,
-        experts=experts,
+        unique_experts=unique_experts,
         trace=trace,
         commit_routing=commit_routing or engines.VANILLA,
     )

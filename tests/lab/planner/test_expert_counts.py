@@ -86,5 +86,5 @@ def test_a_recorded_trace_is_counted() -> None:
 
 @pytest.mark.parametrize("experts", [3, 65])
 def test_a_number_that_no_block_uses_is_refused(experts: int) -> None:
-    with pytest.raises(ConfigError, match="`experts` is"):
+    with pytest.raises(ConfigError, match="`unique_experts` is"):
         check_experts(experts, ROUTER)

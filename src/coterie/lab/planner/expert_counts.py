@@ -130,7 +130,7 @@ def check_experts(experts: float, router: RouterSpec) -> float:
     """A number of experts a block; raises ConfigError for one that no block can use."""
     if not router.k <= experts <= router.experts:
         raise ConfigError(
-            f"`experts` is {experts:g}; a block uses {router.k} to {router.experts} of them"
+            f"`unique_experts` is {experts:g}; a block uses {router.k} to {router.experts} of them"
         )
     return experts
 

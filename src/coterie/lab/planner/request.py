@@ -43,7 +43,7 @@ class PlanRequest:
     policies: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()  # of the experts
     steps: int | None = None  # decoding forwards of a block
-    experts: float | None = None  # of a layer, used by 32 tokens under vanilla
+    unique_experts: float | None = None  # of a layer, used by 32 tokens under vanilla
     trace: Path | None = None
     commit_routing: str = "vanilla"
 
@@ -80,8 +80,8 @@ class PlanRequest:
 
     def _recorded_sample(self, model: PlannedModel) -> RoutingSample:
         assert self.trace is not None
-        if self.experts is not None:
-            raise ConfigError("`experts` has no effect with `trace`, which counts them")
+        if self.unique_experts is not None:
+            raise ConfigError("`unique_experts` has no effect with `trace`, which counts them")
         trace, router = read_trace(self.trace), model.spec.router
         if (trace.header.experts, trace.header.k) != (router.experts, router.k):
             raise ConfigError(
@@ -92,8 +92,8 @@ class PlanRequest:
 
     def _assumed_sample(self, model: PlannedModel, steps: int) -> RoutingSample:
         unique, source = float(model.shape.unique_experts), model.source
-        if self.experts is not None:
-            unique, source = check_experts(self.experts, model.spec.router), "given"
+        if self.unique_experts is not None:
+            unique, source = check_experts(self.unique_experts, model.spec.router), "given"
         tokens = window_tokens(model, steps)
         return assumed_sample(model.spec.router, unique, tokens=tokens, steps=steps, source=source)
 
