@@ -21,6 +21,9 @@ from torch import Tensor
 
 from coterie.checkpoints.model_folder import ModelFolder
 from coterie.families import ModelConfig, detect_family
+from coterie.lab.planner.rate_fit import RateValidation, TimedForwards, validate
+from coterie.lab.planner.synthetic_trace import LLADA2_MINI, SyntheticShape, synthetic_trace
+from coterie.lab.planner.trace_serving import ServedTrace, serve_trace
 from coterie.lab.records import Measurement
 from coterie.lab.replay.cache_simulation import ReplayPolicy
 from coterie.lab.replay.trace import Trace
@@ -35,10 +38,7 @@ from coterie.ops.cpu.experts import allocate
 from coterie.ops.packed_layout import slab_of_packed
 from coterie.routing import parse_policy
 from coterie.values import Slab
-from experiments.rate_fit import RateValidation, TimedForwards, validate
 from experiments.records import LAW_RECORD, new_parser, read_law, save_record
-from experiments.synthetic_trace import LLADA2_MINI, SyntheticShape, synthetic_trace
-from experiments.trace_serving import ServedTrace, serve_trace
 
 Variant = tuple[ReplayPolicy, str]
 """A policy, and the share of experts in memory."""

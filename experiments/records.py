@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from coterie.keys import from_json
+from coterie.lab.planner.synthetic_trace import RoutingLaw
 from coterie.lab.records import Measurement, make_record, write_record
-from experiments.synthetic_trace import RoutingLaw
 
 ROOT = Path(__file__).parents[1]
 LAW_RECORD = ROOT / "results" / "replay-drawn-mini.json"

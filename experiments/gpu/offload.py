@@ -19,6 +19,8 @@ from torch import Tensor
 from coterie import ops
 from coterie.lab.bench.model import ExpertDtype, random_model
 from coterie.lab.bench.shapes import SHAPES
+from coterie.lab.planner.synthetic_trace import LLADA2_MINI, SyntheticShape, synthetic_trace
+from coterie.lab.planner.trace_serving import elections, routing_from_trace, store_counters
 from coterie.lab.replay.cache_simulation import ReplayPolicy, recorded_experts
 from coterie.lab.replay.trace import Mask, Trace, TraceForward
 from coterie.loading.load import Model
@@ -40,8 +42,6 @@ from experiments.gpu.forward import random_cache
 from experiments.gpu.report import PartReport
 from experiments.gpu.timing import time_launches
 from experiments.records import read_law
-from experiments.synthetic_trace import LLADA2_MINI, SyntheticShape, synthetic_trace
-from experiments.trace_serving import elections, routing_from_trace, store_counters
 
 SLOTS: dict[ExpertDtype, int] = {"bf16": 47, "int8": 92}  # of a layer, on a card of 8 GB
 VANILLA = ReplayPolicy(parse_policy("vanilla"))

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coterie.lab.machine import machine_info, quick_peak
 from coterie.lab.records import (
     Measurement,
     git_commit,
-    machine_info,
     make_record,
     package_versions,
     write_record,
@@ -57,7 +57,7 @@ def test_a_record_says_command_commit_machine_versions_and_samples(tmp_path: Pat
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found["command"] == ["scripts/bench"]
     assert found["commit"] == git_commit()
-    assert found["machine"] == {**machine_info(), "device": "cpu"}
+    assert found["machine"] == {**machine_info(), "device": "cpu", "peak": quick_peak()}
     assert found["versions"] == package_versions()
     assert found["facts"] == {"experts": 7}
     assert found["measures"] == [

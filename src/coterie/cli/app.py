@@ -11,10 +11,12 @@ from coterie.cli.bench import bench
 from coterie.cli.calibrate import calibrate_command
 from coterie.cli.chat import chat
 from coterie.cli.compare import compare
+from coterie.cli.doctor import doctor_command
 from coterie.cli.eval import evaluate
 from coterie.cli.generate import generate
 from coterie.cli.grade import grade
 from coterie.cli.inspect import inspect
+from coterie.cli.plan import plan_command
 from coterie.cli.policies import policies
 from coterie.cli.quantize import quantize
 from coterie.cli.replay import replay_command
@@ -30,6 +32,7 @@ COMMANDS = {
     "policies": policies,
     "eval": evaluate, "grade": grade, "calibrate": calibrate_command, "quantize": quantize,
     "train": train, "study": study, "trace": trace, "replay": replay_command,
+    "plan": plan_command, "doctor": doctor_command,
 }  # fmt: skip
 
 IMPORT_HELP = "Python file that registers routing policies (docs/adding.md); for any command."

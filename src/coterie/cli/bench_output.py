@@ -13,10 +13,10 @@ from coterie.lab.bench.forward import READ, ROOFLINE, ForwardTiming
 from coterie.lab.bench.generate import GenerationTiming
 from coterie.lab.bench.session import LayerBenchResult
 from coterie.lab.journal import Journal
+from coterie.lab.machine import machine_info
 from coterie.lab.records import (
     Measurement,
     git_commit,
-    machine_info,
     package_versions,
     record_path,
     write_record,

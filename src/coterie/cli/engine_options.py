@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,9 +20,11 @@ from coterie.decoding.kv_schemes import (
 from coterie.engine.engine import Engine, load
 from coterie.errors import ConfigError
 from coterie.lab.calibration import read_calibrated_policy
+from coterie.lab.planner.request import PlanRequest, first_choice
 from coterie.lab.replay.cache_simulation import TraceVotes
 from coterie.lab.replay.trace_file import is_trace, read_trace
 from coterie.loading.expert_memory import ExpertMemoryConfig
+from coterie.loading.load import choose_device
 from coterie.loading.low_precision import LowPrecisionExperts
 from coterie.loading.saved_votes import SavedVotes, read_votes
 from coterie.routing import check_coreset_reuse, format_policy, parse_policy
@@ -114,6 +116,27 @@ class EngineOptions:
         for note in (*engine.model.notes, *engine.model.placement.describe()):
             print_note(note)
         return engine
+
+
+def planned_options(options: EngineOptions, policy: str) -> EngineOptions:
+    """The options with the expert format and memory of the fastest configuration that fits.
+
+    A note says what was chosen, and its prediction. The policy stays as it is.
+    """
+    given = ("expert_memory", "simulate_expert_memory", "host_memory", "fallback_model", "dtype")
+    for name in given:
+        if getattr(options, name) is not None:
+            raise ConfigError(f"`{name}` has no effect with `auto`, which chooses the memory")
+    if choose_device(options.device).type != "cpu":
+        raise ConfigError("`auto` plans for a CPU; give `device=cpu`, or leave it out")
+    formats = () if options.expert_dtype is None else (options.expert_dtype,)
+    with progress_bar() as progress:
+        task = progress.add_task("planning", total=None)
+        request = PlanRequest(options.model, policies=(policy,), formats=formats)
+        choice = first_choice(request, lambda doing: progress.update(task, description=doing))
+    print_note(choice.describe())
+    changed = {"expert_dtype": choice.converted_to, "expert_memory": choice.capacity}
+    return replace(options, **changed)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def generate(
     prompt: o.Prompt, *, policy: o.PolicySpec = engines.VANILLA, decode: engines.DecodeOptions,
     sampling: engines.SamplingOptions, seed: o.Seed = None,
     no_chat_template: o.NoChatTemplate = False, engine_options: engines.EngineOptions,
-    coreset_reuse: o.CoresetReuse = None, json: o.Json = False,
+    coreset_reuse: o.CoresetReuse = None, auto: o.Auto = False, json: o.Json = False,
     live: Annotated[bool, o.output(LIVE_HELP, "--watch", "--live", "-w")] = False,
     compare_vanilla: Annotated[bool, o.output(VANILLA_HELP, "--compare-vanilla")] = False,
     plot_traffic: Annotated[Path | None, o.output(PLOT_HELP, metavar="NAME")] = None,
@@ -52,6 +52,8 @@ def generate(
     reuse = engines.reuse_options([spec], coreset_reuse)[spec]
     _check_output(engine_options.memory, json=json, live=live, plot=plot_traffic)
     text = engines.read_prompt(prompt)
+    if auto:
+        engine_options = engines.planned_options(engine_options, spec)
     engine = engine_options.open(count_vanilla=json or plot_traffic is not None)
     if plot_traffic is not None and engine.model.store.traffic_log is None:
         raise ConfigError(ALL_RESIDENT)

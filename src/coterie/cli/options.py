@@ -18,6 +18,7 @@ from coterie.cli.output import print_note
 from coterie.decoding.kv_schemes import PLANS
 from coterie.decoding.refinements import ALL_RULES
 from coterie.errors import ConfigError
+from coterie.lab.bench.shapes import SHAPES
 from coterie.lab.calibration import PromptSet, prompts_from_file, prompts_from_tasks
 from coterie.lab.evals.task import TaskOptions
 from coterie.lab.evals.tasks import TASKS, check_task_name
@@ -121,6 +122,10 @@ Model = Annotated[str | None, runtime(MODEL_HELP, "--model", "-m")]
 ModelArgument = Annotated[
     str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)
 ]
+SHAPE_HELP = f"{MODEL_HELP[:-1]}, or a shape. {one_of(SHAPES)}"
+ModelOrShape = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help=SHAPE_HELP, show_default=False)
+]
 DTYPE_HELP = "Data type of the weights: float32, bfloat16 or float16 (default: the device's)."
 Dtype = Annotated[str | None, runtime(DTYPE_HELP)]
 Device = Annotated[str, runtime("Device: auto, cpu, cuda or cuda:1.")]
@@ -141,6 +146,8 @@ SimulateExpertMemory = Annotated[str | None, memory(
     "Memory for routed experts to simulate (35%, 47, 6GiB) while all are in memory; routing "
     "and traffic are those of the smaller memory."
 )]  # fmt: skip
+AUTO_HELP = "Choose the experts' format and memory by `coterie plan` (takes seconds); never 4 bits."
+Auto = Annotated[bool, memory(AUTO_HELP, "--auto")]
 HOST_HELP = "Host memory for experts, between a GPU and the disk: bytes (20GiB) or auto."
 HostMemory = Annotated[str | None, memory(HOST_HELP)]
 CpuExperts = Annotated[str | None, memory(

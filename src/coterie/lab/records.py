@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -16,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from coterie.files import atomic_write
+from coterie.lab.machine import machine_info, quick_peak
 
 PACKAGES = ("coterie", "torch", "triton", "numpy", "safetensors", "tokenizers")
 
@@ -81,7 +80,7 @@ def make_record(
         "command": list(command),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
-        "machine": {**machine_info(), "device": device},
+        "machine": {**machine_info(), "device": device, "peak": dict(quick_peak())},
         "versions": package_versions(),
         "measures": [measurement.to_dict() for measurement in measurements],
         "facts": dict(facts or {}),
@@ -115,17 +114,6 @@ def git_commit(folder: Path | None = None) -> str:
     return head + ("+changes" if _git(directory, "status", "--porcelain", "-uno") else "")
 
 
-def machine_info() -> dict[str, object]:
-    """Processor, cores and memory (MiB; None if unknown)."""
-    return {
-        "system": f"{platform.system()} {platform.release()}",
-        "processor": _processor_name(),
-        "cores": os.cpu_count(),
-        "memory_mib": _memory_mib(),
-        "python": platform.python_version(),
-    }
-
-
 def package_versions() -> dict[str, str]:
     """Versions of the installed packages that affect measurements."""
     versions = {}
@@ -143,19 +131,3 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return result.stdout.strip()
-
-
-def _processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _memory_mib() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
-    except (AttributeError, OSError, ValueError):
-        return None

@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from coterie.engine.engine import Engine
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import CoterieError
+from coterie.lab.bandwidth import read_rows, readable_rows, weight_buffers
 from coterie.lab.bench import llama, session, worker
-from coterie.lab.bench.bandwidth import read_rows, readable_rows, weight_buffers
 from coterie.lab.bench.baselines import (
     BASELINES,
     Baseline,
@@ -28,7 +30,15 @@ from coterie.lab.bench.baselines import (
     resolve_baselines,
 )
 from coterie.lab.bench.concurrency import time_concurrency
-from coterie.lab.bench.cost_model import compute_probe, forward_cost, roofline_seconds
+from coterie.lab.bench.cost_model import (
+    compute_probe,
+    first_slab,
+    forward_cost,
+    kv_bytes,
+    overlapped,
+    part_bytes,
+    roofline_seconds,
+)
 from coterie.lab.bench.forward import logits_per_forward, random_blocks, time_forward
 from coterie.lab.bench.generate import random_prompts, time_generation
 from coterie.lab.bench.layer import draw_cases, group_by_memory, make_slab, time_layer
@@ -267,7 +277,18 @@ def test_flops_are_two_per_weight_and_token(experts: str) -> None:
     assert flops["head"] == 2 * 5 * spec.vocabulary * spec.hidden
     assert flops["experts"] == 2 * (32 * 4 * 2) * spec.expert_parameters
     assert flops["keys and values"] == 4 * 32 * 96 * spec.heads * spec.head_dim * spec.layers
-    assert all(rate > 0 for rate in compute_probe(transformer, 32).measure_rates().values())
+    slab, device = first_slab(transformer), transformer.device
+    probe = compute_probe(spec, slab, 32, matrix_dtype=transformer.dtype, device=device)
+    assert all(rate > 0 for rate in probe.measure_rates().values())
+
+
+@pytest.mark.parametrize("experts", ["fp32", "bf16", "int8"])
+def test_the_bytes_of_a_spec_are_those_of_the_model(experts: str) -> None:
+    model = random_model(TINY, experts)
+    cost = forward_cost(model.transformer, random_blocks(model, 32, 64, 1))
+    spec, dtype = model.spec, model.transformer.dtype
+    sizes = part_bytes(spec, dtype) | kv_bytes(spec, dtype, 96)
+    assert sizes == pytest.approx(cost.part_bytes, rel=0.01)
 
 
 def test_the_roofline_sums_the_longer_time_of_each_part() -> None:
@@ -280,6 +301,11 @@ def test_the_roofline_sums_the_longer_time_of_each_part() -> None:
     assert result == 6 + 3 + 2
 
 
+@given(st.floats(0, 10), st.floats(0, 10), st.floats(0, 1))
+def test_overlapped_times_lie_between_the_longer_and_the_sum(a: float, b: float, c: float) -> None:
+    assert max(a, b) - 1e-9 <= overlapped(a, b, c) <= a + b + 1e-9
+
+
 def test_logit_counts_of_a_block_decrease_evenly() -> None:
     assert logits_per_forward(7, 32) == (7,)
     assert logits_per_forward("block", 4) == (4, 3, 2, 1)
@@ -289,7 +315,7 @@ def test_logit_counts_of_a_block_decrease_evenly() -> None:
 
 
 def test_bytes_are_read_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coterie.lab.bench.bandwidth.cpu.is_available", lambda: False)
+    monkeypatch.setattr("coterie.lab.bandwidth.cpu.is_available", lambda: False)
     rows = readable_rows([torch.ones(3, 4, 5)])
     assert isinstance(rows[0], torch.Tensor)
     read_rows(rows, torch.tensor([True, False, True]))

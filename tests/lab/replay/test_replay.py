@@ -23,6 +23,7 @@ from test_trace import made as traced
 from coterie.cli.entry import run
 from coterie.engine.events import Result
 from coterie.errors import CoterieError
+from coterie.lab.planner.synthetic_trace import RoutingLaw, SyntheticShape, synthetic_trace
 from coterie.lab.replay.cache_simulation import (
     CacheConfig,
     ReplayPolicy,
@@ -59,7 +60,6 @@ from coterie.offload.simulated_store import CacheSimulator, SimulatedCacheStore
 from coterie.offload.traffic import Traffic, Transfer
 from coterie.routing import parse_policy
 from coterie.routing.reuse import reuse_masks
-from experiments.synthetic_trace import RoutingLaw, SyntheticShape, synthetic_trace
 
 Capture = pytest.CaptureFixture[str]
 SHAPE = SyntheticShape(layers=2, experts=24, k=3, tokens=6, steps=4, expert_bytes=(("bf16", 100),))

@@ -24,7 +24,6 @@ from coterie.errors import CoterieError
 from coterie.lab.bench import routings
 from coterie.lab.bench.profiler import OTHER, PARTS, Stopwatch, timed_model
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
-from coterie.lab.bench.timing import TimingBudget
 from coterie.lab.plotting import ColourScheme, render_svg
 from coterie.lab.study import layers, roofline, selection
 from coterie.lab.study.breakdown import BreakdownExperiment
@@ -45,6 +44,7 @@ from coterie.lab.study.roofline import RooflineExperiment
 from coterie.lab.study.selection import VERSIONS, SelectionExperiment
 from coterie.lab.study.study import EXPERIMENTS
 from coterie.lab.study.tradeoff import OBSERVED_POLICY, TradeoffExperiment
+from coterie.lab.timing import TimingBudget
 from coterie.routing import parse_policy, route
 from coterie.testing import write_checkpoint
 from coterie.values import RouterSpec

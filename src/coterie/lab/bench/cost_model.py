@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from math import prod
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from coterie import ops
-from coterie.lab.bench.bandwidth import AnyWeight, read_rows, readable_rows, weight_buffers
+from coterie.lab.bandwidth import AnyWeight, read_rows, readable_rows, weight_buffers
 from coterie.lab.bench.routings import balanced_routing
-from coterie.lab.bench.timing import time_once
+from coterie.lab.timing import time_once
 from coterie.model.cache import KVCache
 from coterie.model.moe import Dense, MoE
+from coterie.model.spec import ModelSpec
 from coterie.model.transformer import ParallelLayer, Transformer
+from coterie.model.weights import loaded_tensors
 from coterie.values import ExpertRequest, Slab, Window
 
 ForwardPart = Literal[
     "experts", "attention", "shared", "dense", "router", "head", "keys and values"
 ]
 KernelKind = Literal["matrix", "router", "experts"]
+KERNEL_KINDS: tuple[KernelKind, ...] = get_args(KernelKind)
+
+PART_OF_WEIGHT: Mapping[str, ForwardPart] = {
+    "qkv": "attention",
+    "out": "attention",
+    "gate": "router",
+    "shared.gate_up": "shared",
+    "shared.down": "shared",
+    "dense.gate_up": "dense",
+    "dense.down": "dense",
+}
+"""By the name of a layer's weight."""
 
 ONE_ROW = torch.ones(1, dtype=torch.bool)
 MATRIX_ROWS = 2048  # rows of a matrix that fits in the processor cache
@@ -81,10 +96,13 @@ class ComputeProbe:
     kernels: Mapping[KernelKind, tuple[Callable[[], object], float]]  # with FLOPs per call
     device: torch.device
 
-    def measure_rates(self) -> dict[KernelKind, float]:
+    def measure_rates(
+        self, kinds: Collection[KernelKind] = KERNEL_KINDS
+    ) -> dict[KernelKind, float]:
         """FLOPs per second by kind."""
         rates: dict[KernelKind, float] = {}
-        for kind, (kernel, flops) in self.kernels.items():
+        for kind in kinds:
+            kernel, flops = self.kernels[kind]
             kernel()  # loads the weights into the cache
             rates[kind] = REPEATS * flops / time_once(partial(_repeat, kernel), self.device)
         return rates
@@ -96,27 +114,39 @@ def roofline_seconds(
     *,
     bandwidth: float,
     rates: Mapping[KernelKind, float],
+    overlap: float = 1.0,
 ) -> float:
-    """The sum over parts of the longer of read time and compute time, in seconds."""
+    """The sum over parts of reading and computing, in seconds.
+
+    The longer of both hides the share ``overlap`` of the shorter; at 1 it is the sum of the longer.
+    """
     return sum(
-        max(size / bandwidth, part_flops[part] / rates[_kernel_kind(part)])
+        overlapped(size / bandwidth, part_flops[part] / rates[_kernel_kind(part)], overlap)
         for part, size in part_bytes.items()
     )
 
 
-def compute_probe(transformer: Transformer, tokens: int) -> ComputeProbe:
-    """The model's kinds of matrix products, with ``tokens`` tokens each."""
-    spec, device = transformer.spec, transformer.device
-    x = torch.randn(tokens, spec.hidden).to(device, transformer.dtype)
+def overlapped(first: float, second: float, overlap: float) -> float:
+    """Seconds of two activities, of which the longer hides the share ``overlap`` of the shorter."""
+    return first + second - overlap * min(first, second)
+
+
+def compute_probe(
+    spec: ModelSpec, slab: Slab, tokens: int, *, matrix_dtype: torch.dtype, device: torch.device
+) -> ComputeProbe:
+    """A model's kinds of matrix products, with ``tokens`` tokens each; ``slab`` has its experts."""
+    x = torch.randn(tokens, spec.hidden).to(device, matrix_dtype)
     kernels: dict[KernelKind, tuple[Callable[[], object], float]] = {}
-    kinds: dict[KernelKind, torch.dtype] = {"matrix": transformer.dtype, "router": torch.float32}
+    kinds: dict[KernelKind, torch.dtype] = {"matrix": matrix_dtype, "router": torch.float32}
     for kind, dtype in kinds.items():
         weight = ops.prepare_matrix(torch.randn(MATRIX_ROWS, spec.hidden).to(device, dtype))
         kernels[kind] = (partial(ops.linear, x, weight), 2 * tokens * MATRIX_ROWS * spec.hidden)
-    k = min(CACHED_EXPERTS, spec.router.experts)
-    routing = balanced_routing(replace(spec.router, k=k), tokens, k, torch.Generator(), device)
-    run_experts = partial(ops.run_experts, x, routing, _first_slab(transformer))
-    kernels["experts"] = (run_experts, tokens * k * _flops_per_pair(transformer))
+    experts = len(slab.slot_of)
+    k = min(CACHED_EXPERTS, experts)
+    router = replace(spec.router, experts=experts, k=k, groups=1, topk_groups=1)
+    routing = balanced_routing(router, tokens, k, torch.Generator(), device)
+    run_experts = partial(ops.run_experts, x, routing, slab)
+    kernels["experts"] = (run_experts, tokens * k * flops_per_pair(spec))
     return ComputeProbe(kernels, device)
 
 
@@ -147,32 +177,44 @@ def forward_cost(transformer: Transformer, blocks: RandomBlocks) -> ForwardCost:
     part_buffers: dict[ForwardPart, list[Tensor]] = {
         name: weight_buffers(buffers) for name, buffers in parts.items()
     }
-    part_bytes: dict[ForwardPart, int] = {
+    sizes = {
         name: sum(buffer.nbytes for buffer in buffers)
         for name, buffers in part_buffers.items()
         if buffers
     }
     flat = [buffer.view(1, -1) for buffers in part_buffers.values() for buffer in buffers]
-    flops = _part_flops(transformer, blocks)
+    flops = part_flops(spec, blocks.window.width, int(blocks.window.visible.max()))
     return ForwardCost(
         slabs,
         expert_bytes,
         readable_rows(flat),
-        part_bytes,
-        {part: flops[part] for part in part_bytes if part in flops},
-        flops_per_pair=_flops_per_pair(transformer),
+        sizes,
+        {part: flops[part] for part in sizes if part in flops},
+        flops_per_pair=flops_per_pair(spec),
         flops_per_logit=2 * spec.hidden * spec.vocabulary,
     )
 
 
-def _part_flops(transformer: Transformer, blocks: RandomBlocks) -> dict[ForwardPart, int]:
+def part_bytes(spec: ModelSpec, dtype: torch.dtype) -> dict[ForwardPart, int]:
+    """Bytes of the weights that every forward reads, from the spec alone."""
+    sizes: dict[ForwardPart, int] = {}
+    for name, shape, stored_dtype in loaded_tensors(spec, dtype):
+        if (part := _part_of(name, spec)) is not None:
+            sizes[part] = sizes.get(part, 0) + prod(shape) * stored_dtype.itemsize
+    return sizes
+
+
+def kv_bytes(spec: ModelSpec, dtype: torch.dtype, positions: int) -> dict[ForwardPart, int]:
+    """Bytes of the KV cache that a forward reads."""
+    return {"keys and values": positions * spec.kv_features * dtype.itemsize}
+
+
+def part_flops(spec: ModelSpec, tokens: int, visible_length: int) -> dict[ForwardPart, int]:
     """Two FLOPs per weight and token; for attention also the products with visible keys."""
-    spec, tokens = transformer.spec, blocks.window.width
     num_moe_layers = len(spec.moe_layers)
     flops_per_column = 2 * tokens * spec.hidden
     query_width = sum(spec.heads * layer.head_dim for layer in spec.attention)  # of all layers
     projected = sum(spec.qkv_rows(layer) for layer in range(spec.layers)) + query_width
-    visible_length = int(blocks.window.visible.max())
     return {
         "attention": flops_per_column * projected,
         "shared": flops_per_column * 3 * spec.shared_width * num_moe_layers,
@@ -182,15 +224,23 @@ def _part_flops(transformer: Transformer, blocks: RandomBlocks) -> dict[ForwardP
     }
 
 
-def _flops_per_pair(transformer: Transformer) -> int:
-    return 6 * transformer.spec.hidden * transformer.spec.expert_width
+def flops_per_pair(spec: ModelSpec) -> int:
+    """FLOPs of one token in one expert."""
+    return 6 * spec.hidden * spec.expert_width
+
+
+def _part_of(name: str, spec: ModelSpec) -> ForwardPart | None:
+    """The part that reads a weight; None for experts, vectors and looked-up rows."""
+    if name == ("embedding" if spec.tie_embeddings else "head"):
+        return "head"
+    return PART_OF_WEIGHT.get(name.partition(".")[2].partition(".")[2])
 
 
 def _kernel_kind(part: ForwardPart) -> KernelKind:
     return part if part in ("router", "experts") else "matrix"
 
 
-def _first_slab(transformer: Transformer) -> Slab:
+def first_slab(transformer: Transformer) -> Slab:
     """The experts of the first MoE layer."""
     layer_index = transformer.spec.moe_layers[0]
     feed_forward = transformer.layers[layer_index].feed_forward

@@ -20,13 +20,14 @@ from coterie.lab.bench.cost_model import (
     KernelKind,
     RandomBlocks,
     compute_probe,
+    first_slab,
     forward_cost,
     roofline_seconds,
 )
 from coterie.lab.bench.interleaved import ProgressCallback, Repeat, Sample, run_repeats
-from coterie.lab.bench.timing import time_once
 from coterie.lab.journal import Journal
 from coterie.lab.records import Measurement, measurements_ms, median_ratio
+from coterie.lab.timing import time_once
 from coterie.loading.load import Model
 from coterie.model.cache import KVCache
 from coterie.model.forward_context import ForwardContext
@@ -130,7 +131,13 @@ def time_forward(
     transformer = model.transformer
     blocks = random_blocks(model, tokens, context, seed)
     cost = forward_cost(transformer, blocks)
-    probe = compute_probe(transformer, tokens)
+    probe = compute_probe(
+        transformer.spec,
+        first_slab(transformer),
+        tokens,
+        matrix_dtype=transformer.dtype,
+        device=transformer.device,
+    )
     logit_counts = logits_per_forward(num_logits, tokens)
     runs: dict[str, list[_BlockRun]] = {}
     for policy in policies:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from coterie import ops
 from coterie.errors import ConfigError
+from coterie.lab.bandwidth import weight_buffers
 from coterie.lab.bench import worker
-from coterie.lab.bench.bandwidth import weight_buffers
 from coterie.lab.bench.baselines import ResolvedBaseline
 from coterie.lab.bench.interleaved import ProgressCallback, run_repeats
 from coterie.lab.bench.model import make_experts_slab, repeat_experts

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from coterie.errors import ConfigError
 from coterie.lab.bench.concurrency import setting_name
-from coterie.lab.bench.timing import timing_stats
 from coterie.lab.plotting import IntervalSeries, indexed_style, interval_chart, write_figure
+from coterie.lab.timing import timing_stats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.lab.bench.timing import wait_until_idle
+from coterie.lab.timing import wait_until_idle
 from coterie.loading.load import Model
 from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import FeedForward, MoE

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from coterie import ops
-from coterie.lab.bench.bandwidth import read_rows, readable_rows, weight_buffers
+from coterie.lab.bandwidth import read_rows, readable_rows, weight_buffers
 from coterie.lab.bench.baselines import BaselineError, BaselineProcess, ResolvedBaseline
 from coterie.lab.bench.interleaved import ProgressCallback, Repeat, Sample
 from coterie.lab.bench.shapes import ModelShape

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised
-from coterie.lab.bench import timing
+from coterie.lab import timing
 from coterie.lab.bench.profiler import (
     ELECTION,
     EXPERTS,

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from coterie.lab.bench.timing import TimingStats
 from coterie.lab.plotting import (
     FIGURE_HEIGHT,
     SeriesStyle,
@@ -20,6 +19,7 @@ from coterie.lab.plotting import (
     new_axes,
     policy_style,
 )
+from coterie.lab.timing import TimingStats
 
 T = TypeVar("T")
 LineStyle = str | tuple[int, tuple[float, ...]]

@@ -16,7 +16,7 @@ from coterie import ops
 from coterie.engine.engine import Engine
 from coterie.engine.observation import LayerObservation, collect_observations
 from coterie.errors import CoterieError, TaskError
-from coterie.lab.bench import timing
+from coterie.lab import timing
 from coterie.lab.bench.routings import find_skew, route_on_device, skewed_scores
 from coterie.lab.bench.shapes import LayerShape, random_slab
 from coterie.lab.study.context import StudyContext

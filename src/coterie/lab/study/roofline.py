@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from coterie.lab.bench import timing
+from coterie.lab import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
 from coterie.lab.study.charts import guide_series, line_chart, policy_series

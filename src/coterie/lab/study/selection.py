@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from coterie.engine.engine import Engine
 from coterie.engine.observation import collect_observations
-from coterie.lab.bench import timing
+from coterie.lab import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH, find_skew, skewed_scores
 from coterie.lab.plotting import policy_style
 from coterie.lab.study.charts import line_chart, milliseconds, timing_series

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from coterie.engine.observation import LayerObservation, collect_observations
 from coterie.errors import TaskError
-from coterie.lab.bench import timing
+from coterie.lab import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH
 from coterie.lab.plotting import policy_style
 from coterie.lab.study.charts import guide_series, line_chart, pareto_front, policy_series

@@ -202,16 +202,22 @@ class KernelLibrary:
 @cache
 def load_library() -> KernelLibrary | None:
     """The kernels, or None if they cannot be used; the reason is logged once."""
+    opened = open_library()
+    return _warn_unavailable(opened) if isinstance(opened, str) else opened
+
+
+def open_library() -> KernelLibrary | str:
+    """The kernels, or why they cannot be used."""
     try:
         handle = ctypes.CDLL(str(LIBRARY_PATH))
         handle.coterie_abi_version.argtypes = handle.coterie_layout_version.argtypes = ()
         versions = handle.coterie_abi_version(), handle.coterie_layout_version()
     except (OSError, AttributeError) as error:
         if LIBRARY_PATH.exists():
-            return _warn_unavailable(f"the library does not load ({error})")
-        return _warn_unavailable("no compiler was available at installation")
+            return f"the library does not load ({error})"
+        return "no compiler was available at installation"
     if versions != (ABI_VERSION, LAYOUT_VERSION):
-        return _warn_unavailable("the library is of another version; reinstall")
+        return "the library is of another version; reinstall"
     for name, (result, *arguments) in SIGNATURES.items():
         function = getattr(handle, f"coterie_{name}")
         function.restype, function.argtypes = result, arguments

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coterie.lab.bench import routings, timing
+from coterie.lab import timing
+from coterie.lab.bench import routings
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
-from coterie.lab.bench.timing import TimingStats
+from coterie.lab.timing import TimingStats
 from coterie.values import RouterSpec
 
 CPU = torch.device("cpu")

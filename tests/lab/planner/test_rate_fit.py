@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from policy_strategies import law
 
 from coterie.errors import ConfigError
+from coterie.lab.planner.rate_fit import TimedForwards, fit_rates, format_hardware, validate
 from coterie.lab.replay.hardware_model import HardwareModel, predict_seconds
-from experiments.rate_fit import TimedForwards, fit_rates, format_hardware, validate
 
 SIZE, LAYERS = 3_000_000, 3
 

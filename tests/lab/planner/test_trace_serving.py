@@ -14,6 +14,8 @@ from policy_strategies import law
 from torch import Tensor
 
 from coterie.errors import CoterieError
+from coterie.lab.planner.synthetic_trace import RoutingLaw, SyntheticShape, synthetic_trace
+from coterie.lab.planner.trace_serving import routing_from_trace, serve_trace
 from coterie.lab.replay.cache_simulation import (
     CacheConfig,
     ReplayPolicy,
@@ -29,8 +31,6 @@ from coterie.offload.resident_store import ResidentExpertStore
 from coterie.offload.tiers import HostTier
 from coterie.routing import parse_policy
 from coterie.values import expert_mask
-from experiments.synthetic_trace import RoutingLaw, SyntheticShape, synthetic_trace
-from experiments.trace_serving import routing_from_trace, serve_trace
 
 SHAPE = SyntheticShape(layers=2, experts=24, k=3, tokens=6, steps=4)
 LAW = RoutingLaw(expert_variance=0.2, block_variance=0.3, step_correlation=0.9)

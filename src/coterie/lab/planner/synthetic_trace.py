@@ -29,6 +29,7 @@ class SyntheticShape:
     k: int
     tokens: int = 32
     steps: int = 8  # forwards of a block; each unmasks as many tokens
+    commits: bool = False  # a last forward of each block, without masks, commits it
     expert_bytes: tuple[tuple[str, int], ...] = ()
 
 
@@ -67,12 +68,13 @@ def _draw_forwards(
     for block in range(blocks):
         block_part = expert_part + rng.standard_normal(shared) * law.block_variance**0.5
         token_part = rng.standard_normal((shape.layers, tokens, shape.experts))
-        order = rng.permutation(tokens)
-        for step in range(shape.steps):
+        order, forwards = rng.permutation(tokens), shape.steps + shape.commits
+        for step in range(forwards):
             masked = np.zeros(tokens, dtype=bool)
             masked[order[step * tokens // shape.steps :]] = True
             logits = LOGIT_STD * (block_part + token_part * token_std) + LOGIT_MEAN
-            yield _draw_forward(shape, logits, masked, block * shape.steps + step, block)
+            drawn = _draw_forward(shape, logits, masked, block * forwards + step, block)
+            yield drawn if step < shape.steps else replace(drawn, kind="commit")
             noise = rng.standard_normal(token_part.shape)
             token_part = correlation * token_part + (1 - correlation**2) ** 0.5 * noise
 

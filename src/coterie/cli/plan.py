@@ -1,0 +1,109 @@
+"""``coterie plan``: the configurations of a model that fit this machine, best first."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from rich.progress import TimeElapsedColumn
+from rich.table import Table
+
+from coterie.cli import engine_options as engines
+from coterie.cli import options as o
+from coterie.cli import output
+from coterie.cli.bench import BenchPolicies
+from coterie.lab.planner.measurement import GivenRates
+from coterie.lab.planner.plan import Configuration
+from coterie.lab.planner.request import DEFAULT_STEPS, PlanRequest, PlanResult
+from coterie.lab.planner.verification import verify
+from coterie.lab.replay.hardware_model import parse_bandwidth
+from coterie.offload.capacity import format_bytes, parse_bytes
+
+machine, assumed = o.panel("On what machine"), o.panel("What to assume")
+MEMORY_HELP = "Memory for the model, e.g. 8GiB (default: what is free)."
+DISK_HELP = "Disk bandwidth, e.g. 1GB/s (default: measured where experts do not fit)."
+READ_HELP = "Memory bandwidth, e.g. 40GB/s (default: measured)."
+STEPS_HELP = f"Forwards that fill a block (default {DEFAULT_STEPS}, or those of the trace)."
+EXPERTS_HELP = "Experts of a layer that 32 tokens use under vanilla (default: published, or alike)."
+TRACE_HELP = "File of `coterie trace`: experts are counted in it."
+VERIFY_HELP = "Run the first configuration on a random model, and compare the prediction."
+CAPTION = (
+    "experts, fetched: of a layer in a decoding forward, and those of them that come from the "
+    "disk; tokens/s includes the forwards that commit a block; int4 and coresets change answers"
+)
+
+
+@o.with_option_groups
+def plan_command(
+    model: o.ModelOrShape = None, *, memory: Annotated[str | None, machine(MEMORY_HELP)] = None,
+    disk: Annotated[str | None, machine(DISK_HELP)] = None,
+    read: Annotated[str | None, machine(READ_HELP)] = None, policies: BenchPolicies = None,
+    expert_dtype: o.ExpertDtype = None, commit_routing: o.CommitRouting = None,
+    steps_per_block: Annotated[int | None, assumed(STEPS_HELP, min=1)] = None,
+    unique_experts: Annotated[float | None, assumed(EXPERTS_HELP, min=1)] = None,
+    trace: Annotated[Path | None, assumed(TRACE_HELP)] = None,
+    verify_first: Annotated[bool, o.output(VERIFY_HELP, "--verify")] = False, json: o.Json = False,
+) -> None:  # fmt: skip
+    """Print what fits this machine, predicted milliseconds a forward, and the commands that run it.
+
+    Reads the config alone, and measures the machine for some seconds with random weights.
+
+    \b
+    coterie plan inclusionAI/LLaDA2.0-mini --memory 8GiB
+    coterie plan llada-moe --read 40GB/s --policy vanilla --verify
+    """
+    request = PlanRequest(
+        model,
+        None if memory is None else parse_bytes(memory, "`memory`"),
+        GivenRates(
+            *(_bandwidth(text, name) for text, name in ((read, "`read`"), (disk, "`disk`")))
+        ),
+        tuple(engines.distinct_policies(policies or ())),
+        () if expert_dtype is None else (expert_dtype,),
+        steps=steps_per_block,
+        unique_experts=unique_experts,
+        trace=trace,
+        commit_routing=commit_routing or engines.VANILLA,
+    )
+    with output.progress_bar(TimeElapsedColumn()) as progress:
+        task = progress.add_task("", total=None)
+        result = request.run(lambda doing: progress.update(task, description=doing))
+        check = None
+        if verify_first:
+            progress.update(task, description="running the first configuration")
+            check = verify(result)
+    document = result.to_dict() | ({} if check is None else {"verified": check.to_dict()})
+    lines = [] if check is None else ["", check.describe()]
+    output.print_result(document, *plan_lines(result), *lines, json=json)
+
+
+def plan_lines(result: PlanResult) -> list[Table | str]:
+    """The table, what it assumes, and the commands by number."""
+    rows = enumerate(result.configurations, start=1)
+    numbers = ("experts", "fetched", "memory", "read", "ms", "tokens/s")
+    table = output.plain_table(
+        "", "format", "in memory", "policy", numbers=numbers, caption=CAPTION,
+        rows=(_row(number, each) for number, each in rows),
+    )  # fmt: skip
+    notes = [f"Assumed: {text}." for text in result.assumptions]
+    return [table, "", *notes, "", *_command_lines(result.configurations)]
+
+
+def _row(number: int, each: Configuration) -> Sequence[str]:
+    return (
+        *(str(number), each.format_name, f"{each.share:.0%}", each.policy),
+        *(f"{each.experts:.1f}", f"{each.loads:.2f}", format_bytes(each.memory)),
+        format_bytes(each.forward_bytes),
+        *(f"{1e3 * each.forward_seconds:.0f}", f"{each.tokens_per_second:.1f}"),
+    )
+
+
+def _command_lines(configurations: Sequence[Configuration]) -> list[str]:
+    lines = []
+    for number, each in enumerate(configurations, start=1):
+        first, *rest = each.commands
+        lines += [f"{number:2} {first}", *(f"   {line}" for line in rest)]
+    return lines
+
+
+def _bandwidth(text: str | None, option: str) -> float | None:
+    return None if text is None else parse_bandwidth(text, option)

@@ -1,0 +1,263 @@
+"""What this installation is and does: the machine, the kernels, the extras, and what is broken."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from coterie import ops
+from coterie.checkpoints.source import find_folder
+from coterie.engine.engine import load
+from coterie.errors import ConfigError, CoterieError
+from coterie.keys import Key, to_json
+from coterie.lab.bench.routings import balanced_routing
+from coterie.lab.machine import (
+    CPU,
+    Gpu,
+    HostMemory,
+    Processor,
+    measure_disk_bandwidth,
+    measure_read_bandwidth,
+)
+from coterie.lab.records import package_versions
+from coterie.lab.timing import load_warnings, timing_conditions
+from coterie.offload.capacity import format_bytes
+from coterie.ops import reference
+from coterie.ops.cpu import build
+from coterie.ops.cpu.library import ISA_VARIABLE, KernelLibrary, open_library
+from coterie.quantization import FORMATS, QTensor, dequantize, quantize
+from coterie.values import RouterSpec, Slab
+
+State = Literal["ok", "note", "broken"]
+
+REBUILD = f"python {build.__file__}"
+QUESTION, ANSWER = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?", "7"
+EXTRAS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "serve": ("the HTTP server", ("fastapi", "uvicorn", "pydantic", "prometheus_client")),
+    "lab": ("figures, and grading of mathematics", ("matplotlib", "math_verify")),
+    "harness": ("lm-evaluation-harness", ("lm_eval",)),
+}
+"""By extra: what it is for, and the modules that it installs."""
+
+TEST_ROUTER = RouterSpec(8, 2, "softmax", renormalise=True)
+TEST_TOKENS, TEST_HIDDEN, TEST_WIDTH = 16, 128, 64
+MAX_ERRORS = {"bf16": 0.02, "int8": 0.04, "int4": 0.04}  # of a layer, from rounding alone
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: a fact, its state, and the command that mends it, if one does."""
+
+    name: Annotated[str, Key("name")]
+    value: Annotated[str, Key("value")]
+    state: Annotated[State, Key("state")] = "ok"
+    remedy: Annotated[str | None, Key("remedy")] = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings, and the measured numbers behind them."""
+
+    processor: Processor
+    memory: HostMemory
+    gpu: Gpu | None
+    read_bandwidth: float
+    disk_bandwidth: float | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def is_broken(self) -> bool:
+        return any(finding.state == "broken" for finding in self.findings)
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "processor": to_json(self.processor),
+            "memory": to_json(self.memory),
+            "gpu": None if self.gpu is None else to_json(self.gpu),
+            "read_bytes_per_second": self.read_bandwidth,
+            "disk_bytes_per_second": self.disk_bandwidth,
+            "versions": {"python": platform.python_version(), **package_versions()},
+            "findings": [to_json(finding) for finding in self.findings],
+            "broken": self.is_broken,
+        }
+
+
+def diagnose(model: str | None, on_progress: Callable[[str], None]) -> Diagnosis:
+    """Examines this machine; ``model`` names the folder whose disk is read."""
+    on_progress("reading memory")
+    processor, memory, gpu = Processor.of(), HostMemory.of(), Gpu.of()
+    read = measure_read_bandwidth()
+    folder = cache_folder() if model is None else find_folder(model, ())
+    on_progress("reading the disk")
+    disk = measure_disk_bandwidth(folder)
+    on_progress("testing the kernels")
+    library = open_library()
+    findings = (
+        processor_finding(processor),
+        memory_finding(memory, read),
+        disk_finding(folder, disk),
+        gpu_finding(gpu),
+        *kernel_findings(library, processor),
+        triton_finding(gpu),
+        *(kernel_test(name) for name in MAX_ERRORS),
+        answer_finding(),
+        *extra_findings(),
+        *(Finding("load", warning, "note") for warning in load_warnings(timing_conditions(CPU))),
+        Finding("versions", ", ".join(f"{n} {v}" for n, v in package_versions().items())),
+    )
+    return Diagnosis(processor, memory, gpu, read, disk, findings)
+
+
+def cache_folder() -> Path:
+    """The nearest existing folder of the hub's cache."""
+    cache = Path(HF_HUB_CACHE)
+    return next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+
+
+def processor_finding(processor: Processor) -> Finding:
+    numbers = "" if processor.family is None else f" (family {processor.family}, "
+    numbers += "" if processor.family is None else f"model {processor.model})"
+    sets = ", ".join(processor.instruction_sets) or "no sets that the kernels use"
+    threads = torch.get_num_threads()
+    return Finding(
+        "processor",
+        f"{processor.name}{numbers}, {processor.cores} cores, {threads} threads; {sets}",
+    )
+
+
+def memory_finding(memory: HostMemory, read: float) -> Finding:
+    total, available = (
+        "?" if size is None else format_bytes(size) for size in (memory.total, memory.available)
+    )
+    group = memory.group_available
+    limit = "" if group is None else f", {format_bytes(group)} left in its control group"
+    return Finding(
+        "memory", f"{total}, {available} available{limit}, read at {read / 1e9:.1f} GB/s"
+    )
+
+
+def disk_finding(folder: Path, disk: float | None) -> Finding:
+    if disk is None:
+        return Finding("disk", f"{folder} cannot be written to, so it was not timed", "note")
+    return Finding("disk", f"{disk / 1e9:.2f} GB/s, checksums included, below {folder}")
+
+
+def gpu_finding(gpu: Gpu | None) -> Finding:
+    if gpu is None:
+        return Finding("GPU", "none that PyTorch sees")
+    return Finding(
+        "GPU",
+        f"{gpu.name}, {format_bytes(gpu.available)} of {format_bytes(gpu.total)} free, "
+        f"link {gpu.link_bandwidth / 1e9:.1f} GB/s",
+    )
+
+
+def kernel_findings(library: KernelLibrary | str, processor: Processor) -> tuple[Finding, ...]:
+    """The CPU kernels: whether they run, on which instruction set, and why not on a better one."""
+    if isinstance(library, str):
+        state: State = "broken" if build.LIBRARY_PATH.exists() else "note"
+        compiler = find_compiler()
+        remedy = REBUILD if compiler else f"install a C++ compiler (such as g++), then {REBUILD}"
+        value = f"not used, PyTorch computes instead: {library}"
+        return (Finding("CPU kernels", value, state, remedy),)
+    try:
+        chosen = library.isa()
+    except ConfigError as error:
+        return (Finding("CPU kernels", str(error), "broken", f"unset {ISA_VARIABLE}"),)
+    name = next(isa for isa, number in library.isas.items() if number == chosen)
+    reason = _why_not_better(library, name)
+    value = f"{name}: experts, matrices, routing and attention of a bf16 model{reason}"
+    findings = [Finding("CPU kernels", value, "note" if ISA_VARIABLE in os.environ else "ok")]
+    if build.is_stale():
+        stale = "the library is older than its sources"
+        findings.append(Finding("library", stale, "note", REBUILD))
+    return tuple(findings)
+
+
+def _why_not_better(library: KernelLibrary, name: str) -> str:
+    known = list(build.ISA_FLAGS)
+    if name == known[-1]:
+        return ""
+    if name != list(library.isas)[-1]:
+        return f"; {ISA_VARIABLE}={name} rules out {list(library.isas)[-1]}"
+    missing = known[known.index(name) + 1] if name in known else known[-1]
+    return f"; the processor lacks {missing}"
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that a rebuild would use; None without one."""
+    with suppress(build.NoCompilerError):
+        return " ".join(build.find_compiler())
+    return None
+
+
+def triton_finding(gpu: Gpu | None) -> Finding:
+    if find_spec("triton") is not None:
+        use = "used on the GPU" if gpu is not None else "installed; it has no effect without a GPU"
+        return Finding("Triton", use)
+    if gpu is None:
+        return Finding("Triton", "not installed, and of no use without a GPU")
+    return Finding(
+        "Triton", "not installed: the GPU runs PyTorch alone", "note", "pip install triton"
+    )
+
+
+def kernel_test(name: str) -> Finding:
+    """One layer of random experts by the installed kernels, against plain torch."""
+    title = f"layer in {name}"
+    try:
+        error = layer_error(name)
+    except Exception as failure:  # whatever a broken library raises is a finding
+        text = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+        return Finding(title, text, "broken", REBUILD)
+    state: State = "ok" if error <= MAX_ERRORS[name] else "broken"
+    remedy = None if state == "ok" else REBUILD
+    return Finding(title, f"{error:.2%} off plain torch", state, remedy)
+
+
+@torch.inference_mode()
+def layer_error(name: str) -> float:
+    """Relative error of a layer by ``ops`` against the reference with the same stored weights."""
+    generator = torch.Generator().manual_seed(0)
+    experts, hidden, width = TEST_ROUTER.experts, TEST_HIDDEN, TEST_WIDTH
+    up = torch.randn(experts, 2 * width, hidden, generator=generator) * hidden**-0.5
+    down = torch.randn(experts, hidden, width, generator=generator) * width**-0.5
+    x = torch.randn(TEST_TOKENS, hidden, generator=generator).bfloat16()
+    routing = balanced_routing(TEST_ROUTER, TEST_TOKENS, experts, generator, CPU)
+    slots = torch.arange(experts)
+    stored = [quantize(w, FORMATS[name]) if name in FORMATS else w.bfloat16() for w in (up, down)]
+    plain = [dequantize(w) if isinstance(w, QTensor) else w.float() for w in stored]
+    expected = reference.run_experts(x.float(), routing, Slab(*plain, slots))
+    result = ops.run_experts(x, routing, ops.prepare(Slab(*stored, slots)))
+    return float((result - expected).norm() / expected.norm())
+
+
+def answer_finding() -> Finding:
+    """The model in the package answers one question."""
+    try:
+        result = load(None, device="cpu").generate(QUESTION, max_new_tokens=64)
+    except (CoterieError, OSError, RuntimeError) as error:
+        return Finding("model", " ".join(str(error).split())[:200], "broken", "pip install coterie")
+    right = ANSWER in result.text
+    value = f"{result.text.strip()!r} at {result.tokens_per_second:.0f} tokens/s"
+    return Finding("model", f"the one in the package answers {value}", "ok" if right else "broken")
+
+
+def extra_findings() -> list[Finding]:
+    """Each optional extra: installed, or the command that installs it."""
+    findings = []
+    for name, (purpose, modules) in EXTRAS.items():
+        missing = [module for module in modules if find_spec(module) is None]
+        remedy = f"pip install '.[{name}]' in a clone of Coterie" if missing else None
+        text = f"lacks {', '.join(missing)}" if missing else "installed"
+        findings.append(Finding(f"extra {name}", f"{text}; for {purpose}", "ok", remedy))
+    return findings

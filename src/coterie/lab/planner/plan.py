@@ -1,0 +1,168 @@
+"""Plans: the configurations of a model that fit a machine, best first, and their commands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from coterie.errors import ConfigError
+from coterie.keys import Key, to_json
+from coterie.lab.bench.model import ExpertDtype
+from coterie.lab.planner.block_time import predict_block
+from coterie.lab.planner.commands import run_commands
+from coterie.lab.planner.expert_counts import CountExperts
+from coterie.lab.planner.measurement import cost_of
+from coterie.lab.planner.planned_model import PlannedModel
+from coterie.lab.planner.rates import MachineRates, ShapeCost
+from coterie.lab.replay.cache_simulation import ReplayPolicy
+from coterie.loading.expert_memory import AUTO_KV_LENGTH, AUTO_MARGIN_BYTES
+from coterie.offload.capacity import format_bytes
+from coterie.ops import cpu
+from coterie.routing import check_layers, parse_policy
+
+PERCENTS = (*range(5, 45, 5), *range(50, 100, 10))  # of the experts, in memory
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is planned: policies, forwards of a block, and the memory of the machine in bytes."""
+
+    memory: int
+    policies: tuple[str, ...]
+    formats: tuple[ExpertDtype, ...]
+    steps: int = 10  # decoding forwards of a block
+    commit_routing: str = "vanilla"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One way to run a model, with its predicted time; sizes in bytes.
+
+    ``experts`` are those that a layer of a decoding forward reads, and ``loads`` of them are
+    fetched. ``fetched_bytes`` is the part of ``forward_bytes`` that comes from the disk.
+    """
+
+    format_name: Annotated[ExpertDtype, Key("expert_dtype")]
+    policy: Annotated[str, Key("policy")]
+    share: Annotated[float, Key("share_in_memory")]
+    slots: Annotated[int, Key("slots")]
+    tiers: Annotated[tuple[str, ...], Key("tiers")]
+    memory: Annotated[int, Key("memory")]
+    experts: Annotated[float, Key("experts_per_layer")]
+    loads: Annotated[float, Key("loads_per_layer")]
+    forward_bytes: Annotated[float, Key("bytes_a_forward")]
+    fetched_bytes: Annotated[float, Key("fetched_bytes_a_forward")]
+    forward_seconds: float
+    converted_to: ExpertDtype | None  # None: the format in which the model is stored
+    tokens_per_second: Annotated[float, Key("tokens_per_second")]
+    commands: Annotated[tuple[str, ...], Key("commands")]
+
+    @property
+    def seconds_per_token(self) -> float:
+        return 1 / self.tokens_per_second
+
+    @property
+    def capacity(self) -> str | None:
+        """The share of experts in memory as options spell it; None for all."""
+        return None if self.share == 1 else f"{self.share:.0%}"
+
+    def describe(self) -> str:
+        return (
+            f"planned: experts in {self.format_name}, {self.share:.0%} of them in memory, "
+            f"{format_bytes(self.memory)} in all; {1e3 * self.forward_seconds:.0f} ms a forward "
+            f"and {self.tokens_per_second:.1f} tokens/s are predicted"
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        return {**to_json(self), "ms_a_forward": 1e3 * self.forward_seconds}
+
+
+def make_plan(
+    model: PlannedModel, rates: MachineRates, count: CountExperts, options: PlanOptions
+) -> tuple[Configuration, ...]:
+    """The configurations that fit, best first: for each format and policy the fastest share.
+
+    Raises ConfigError where none fits.
+    """
+    for policy in options.policies:
+        check_layers(parse_policy(policy), len(model.spec.moe_layers))
+    planned = _Planned(model, rates, count, options)
+    costs = [cost_of(model.shape, name) for name in options.formats]
+    found = [
+        _configuration(planned, cost, policy, percent)
+        for cost in costs
+        for percent in _fitting_percents(cost, options.memory)
+        for policy in options.policies
+    ]
+    best: dict[tuple[str, str], Configuration] = {}
+    for each in sorted(found, key=lambda one: (one.seconds_per_token, one.memory)):
+        best.setdefault((each.format_name, each.policy), each)
+    if not best:
+        least = min(memory_bytes(cost, _slots(cost, min(_percents(cost)))) for cost in costs)
+        raise ConfigError(
+            f"{model.name} needs at least {format_bytes(least)} of memory, and "
+            f"{format_bytes(options.memory)} are given or free"
+        )
+    return tuple(best.values())
+
+
+def memory_bytes(cost: ShapeCost, slots: int) -> int:
+    """Bytes of the weights with so many experts a layer, a long KV cache and a forward's values."""
+    size, layers = cost.size, len(cost.spec.moe_layers)
+    others = size.bytes - layers * size.layer_expert_bytes
+    kv_bytes = min(AUTO_KV_LENGTH, cost.spec.max_length) * size.kv_bytes_per_token
+    return others + layers * slots * cost.expert_bytes + kv_bytes + AUTO_MARGIN_BYTES
+
+
+def _fitting_percents(cost: ShapeCost, memory: int) -> tuple[int, ...]:
+    """All experts where they fit, else the shares that fit, from a disk."""
+    percents = _percents(cost)
+    fitting = [p for p in percents if memory_bytes(cost, _slots(cost, p)) <= memory]
+    return (100,) if 100 in fitting else tuple(fitting)
+
+
+def _percents(cost: ShapeCost) -> tuple[int, ...]:
+    """Without the CPU's packed layout, experts cannot be fetched one by one."""
+    if cost.format_name == "fp32" or not cpu.is_available():
+        return (100,)
+    return (*(percent for percent in PERCENTS if _slots(cost, percent)), 100)
+
+
+def _slots(cost: ShapeCost, percent: int) -> int:
+    return percent * cost.spec.router.experts // 100
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What all configurations of a plan share."""
+
+    model: PlannedModel
+    rates: MachineRates
+    count: CountExperts
+    options: PlanOptions
+
+
+def _configuration(planned: _Planned, cost: ShapeCost, policy: str, percent: int) -> Configuration:
+    model, options, slots = planned.model, planned.options, _slots(cost, percent)
+    commits_routed = options.commit_routing == "policy"
+    counts = planned.count(ReplayPolicy(parse_policy(policy), routes_commits=commits_routed), slots)
+    block = predict_block(model, cost, planned.rates, counts, slots=slots, steps=options.steps)
+    fetched = counts.decode.mean_loads * len(cost.spec.moe_layers) * cost.expert_bytes
+    return Configuration(
+        format_name=cost.format_name,
+        policy=policy,
+        share=percent / 100,
+        slots=slots,
+        tiers=("memory",) if percent == 100 else ("memory", "disk"),
+        memory=memory_bytes(cost, slots),
+        experts=counts.decode.mean_used,
+        loads=counts.decode.mean_loads,
+        forward_bytes=block.forward_bytes,
+        fetched_bytes=fetched,
+        forward_seconds=block.forward_seconds,
+        converted_to=None if cost.format_name == model.stored_format else cost.format_name,
+        tokens_per_second=model.block / block.seconds,
+        commands=run_commands(
+            model, cost.format_name, policy, percent, commit_routing=options.commit_routing
+        ),
+    )

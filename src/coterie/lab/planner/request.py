@@ -1,0 +1,172 @@
+"""A whole plan: finds the model, measures the machine, counts experts, and ranks what fits."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from coterie.errors import ConfigError
+from coterie.keys import to_json
+from coterie.lab.machine import CPU
+from coterie.lab.planner.block_time import window_tokens
+from coterie.lab.planner.expert_counts import (
+    RoutingSample,
+    assumed_sample,
+    check_experts,
+    sample_of_trace,
+)
+from coterie.lab.planner.measurement import GivenRates, cost_of, measure_rates
+from coterie.lab.planner.plan import Configuration, PlanOptions, make_plan, memory_bytes
+from coterie.lab.planner.planned_model import PlannedModel
+from coterie.lab.planner.rates import MachineRates
+from coterie.lab.replay.replay import steps_per_block
+from coterie.lab.replay.trace_file import read_trace
+from coterie.loading.expert_memory import AUTO_SPARE_SHARE
+from coterie.loading.free_memory import free_memory
+from coterie.routing import format_policy, parse_policy
+
+NOTHING_GIVEN = GivenRates()
+DEFAULT_STEPS = 10  # decoding forwards of a block
+ProgressCallback = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What to plan; None is measured, free or the default of the model."""
+
+    model: str | None = None
+    memory: int | None = None  # bytes
+    given: GivenRates = NOTHING_GIVEN
+    policies: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()  # of the experts
+    steps: int | None = None  # decoding forwards of a block
+    unique_experts: float | None = None  # of a layer, used by 32 tokens under vanilla
+    trace: Path | None = None
+    commit_routing: str = "vanilla"
+
+    def run(self, on_progress: ProgressCallback = lambda doing: None) -> PlanResult:
+        """The plan for this machine; raises CoterieError where nothing fits."""
+        model, sample = PlannedModel.find(self.model), None
+        options = self._options(model)
+        if self.trace is not None:
+            sample = self._recorded_sample(model)
+            options = replace(options, steps=self.steps or _recorded_steps(sample))
+        on_progress("counting experts")
+        sample = sample or self._assumed_sample(model, options.steps)
+        resident = [cost_of(model.shape, name) for name in options.formats]
+        fetches = any(memory_bytes(c, c.spec.router.experts) > options.memory for c in resident)
+        rates = measure_rates(
+            model.shape, options.formats, self.given,
+            tokens=window_tokens(model, options.steps),
+            folder=disk_folder(model) if fetches else None, on_progress=on_progress,
+        )  # fmt: skip
+        on_progress("predicting")
+        configurations = make_plan(model, rates, sample.counter(), options)
+        return PlanResult(model, options, rates, configurations, sample)
+
+    def _options(self, model: PlannedModel) -> PlanOptions:
+        formats = tuple(name for name in model.formats if name in (self.formats or model.formats))
+        if unknown := [name for name in self.formats if name not in model.formats]:
+            known = ", ".join(model.formats)
+            raise ConfigError(f"`expert_dtype={unknown[0]}` of {model.name}; known: {known}")
+        specs = self.policies or model.shape.policies
+        policies = tuple(dict.fromkeys(format_policy(parse_policy(spec)) for spec in specs))
+        steps = min(self.steps or DEFAULT_STEPS, model.block)
+        memory = usable_memory() if self.memory is None else self.memory
+        return PlanOptions(memory, policies, formats, steps, self.commit_routing)
+
+    def _recorded_sample(self, model: PlannedModel) -> RoutingSample:
+        assert self.trace is not None
+        if self.unique_experts is not None:
+            raise ConfigError("`unique_experts` has no effect with `trace`, which counts them")
+        trace, router = read_trace(self.trace), model.spec.router
+        if (trace.header.experts, trace.header.k) != (router.experts, router.k):
+            raise ConfigError(
+                f"{self.trace}: of {trace.header.k} of {trace.header.experts} experts; "
+                f"{model.name} has {router.k} of {router.experts}"
+            )
+        return sample_of_trace(trace)
+
+    def _assumed_sample(self, model: PlannedModel, steps: int) -> RoutingSample:
+        unique, source = float(model.shape.unique_experts), model.source
+        if self.unique_experts is not None:
+            unique, source = check_experts(self.unique_experts, model.spec.router), "given"
+        tokens = window_tokens(model, steps)
+        return assumed_sample(model.spec.router, unique, tokens=tokens, steps=steps, source=source)
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """The configurations that fit, best first, and what their numbers rest on."""
+
+    model: PlannedModel
+    options: PlanOptions
+    rates: MachineRates
+    configurations: tuple[Configuration, ...]
+    sample: RoutingSample
+
+    @property
+    def first(self) -> Configuration:
+        """The fastest configuration."""
+        return self.configurations[0]
+
+    @property
+    def assumptions(self) -> tuple[str, ...]:
+        """What the numbers rest on, one sentence each without its full stop."""
+        steps = f"{self.options.steps} forwards fill a block of {self.model.block} tokens"
+        return (self.sample.assumption, steps)
+
+    def to_dict(self) -> dict[str, object]:
+        options = self.options
+        return {
+            "model": self.model.name,
+            "memory": options.memory,
+            "block": self.model.block,
+            "steps_per_block": options.steps,
+            "commit_routing": options.commit_routing,
+            "assumptions": list(self.assumptions),
+            "rates": to_json(self.rates),
+            "configurations": [each.to_dict() for each in self.configurations],
+        }
+
+
+def first_choice(request: PlanRequest, on_progress: ProgressCallback) -> Configuration:
+    """The fastest configuration that runs without converting the model first.
+
+    Experts in 4 bits cost accuracy, so they must be requested. Raises ConfigError with the commands
+    of the fastest configuration where all of them need a conversion.
+    """
+    stored = PlannedModel.find(request.model).formats
+    formats = request.formats or tuple(name for name in stored if name in (stored[0], "int8"))
+    configurations = replace(request, formats=formats).run(on_progress).configurations
+    ready = [each for each in configurations if len(each.commands) == 1]
+    if not ready:
+        raise ConfigError(
+            "no configuration that fits runs without a conversion; the fastest one: "
+            + "; ".join(configurations[0].commands)
+        )
+    return ready[0]
+
+
+def usable_memory() -> int:
+    """Bytes that are free, less a share for other processes; raises if the system does not say."""
+    free = free_memory(CPU)
+    if free is None:
+        raise ConfigError("this system does not report its free memory; give `memory`")
+    return int(free * (1 - AUTO_SPARE_SHARE))
+
+
+def disk_folder(model: PlannedModel) -> Path:
+    """The folder whose disk is timed: the model's, else the working folder, else the system's."""
+    candidates = [] if model.is_shape else [Path(model.name)]
+    for folder in (*candidates, Path.cwd()):
+        if folder.is_dir() and os.access(folder, os.W_OK):
+            return folder
+    return Path(tempfile.gettempdir())
+
+
+def _recorded_steps(sample: RoutingSample) -> int:
+    return max(1, round(steps_per_block(sample.trace)))
