@@ -130,7 +130,7 @@ def test_the_tiny_shape_works_with_the_defaults_and_stays_out_of_results(
 def test_a_record_is_not_replaced_unasked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [*SHORT, "-o", str(tmp_path)]
+    words = [*SHORT, "--repeats", "1", "-o", str(tmp_path)]
     assert run(words) == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(forward, "random_blocks", None)  # refused before any work

@@ -15,9 +15,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from process_killer import QUIZ, VARIANTS
+from policy_strategies import law
+from process_killer import VARIANTS, quiz
 from tiny_task import Quiz
 
 import coterie
@@ -78,7 +79,7 @@ def read_answers(folder: Path) -> dict[tuple[str, str], dict[str, object]]:
     return parse_answers((folder / "items.jsonl").read_bytes())
 
 
-@settings(max_examples=5)
+@law(4)
 @given(st.floats(0, 1))
 def test_a_run_truncated_at_any_byte_continues(fraction: float) -> None:
     items, run_config = complete_run()
@@ -122,7 +123,7 @@ def run_with_kills(folder: Path, kills: int) -> None:
     )
     assert process.returncode == 0, process.stderr
     assert process.stdout.split().count("killed") >= kills // 2, process.stdout
-    expected = run_eval(coterie.load(model()), [QUIZ], VARIANTS, None, batch_size=4)
+    expected = run_eval(coterie.load(model()), [quiz(kills)], VARIANTS, None, batch_size=4)
     assert read_answers(folder) == answers_by_key_of(expected)
 
 
@@ -191,7 +192,7 @@ def test_a_later_variant_generates_only_its_own_answers(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 8))
-@settings(max_examples=5)
+@law(4)
 def test_a_limit_takes_the_first_items_of_the_seeds_order(seed: int, limit: int) -> None:
     def ids(*tasks: Quiz, **arguments: int) -> list[str]:
         (result,) = run_eval(engine(), tasks, [VANILLA], None, **arguments)
