@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_compilation import compiled
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -133,40 +132,6 @@ def test_logits_summary_marks_non_finite_logits() -> None:
     assert found.logsumexp.isfinite().tolist() == [True, False, False, False, False]
     for ids in (found.argmax, found.unmasked_argmax):
         assert bool(((ids >= 0) & (ids < 5000)).all())
-
-
-def test_the_kernels_compile_for_a_gpu() -> None:
-    kernels = compiled(
-        """
-import torch
-from coterie.ops import triton
-from coterie.values import LayerKV, QueryPositions
-
-def meta(*shape, dtype=torch.bfloat16):
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-for dtype, count, kv_heads, length in (
-    (torch.bfloat16, 1, 4, 1280),
-    (torch.float32, 4, 16, 256),
-):
-    angles = meta(count, 32, 1, 32, dtype=torch.float32)
-    positions = meta(count, 32, dtype=torch.int64)
-    kv = [meta(count, kv_heads, length, 128, dtype=dtype) for _ in range(2)]
-    triton.fused_attention(
-        meta(count, 32, 16 + 2 * kv_heads, 128, dtype=dtype),
-        (meta(128, dtype=dtype), meta(128, dtype=dtype)),
-        QueryPositions(positions, positions, length, angles, angles),
-        LayerKV(*kv, meta(count, dtype=torch.int64)),
-        1e-6,
-    )
-triton.rms_norm(meta(32, 2048), meta(2048), 1e-6)
-triton.silu_and_mul(meta(32, 1024))
-triton.summarize_logits(meta(32, 157184, dtype=torch.float32), 3)
-"""
-    )
-    assert len(kernels) >= 6
-    assert [kernel for kernel in kernels if kernel.stack > 0] == []
-    assert max(kernel.shared for kernel in kernels) <= 113 << 10
 
 
 def random_attention(kv_heads: int, shared: int, dim: int, draw: torch.Generator) -> Attention:

@@ -155,25 +155,6 @@ def run(tokens, slab, **how):
 """
 
 
-def test_the_kernels_compile_for_a_gpu() -> None:
-    kernels = compiled(
-        LAUNCHES.replace("DTYPE", "torch.bfloat16")
-        + """
-few = ((form, 32) for form in FORMATS.values())
-for form, tokens in ((None, 16), (None, 32), (None, 64), *few):
-    run(tokens, layer(2048, 512, form))
-for element in (torch.bfloat16, *FORMATS.values()):
-    run(32, in_blobs(47, ExpertLayout(2048, 512, element)))
-"""
-    )
-    assert (
-        len([kernel for kernel in kernels if kernel.name in ("gate_up_kernel", "down_kernel")])
-        == 16
-    )
-    assert [kernel for kernel in kernels if kernel.stack > 0] == []
-    assert max(kernel.shared for kernel in kernels) < 114 << 10  # two programs a processor
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_odd_shapes_compile_for_a_gpu(dtype: str) -> None:

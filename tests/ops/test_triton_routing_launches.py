@@ -71,25 +71,6 @@ def go(router, tokens, rule):
 """
 
 
-def test_the_kernels_compile_for_a_gpu() -> None:
-    kernels = compiled(
-        LAUNCHES
-        + """
-from coterie.ops.triton import vote_weights
-
-go(mini, 32, None)
-go(mini, 32, CoresetRule(count=38))
-vote_weights(torch.ones(1, 32), torch.ones(1, 32, dtype=torch.bool), invert_filter=True)
-vote_weights(None, torch.ones(1, 256))
-"""
-    )
-    assert [kernel.name for kernel in kernels] == [
-        *["vote_kernel", "choose_kernel"] * 2,
-        *["_vote_weights_kernel"] * 2,
-    ]
-    assert all(kernel.stack <= 16 for kernel in kernels), kernels
-
-
 @pytest.mark.slow
 def test_every_rule_compiles_for_a_gpu() -> None:
     rules = [CoresetRule(union=3), CoresetRule(union=8), CoresetRule(count=9)]
