@@ -447,11 +447,11 @@ load_model(sys.argv[1], dtype="bf16", device="cpu", experts="int8")
 print(memory("VmHWM") - before)
 """
 LARGE = {
-    "vocab_size": 20_000,
+    "vocab_size": 30_000,
     "hidden_size": 512,
     "head_dim": 64,
     "num_attention_heads": 8,
-    "num_experts": 32,
+    "num_experts": 16,
     "moe_intermediate_size": 512,
 }
 
