@@ -16,7 +16,7 @@ from coterie.loading.load import Model
 from coterie.testing import random_transformer, read_spec, tiny_config
 from coterie.tokenizer import IdTokenizer
 
-RULES = ("joint-edit:limit=40", "joint-threshold-indel:post=3", "joint-edit:p=0.1,post=2,limit=40")
+RULES = ("joint-edit:limit=15", "joint-threshold-indel:post=3", "joint-edit:p=0.1,post=2,limit=15")
 CAPACITY = 8
 
 

@@ -93,7 +93,7 @@ def test_replayed_forwards_equal_eager_ones(
 ) -> None:
     folder = write_checkpoint(tmp_path, family, seed=5)
     engine = coterie.load(folder, device="cpu", policy=policy)
-    options = {"max_new_tokens": 16, "block": 8, **options}
+    options = {"max_new_tokens": 16, "block": 8, "unmask": "fixed:steps=4", **options}
     expected = told(engine, **options)
     capture = Counted()
     engine._graphs = CudaGraphs(engine.model.transformer, capture)

@@ -37,7 +37,9 @@ def quiz(kills: int) -> Quiz:
 
 def cached_engine(model: str) -> Engine:
     """An engine with a simulated cache that also counts vanilla's traffic."""
-    engine = coterie.load(model, expert_memory=ExpertMemoryConfig.parse("35%", simulated=True))
+    engine = coterie.load(
+        model, expert_memory=ExpertMemoryConfig.parse("35%", simulated=True), block=8
+    )
     assert engine.model.store.traffic_log is not None
     engine.model.store.traffic_log.track_vanilla()
     return engine
@@ -45,7 +47,7 @@ def cached_engine(model: str) -> Engine:
 
 def main(model: str, folder: Path, kills: int, *, cached: bool) -> None:
     rng, tasks = random.Random(kills), [quiz(kills)]
-    engine = cached_engine(model) if cached else coterie.load(model)
+    engine = cached_engine(model) if cached else coterie.load(model, block=8)
     variants, options = (
         (CACHED_VARIANTS, CACHED_OPTIONS) if cached else (VARIANTS, {"batch_size": 4})
     )

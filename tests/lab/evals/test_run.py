@@ -123,7 +123,7 @@ def run_with_kills(folder: Path, kills: int) -> None:
     )
     assert process.returncode == 0, process.stderr
     assert process.stdout.split().count("killed") >= kills // 2, process.stdout
-    expected = run_eval(coterie.load(model()), [quiz(kills)], VARIANTS, None, batch_size=4)
+    expected = run_eval(coterie.load(model(), block=8), [quiz(kills)], VARIANTS, None, batch_size=4)
     assert read_answers(folder) == answers_by_key_of(expected)
 
 
