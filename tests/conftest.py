@@ -15,12 +15,16 @@ if not os.path.exists("/dev/nvidiactl"):
 os.environ["COTERIE_CACHE"] = tempfile.mkdtemp(prefix="coterie-tests-")
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
 from hypothesis import settings
 from shared_data import missing
 from torch import Tensor
+
+from coterie.engine import engine
+from coterie.loading.load import Model, load_model
 
 settings.register_profile("default", deadline=None, max_examples=15, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
@@ -55,10 +59,33 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def poisoning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def poisoned(*args: object, **kwargs: object) -> Tensor:
         tensor = make(*args, **kwargs)
-        with torch.no_grad():
-            if tensor.is_floating_point() or tensor.is_complex():
-                return tensor.fill_(float("nan"))
-            is_bool = tensor.dtype == torch.bool
-            return tensor.fill_(True if is_bool else torch.iinfo(tensor.dtype).max)
+        if tensor.requires_grad:
+            with torch.no_grad():
+                return tensor.fill_(poison(tensor.dtype))
+        return tensor.fill_(poison(tensor.dtype))
 
     return poisoned
+
+
+@pytest.fixture
+def embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model, where all its experts are in memory, is read once a process."""
+    monkeypatch.setattr(engine, "load_model", load_model_once)
+
+
+def load_model_once(name: str | None = None, **options: object) -> Model:
+    if name is not None or options["expert_memory"] is not None:
+        return load_model(name, **options)
+    return embedded_model(options["dtype"], options["device"], options["experts"])
+
+
+@cache
+def embedded_model(dtype: object, device: object, experts: object) -> Model:
+    return load_model(dtype=dtype, device=device, experts=experts)
+
+
+@cache
+def poison(dtype: torch.dtype) -> float | int | bool:
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return True if dtype == torch.bool else torch.iinfo(dtype).max

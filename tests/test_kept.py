@@ -21,6 +21,8 @@ from coterie.loading.saved_votes import read_votes
 from coterie.routing import update_policies_in_json
 from coterie.testing import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("embedded_once")
+
 KEPT = Path(__file__).parent / "kept"
 EVAL = ["eval", "--task", "words", "--items", "3", "-n", "32"]
 PLAIN = [

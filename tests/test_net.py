@@ -29,6 +29,7 @@ from coterie.testing import write_checkpoint
 
 TESTS = Path(__file__).parent
 NET, KEPT = TESTS / "net", TESTS / "kept"
+pytestmark = pytest.mark.usefixtures("embedded_once")
 PROMPT = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
 TIMED = {
     *(

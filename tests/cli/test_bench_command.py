@@ -18,6 +18,11 @@ from coterie.lab.bench import forward
 from coterie.lab.bench.plots import make_chart
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_output, "plot_record", lambda path: [])
+
+
 def test_the_layer_command_writes_a_record_and_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -70,6 +75,7 @@ def test_serve_writes_a_record_with_a_figure(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.svg"))) == 2
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_other_sizes_have_other_record_names(tmp_path: Path) -> None:
     options = ["--shape", "tiny", "--repeats", "1", "-o", str(tmp_path), "-p", "vanilla"]
     assert run(["bench", "layer", *options, "--baseline", "none", "--tokens", "8"]) == 0
@@ -128,6 +134,7 @@ def test_the_command_alone_prints_help(capsys: pytest.CaptureFixture[str]) -> No
 SHORT = ["bench", "forward", "--shape", "tiny", "--repeats", "3", "-p", "vanilla"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_tiny_shape_works_with_the_defaults_and_stays_out_of_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,7 +148,7 @@ def test_the_tiny_shape_works_with_the_defaults_and_stays_out_of_results(
 def test_a_record_is_not_replaced_unasked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [*SHORT, "-o", str(tmp_path)]
+    words = [*SHORT[:4], "--repeats", "1", "-p", "vanilla", "-o", str(tmp_path)]
     assert run(words) == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(forward, "random_blocks", None)  # refused before any work
@@ -153,6 +160,7 @@ def test_a_record_is_not_replaced_unasked(
     assert (tmp_path / "bench-forward-tiny-int8.json").read_bytes() != before
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_stopped_benchmark_goes_on_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

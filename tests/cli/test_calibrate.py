@@ -19,6 +19,8 @@ from coterie.errors import CoterieError
 from coterie.lab.calibration import measurement, read_calibrated_policy
 from coterie.testing import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("embedded_once")
+
 Capture = pytest.CaptureFixture[str]
 Change = Callable[[dict], object]
 

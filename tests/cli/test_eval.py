@@ -26,8 +26,12 @@ from coterie.lab.evals.report import summarize
 from coterie.lab.evals.run import EvalResult, Variant
 
 Capture = pytest.CaptureFixture[str]
+pytestmark = pytest.mark.usefixtures("embedded_once")
 
-ASKED = ["eval", "--task", "words", "--task", "algebra", "--num-problems", "3", "--batch-size", "6"]
+ASKED = [
+    *("eval", "--task", "words", "--task", "algebra", "--num-problems", "3"),
+    *("--batch-size", "6", "-n", "32"),
+]
 LONG = "des-vote:beta=0.3,voters=before-eos,protect=top1"
 
 
@@ -169,10 +173,10 @@ def test_bad_input_is_one_line(capsys: Capture, words: list[str], expected: str)
 
 
 def test_an_interrupt_keeps_answers_and_names_the_folder(tmp_path: Path) -> None:
-    words = ["eval", "--num-problems", "500", "--batch-size", "2", "-o", str(tmp_path)]
+    words = ["eval", "--num-problems", "500", "--batch-size", "2", "-n", "32"]
     items = tmp_path / "items.jsonl"
     with subprocess.Popen(
-        [sys.executable, "-m", "coterie", *words],
+        [sys.executable, "-m", "coterie", *words, "-o", str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as child:  # fmt: skip

@@ -16,6 +16,8 @@ from coterie.routing.descriptions import MEANINGS
 from coterie.specs import spec_options
 from coterie.testing import write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("embedded_once")
+
 Capture = pytest.CaptureFixture[str]
 POLICY_FILE = """
 from dataclasses import dataclass

@@ -36,6 +36,8 @@ from coterie.offload.eviction import ByVotes, Lfu, Lru
 from coterie.testing import read_spec, tiny_config, write_checkpoint
 from coterie.values import PackedFormat
 
+pytestmark = pytest.mark.usefixtures("embedded_once")
+
 WORDS = ["generate", "5 17 33", "-n", "8", "--block", "8"]
 
 

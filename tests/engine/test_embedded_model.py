@@ -77,7 +77,7 @@ def test_vanilla_touches_most_experts_and_a_coreset_its_budget():
 def test_no_expert_of_any_layer_is_idle():
     model = engine().model
     used = {layer: torch.zeros(128, dtype=torch.bool) for layer in model.spec.moe_layers}
-    for ids in blocks_to_fill(20):
+    for ids in blocks_to_fill(8):
         trace = TensorRecorder()
         window = Window(torch.tensor([0]), len(ids), torch.tensor([len(ids)]), block=32)
         with torch.inference_mode():

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from policy_strategies import law
 from torch import Tensor
 
 from coterie.engine.active_sequence import group_sequences
@@ -81,8 +82,8 @@ requests = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=15)
-@given(st.lists(requests, min_size=2, max_size=4), st.integers(0, 3))
+@law(10)
+@given(st.lists(requests, min_size=2, max_size=3), st.integers(0, 3))
 def test_batched_requests_equal_single_requests(wanted: list[dict], late: int) -> None:
     host = engine()
     numbers = [host.submit(**wanted[0])]
@@ -119,7 +120,7 @@ def test_requests_of_one_width_share_a_forward(monkeypatch: pytest.MonkeyPatch) 
 
 
 @given(st.sampled_from(["uncached", "prefix", "dual", "block-causal"]), st.integers(0, 20))
-@settings(max_examples=10)
+@law(4)
 def test_full_share_is_vanilla(plan: str, seed: int) -> None:
     prompt = torch.randint(0, 90, (9,), generator=torch.Generator().manual_seed(seed)).tolist()
     expected = engine(plan=plan).generate(prompt)
@@ -128,7 +129,7 @@ def test_full_share_is_vanilla(plan: str, seed: int) -> None:
 
 
 @given(st.lists(st.integers(0, 93), min_size=1, max_size=20), st.sampled_from([4, 8]))
-@settings(max_examples=10)
+@law(8)
 def test_a_cache_of_finished_blocks_is_exact(prompt: list[int], block: int) -> None:
     cached = engine(block=block).generate(prompt, plan="block-causal")
     whole = engine(block=block).generate(prompt, plan="block-causal-uncached")
@@ -226,7 +227,7 @@ def test_events_add_up_to_the_text(unmask: str) -> None:
     assert known(engine(unmask=unmask).generate(PROMPT)) == known(last.result)
 
 
-@settings(max_examples=15)
+@law(12)
 @given(wanted=requests)
 def test_streamed_text_only_grows_to_the_answer(wanted: dict) -> None:
     host, text = engine(), ""
@@ -240,8 +241,8 @@ def test_streamed_text_only_grows_to_the_answer(wanted: dict) -> None:
                 assert event.row == number
 
 
-@settings(max_examples=10)
-@given(prompts=st.lists(prompt_ids, min_size=1, max_size=5), size=st.integers(1, 4))
+@law(5)
+@given(prompts=st.lists(prompt_ids, min_size=1, max_size=4), size=st.integers(1, 4))
 def test_a_list_of_prompts_gives_the_results_of_each(prompts: list[list[int]], size: int) -> None:
     host = engine()
     single = [known(engine().generate(prompt)) for prompt in prompts]
@@ -422,6 +423,6 @@ def test_invalid_options_raise(options: dict[str, object], told: str) -> None:
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_every_family_runs_with_its_defaults(family: str) -> None:
     model = tiny(family)
-    result = Engine(model).generate(PROMPT, max_new_tokens=40)
-    assert result.new_tokens == 40 or result.finish_reason == "stop"
+    result = Engine(model).generate(PROMPT, max_new_tokens=12)
+    assert result.new_tokens == 12 or result.finish_reason == "stop"
     assert result.plan == model.family.defaults.plan

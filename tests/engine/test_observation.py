@@ -44,7 +44,7 @@ def tiny(family: str = "llada2") -> Model:
 
 
 def engine(family: str = "llada2", **options: object) -> Engine:
-    usual = {"block": 8, "max_new_tokens": 20} | options
+    usual = {"block": 8, "max_new_tokens": 12} | options
     model = tiny(family)
     generation = GenerationConfig.for_family(model.family.defaults).replace(**usual)
     return Engine(model, generation=generation)
@@ -99,7 +99,7 @@ def _alone(moe: MoE, seen: LayerObservation, flat: torch.Tensor, token: int) -> 
     return out if moe.shared is None else out + moe.shared.apply(flat[token])
 
 
-@law(1)
+@law(5)
 @given(spelling=spellings(), family=st.sampled_from(FAMILIES))
 def test_observation_does_not_change_results(spelling: str, family: str) -> None:
     host = engine(family, max_new_tokens=9)
@@ -108,7 +108,7 @@ def test_observation_does_not_change_results(spelling: str, family: str) -> None
     assert untimed(watched) == untimed(plain)
 
 
-@law(1)
+@law(5)
 @given(spelling=spellings(), rows=st.integers(1, 5))
 def test_observed_experts_equal_the_engines_counts(spelling: str, rows: int) -> None:
     counting = ExpertCounter()

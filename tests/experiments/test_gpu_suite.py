@@ -44,6 +44,7 @@ def test_routing_is_compared_and_timed_for_every_policy() -> None:
     assert len(report.measures) == 4 * len(report.facts)
 
 
+@pytest.mark.slow
 def test_a_dry_run_executes_every_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert suite.main(["--dry-run", "--out", str(tmp_path)]) == 0
     table = capsys.readouterr().out
@@ -105,6 +106,7 @@ def test_wrong_routing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(result, topk_ids=result.topk_ids.flip(-1))
 
     monkeypatch.setattr(routing, "route_by_kernel", wrong)
+    monkeypatch.setattr(routing, "POLICIES", ("vanilla", routing.JUDGED))
     report = PartReport()
     routing.measure(CPU, report, dry=True)
     assert len(report.failures) >= len(routing.POLICIES) - 1

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from offload_cases import OPTIONS, PROMPT, load_engine, needs_kernels
 from policy_strategies import law
 from precision_reference import PrecisionReference, experts_moved
+from tiny_checkpoints import converted_checkpoint, tiny_checkpoint
 from torch import Tensor
 
-from coterie.checkpoints.conversion import ConversionTarget, convert
 from coterie.checkpoints.manifest import MANIFEST
 from coterie.cli.entry import run
 from coterie.engine.engine import Engine
@@ -36,7 +36,6 @@ from coterie.loading.saved_votes import SavedVotes
 from coterie.model.moe import MoE
 from coterie.offload.mixed_precision_store import MixedPrecisionStore
 from coterie.offload.resident_store import ResidentExpertStore
-from coterie.testing import write_checkpoint
 from coterie.values import ExpertRequest, Slab
 
 
@@ -70,10 +69,8 @@ class Plain:
 
 def folders(folder: Path, kinds: tuple[str, str], family: str = "llada2") -> tuple[Path, Path]:
     """One tiny model of 16 experts a layer, packed twice."""
-    whole = write_checkpoint(folder / "whole", family, dtype=torch.bfloat16)
-    for kind in kinds:
-        convert(whole, folder / kind, ConversionTarget.parse(kind))
-    return folder / kinds[0], folder / kinds[1]
+    high, low = (converted_checkpoint(folder / kind, family, kind) for kind in kinds)
+    return high, low
 
 
 def plainly(fine: Path, coarse: Path, own: MixedPrecisionStore) -> tuple[Engine, Plain]:
@@ -186,12 +183,9 @@ def test_run_identity_fingerprints_the_fallback_model(tmp_path: Path) -> None:
 @needs_kernels
 def test_two_folders_that_are_not_one_model_are_refused(tmp_path: Path) -> None:
     fine, coarse = folders(tmp_path / "a", ("int8", "int4"))
-    other = write_checkpoint(tmp_path / "seed", "llada2", seed=1, dtype=torch.bfloat16)
-    wider = write_checkpoint(
-        tmp_path / "b", "llada2", vocab_size=100, mask_token_id=95, dtype=torch.bfloat16
-    )
-    convert(other, tmp_path / "seed-int4", ConversionTarget.parse("int4"))
-    convert(wider, tmp_path / "wider-int4", ConversionTarget.parse("int4"))
+    other = tiny_checkpoint(tmp_path / "seed", seed=1)
+    converted_checkpoint(tmp_path / "seed-int4", kind="int4", seed=1)
+    converted_checkpoint(tmp_path / "wider-int4", kind="int4", vocab_size=100, mask_token_id=95)
     for first, second, told in (
         (fine, tmp_path / "seed-int4", "not made from the weights"),
         (fine, tmp_path / "wider-int4", "vocab_size is 100, not 96"),

@@ -16,11 +16,11 @@ from coterie.testing import write_checkpoint
 
 STATUS = Path("/proc/self/status")
 SIZES = {
-    "vocab_size": 50_000,
+    "vocab_size": 30_000,
     "hidden_size": 512,
     "head_dim": 64,
     "num_attention_heads": 8,
-    "num_experts": 32,
+    "num_experts": 16,
     "moe_intermediate_size": 512,
     "intermediate_size": 1024,
 }
@@ -42,9 +42,9 @@ print(memory("VmHWM") - before, memory("VmRSS") - before)
 @pytest.mark.parametrize(
     ("shards", "stacked", "stored", "kept"),
     [
-        (1, False, "bf16", "bf16"),
+        pytest.param(1, False, "bf16", "bf16", marks=pytest.mark.slow),
         (1, True, "bf16", "fp32"),
-        (7, True, "bf16", "bf16"),
+        pytest.param(7, True, "bf16", "bf16", marks=pytest.mark.slow),
         (40, False, "fp32", "bf16"),
     ],
 )
@@ -56,7 +56,7 @@ def test_loading_peaks_little_above_the_weights(
         tmp_path, "llada2", shards=shards, stacked=stacked, dtype=dtypes[stored], **SIZES
     )
     weights = inspect(tmp_path, dtype=dtypes[kept]).size.bytes
-    assert weights > 150 << 20
+    assert weights > 80 << 20
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(tmp_path), kept],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},

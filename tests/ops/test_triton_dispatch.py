@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_compilation import compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,23 +70,6 @@ def test_every_pair_is_listed_once_by_slot_and_token(
     assert found.token_ids.tolist() == [
         pair // k if pair >= 0 else -1 for pair in found.pair_ids.tolist()
     ]
-
-
-def test_the_kernel_compiles_for_a_gpu() -> None:
-    kernels = compiled(
-        """
-import torch
-from coterie.ops.triton import dispatch
-from coterie.values import Routing
-
-for tokens, k, experts in ((32, 8, 256), (512, 8, 256), (1, 2, 8), (32, 8, 96)):
-    ids = torch.zeros(tokens, k, dtype=torch.int64)
-    used = torch.zeros(experts, dtype=torch.bool)
-    dispatch(Routing(ids, ids.float(), used, ids), torch.arange(experts), experts)
-"""
-    )
-    assert len(kernels) == 4
-    assert all(kernel.stack <= 16 for kernel in kernels)
 
 
 def agree(routing: Routing, slot_of: torch.Tensor, slots: int) -> None:

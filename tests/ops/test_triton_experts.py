@@ -108,7 +108,7 @@ def test_kernels_equal_the_reference(
 def test_every_tile_config_equals_the_reference(form: QuantFormat | None, turned: bool) -> None:
     from coterie.ops.triton.tuning import TileConfig
 
-    slab, x = layer(2, (192, 96), BF16, form, 3), inputs(36, 192, BF16, 3)
+    slab, x = layer(2, (144, 40), BF16, form, 3), inputs(36, 144, BF16, 3)
     routing = routed(36, 1, 2, 2, 3)
     for tokens, columns, step in ((16, 16, 64), (32, 32, 128), (64, 64, 64)):
         plan = TileConfig(tokens, columns, step, warps=4, stages=3, transposed=turned)
@@ -153,25 +153,6 @@ def run(tokens, slab, **how):
     used = torch.empty(256, dtype=torch.bool, device="meta")
     experts.run_experts(x, Routing(ids, weights, used, ids), slab, **how)
 """
-
-
-def test_the_kernels_compile_for_a_gpu() -> None:
-    kernels = compiled(
-        LAUNCHES.replace("DTYPE", "torch.bfloat16")
-        + """
-few = ((form, 32) for form in FORMATS.values())
-for form, tokens in ((None, 16), (None, 32), (None, 64), *few):
-    run(tokens, layer(2048, 512, form))
-for element in (torch.bfloat16, *FORMATS.values()):
-    run(32, in_blobs(47, ExpertLayout(2048, 512, element)))
-"""
-    )
-    assert (
-        len([kernel for kernel in kernels if kernel.name in ("gate_up_kernel", "down_kernel")])
-        == 16
-    )
-    assert [kernel for kernel in kernels if kernel.stack > 0] == []
-    assert max(kernel.shared for kernel in kernels) < 114 << 10  # two programs a processor
 
 
 @pytest.mark.slow

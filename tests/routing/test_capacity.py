@@ -57,7 +57,7 @@ def test_a_coreset_of_all_experts_is_the_models_own_routing(scores: Scores, text
 
 
 @given(block_routed(one_block=True), coresets())
-@law(200)
+@law(100)
 def test_a_policy_elects_among_the_admitted_experts(scores: Scores, policy: Policy) -> None:
     scores = replace(scores, logits=scores.logits[:1], voters=None, progress=None)
     scores = replace(scores, importance=None, forward_indices=(3,))
@@ -76,7 +76,7 @@ def test_a_policy_elects_among_the_admitted_experts(scores: Scores, policy: Poli
 
 
 @given(block_routed(), policies())
-@law(200)
+@law(100)
 def test_kernels_route_as_the_mask_does(scores: Scores, policy: Policy) -> None:
     routing, expected = route(scores, policy), route_by_mask(scores, policy)
     assert torch.equal(routing.topk_ids, expected.topk_ids)

@@ -1,9 +1,9 @@
 """Compiles kernels for a GPU where there is none: finds what the interpreter cannot.
 
 Run as a program in a process of its own (the interpreter's switch holds for a whole process), it
-executes the code that it reads from its input. Whatever that code launches is compiled for compute
+executes the codes of the JSON list that is its input. Whatever they launch is compiled for compute
 capability 9.0 down to machine code, as the launch would be, and not run; one line of JSON says what
-each kernel takes.
+each kernel takes, and which code launched it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,18 +35,27 @@ class Compiled:
 
 def compiled(code: str) -> list[Compiled]:
     """What ``code`` launches, compiled; raises AssertionError with what the compiler said."""
+    return compiled_parts([code])[0]
+
+
+def compiled_parts(codes: Sequence[str]) -> list[list[Compiled]]:
+    """``compiled`` of each of them, in one process: most of its time is for its imports."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [str(Path(__file__).parents[2] / "src"), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, __file__],
-        input=code,
+        input=json.dumps(codes),
         env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [Compiled(**json.loads(line)) for line in done.stdout.splitlines()]
+    parts: list[list[Compiled]] = [[] for _ in codes]
+    for line in done.stdout.splitlines():
+        part, facts = json.loads(line)
+        parts[part].append(Compiled(**facts))
+    return parts
 
 
 def _main() -> None:
@@ -76,14 +86,17 @@ def _main() -> None:
             seen.append(kernel)
             facts = _resources(triton.__file__, kernel.asm["cubin"])
             facts["shared"] = kernel.metadata.shared
-            print(json.dumps({"name": self.fn.__name__, **facts}), file=out, flush=True)
+            line = json.dumps([part, {"name": self.fn.__name__, **facts}])
+            print(line, file=out, flush=True)
         return kernel
 
     out = sys.stdout
     driver.set_active(Absent())
     JITFunction.run = warm_up
     with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(sys.stdin.read(), "<launches>", "exec"), {})
+        for part, code in enumerate(json.load(sys.stdin)):  # noqa: B007
+            seen.clear()
+            exec(compile(code, "<launches>", "exec"), {})
 
 
 def _resources(triton: str, cubin: bytes) -> dict[str, int]:

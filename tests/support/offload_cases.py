@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from asynchronous_device import World
+from tiny_checkpoints import packed_checkpoint, tiny_checkpoint
 from torch import Tensor
 
 import coterie
 from coterie import ops
-from coterie.checkpoints.conversion import ConversionTarget, convert
 from coterie.engine.engine import Engine
 from coterie.errors import OffloadError
 from coterie.loading import gpu_offload, target
@@ -23,7 +23,6 @@ from coterie.offload.eviction import Eviction, Lru
 from coterie.offload.fetchers import ThreadedFetcher
 from coterie.offload.tiers import Tier
 from coterie.ops import cpu
-from coterie.testing import write_checkpoint
 from coterie.values import ExpertRequest, ExpertStore, Routing, Slab, expert_mask
 
 HIDDEN, WIDTH, LAYERS = 8, 4, (1, 2)
@@ -31,7 +30,7 @@ GATE_UP_SIZE = 2 * WIDTH * HIDDEN
 SIZE = 4 * (GATE_UP_SIZE + HIDDEN * WIDTH)  # bytes of an expert
 NAN_BYTE = 255
 PROMPT = [5, 17, 33, 2, 9]
-OPTIONS = {"max_new_tokens": 24, "block": 8, "unmask": "fixed:steps=3"}
+OPTIONS = {"max_new_tokens": 16, "block": 8, "unmask": "fixed:steps=3"}
 
 needs_kernels = pytest.mark.skipif(
     not cpu.is_available(), reason="the kernels for CPUs are not built"
@@ -117,17 +116,10 @@ class FailingTier:
         return self.tier.fetch(layer, expert, target)
 
 
-def packed_checkpoint(folder: Path, family: str = "llada2", kind: str = "int8") -> Path:
-    """A tiny packed checkpoint with 16 experts per layer."""
-    whole = write_checkpoint(folder / "whole", family, dtype=torch.bfloat16)
-    convert(whole, folder / "packed", ConversionTarget.parse(kind))
-    return folder / "packed"
-
-
 def plain_or_packed_checkpoint(folder: Path, kind: str, family: str = "llada2") -> Path:
     """A tiny checkpoint with 16 experts per layer: "plain" in fp32, or packed."""
     if kind == "plain":
-        return write_checkpoint(folder / "whole", family, dtype=torch.float32)
+        return tiny_checkpoint(folder / "whole", family, dtype=torch.float32)
     return packed_checkpoint(folder, family, kind)
 
 

@@ -27,21 +27,27 @@ CACHED_VARIANTS = [
     Variant("vanilla"),
     Variant("resident-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5"),
 ]
-QUIZ = Quiz(count=24)
 CACHED_OPTIONS = {"batch_size": 1, "reset_every": 5}
+
+
+def quiz(kills: int) -> Quiz:
+    """Enough items that every kill comes before the end."""
+    return Quiz(count=4 + kills)
 
 
 def cached_engine(model: str) -> Engine:
     """An engine with a simulated cache that also counts vanilla's traffic."""
-    engine = coterie.load(model, expert_memory=ExpertMemoryConfig.parse("35%", simulated=True))
+    engine = coterie.load(
+        model, expert_memory=ExpertMemoryConfig.parse("35%", simulated=True), block=8
+    )
     assert engine.model.store.traffic_log is not None
     engine.model.store.traffic_log.track_vanilla()
     return engine
 
 
 def main(model: str, folder: Path, kills: int, *, cached: bool) -> None:
-    rng = random.Random(kills)
-    engine = cached_engine(model) if cached else coterie.load(model)
+    rng, tasks = random.Random(kills), [quiz(kills)]
+    engine = cached_engine(model) if cached else coterie.load(model, block=8)
     variants, options = (
         (CACHED_VARIANTS, CACHED_OPTIONS) if cached else (VARIANTS, {"batch_size": 4})
     )
@@ -51,7 +57,7 @@ def main(model: str, folder: Path, kills: int, *, cached: bool) -> None:
         child = os.fork()
         if not child:
             try:
-                run_eval(engine, [QUIZ], variants, folder, **options)
+                run_eval(engine, tasks, variants, folder, **options)
             finally:
                 os._exit(3)  # it should have been killed before
         while (not log.exists() or log.stat().st_size == size) and not _has_ended(child):
@@ -60,7 +66,7 @@ def main(model: str, folder: Path, kills: int, *, cached: bool) -> None:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         print("killed" if os.WIFSIGNALED(status) else "ended", flush=True)
-    run_eval(engine, [QUIZ], variants, folder, **options)
+    run_eval(engine, tasks, variants, folder, **options)
 
 
 def _has_ended(child: int) -> bool:

@@ -14,9 +14,10 @@ from tempfile import TemporaryDirectory, mkdtemp
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from process_killer import CACHED_OPTIONS, CACHED_VARIANTS, QUIZ, cached_engine
+from policy_strategies import law
+from process_killer import CACHED_OPTIONS, CACHED_VARIANTS, cached_engine, quiz
 from tiny_task import Quiz
 
 import coterie
@@ -69,7 +70,7 @@ def complete_run(reset_every: int) -> tuple[bytes, bytes, list[dict[str, object]
         return *(file.read_bytes() for file in files), documents_of(results)  # type: ignore[return-value]
 
 
-@settings(max_examples=4)
+@law(3)
 @given(st.integers(0, 12), st.sampled_from((1, 4, 6)))
 def test_a_stopped_run_continues_with_the_same_cache(lines: int, reset_every: int) -> None:
     items, run_config, expected = complete_run(reset_every)
@@ -173,9 +174,9 @@ def test_a_run_killed_within_a_segment_continues_with_the_same_cache(tmp_path: P
     assert process.returncode == 0, process.stderr
     assert "killed" in process.stdout
     expected = documents_of(
-        run_eval(cached_engine(str(model())), [QUIZ], VARIANTS, None, **CACHED_OPTIONS)
+        run_eval(cached_engine(str(model())), [quiz(3)], VARIANTS, None, **CACHED_OPTIONS)
     )
-    results = run_eval(cached_engine(str(model())), [QUIZ], VARIANTS, tmp_path, **CACHED_OPTIONS)
+    results = run_eval(cached_engine(str(model())), [quiz(3)], VARIANTS, tmp_path, **CACHED_OPTIONS)
     assert all(answer.from_disk for result in results for answer in result.answers)
     assert documents_of(results) == expected
 

@@ -15,9 +15,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from process_killer import QUIZ, VARIANTS
+from policy_strategies import law
+from process_killer import VARIANTS, quiz
 from tiny_task import Quiz
 
 import coterie
@@ -31,6 +32,7 @@ from coterie.testing import write_checkpoint
 
 TESTS = Path(__file__).parents[2]
 KILLER = TESTS / "support" / "process_killer.py"
+STEPS = {"block": 8, "unmask": "fixed:steps=4"}
 VANILLA, VOTE = Variant("vanilla"), Variant("des-vote:beta=0.25")
 MODELS = TemporaryDirectory()
 
@@ -44,7 +46,7 @@ def model(family: str = "llada2") -> Path:
 
 @cache
 def engine() -> coterie.Engine:
-    return coterie.load(model(), block=8)
+    return coterie.load(model(), **STEPS)
 
 
 @cache
@@ -78,7 +80,7 @@ def read_answers(folder: Path) -> dict[tuple[str, str], dict[str, object]]:
     return parse_answers((folder / "items.jsonl").read_bytes())
 
 
-@settings(max_examples=5)
+@law(4)
 @given(st.floats(0, 1))
 def test_a_run_truncated_at_any_byte_continues(fraction: float) -> None:
     items, run_config = complete_run()
@@ -122,7 +124,7 @@ def run_with_kills(folder: Path, kills: int) -> None:
     )
     assert process.returncode == 0, process.stderr
     assert process.stdout.split().count("killed") >= kills // 2, process.stdout
-    expected = run_eval(coterie.load(model()), [QUIZ], VARIANTS, None, batch_size=4)
+    expected = run_eval(coterie.load(model(), block=8), [quiz(kills)], VARIANTS, None, batch_size=4)
     assert read_answers(folder) == answers_by_key_of(expected)
 
 
@@ -155,9 +157,9 @@ CHANGES: Mapping[str, tuple[Callable[[], object], str]] = {
         "the content of the questions of task quiz differs",
     ),
     "task": (lambda: {"tasks": [Quiz(), Quiz("other")]}, "task other is not set in the folder"),
-    "model": (lambda: {"engine": coterie.load(model("sdar-moe"), block=8)}, "the model differs"),
+    "model": (lambda: {"engine": coterie.load(model("sdar-moe"), **STEPS)}, "the model differs"),
     "dtype": (
-        lambda: {"engine": coterie.load(model(), dtype="bf16", block=8)},
+        lambda: {"engine": coterie.load(model(), dtype="bf16", **STEPS)},
         '"float32" in the folder',
     ),
 }
@@ -186,12 +188,12 @@ def test_a_later_variant_generates_only_its_own_answers(tmp_path: Path) -> None:
     assert [a.variant for a in reported if a.from_disk] == ["vanilla"] * 6
     assert (tmp_path / "items.jsonl").read_bytes().startswith(before)
     assert results[0] == first[0]
-    alone = run_eval(coterie.load(model(), block=4), [Quiz()], [VOTE], None)
+    alone = run_eval(coterie.load(model(), **STEPS | {"block": 4}), [Quiz()], [VOTE], None)
     assert [a.output for a in results[1].answers] == [a.output for a in alone[0].answers]
 
 
 @given(st.integers(0, 2**32), st.integers(1, 8))
-@settings(max_examples=5)
+@law(4)
 def test_a_limit_takes_the_first_items_of_the_seeds_order(seed: int, limit: int) -> None:
     def ids(*tasks: Quiz, **arguments: int) -> list[str]:
         (result,) = run_eval(engine(), tasks, [VANILLA], None, **arguments)
@@ -293,7 +295,7 @@ def test_a_power_cut_at_the_first_answer_starts_again(tmp_path: Path) -> None:
 
 
 def test_nan_logits_fail_only_their_item() -> None:
-    broken = coterie.load(model(), block=8)
+    broken = coterie.load(model(), **STEPS)
     broken.model.transformer.embedding[77] = torch.nan
     quiz, reported = Quiz(odd={2: "5 77 3", 4: "77"}), []
     (result,) = run_eval(broken, [quiz], [VANILLA], None, batch_size=4, on_answer=reported.append)
@@ -347,7 +349,7 @@ def test_a_task_without_a_readable_prompt_is_refused_at_once(tmp_path: Path) -> 
 
 
 def test_a_model_without_answers_has_a_summary() -> None:
-    broken = coterie.load(model(), block=8)
+    broken = coterie.load(model(), **STEPS)
     broken.model.transformer.embedding[77] = torch.nan
     (result,) = run_eval(broken, [Quiz(count=1, odd={0: "77"})], [VANILLA], None)
     (line,) = summarize([result], ["quiz"])
@@ -404,7 +406,7 @@ def test_batched_answers_equal_single_ones() -> None:
 
 
 def test_only_counted_forwards_have_weight() -> None:
-    dual = coterie.load(model("llada-moe"), block=8, plan="dual")
+    dual = coterie.load(model("llada-moe"), plan="dual", **STEPS)
     (result,) = run_eval(dual, [Quiz(tokens=16)], [VOTE], None, batch_size=4)
     answers = result.answers
     assert all(0 < a.expert_forwards < a.forwards for a in answers)  # a re-forward at each block

@@ -6,44 +6,26 @@ import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import coterie
-from coterie.errors import TaskError
 from coterie.lab.sandbox import (
     ExecutionResult,
     Limits,
     backends,
-    require_backend,
-    run_program,
-    runner,
 )
-from coterie.lab.sandbox.runner import _backend_problem, _run_in
-from coterie.lab.sandbox.syscalls import (
-    BPF_RETURN,
-    SECCOMP_ALLOW,
-    SYSCALL_TABLES,
-    seccomp_filter,
-)
+from coterie.lab.sandbox.runner import _run_in
 
 SHORT = Limits(cpu_seconds=1, wall_seconds=0.5, memory=256 << 20)
 AMPLE = Limits(memory=256 << 20)
-BACKENDS = backends.backend_candidates()
-if "bubblewrap" not in [backend.name for backend in BACKENDS]:
-    BACKENDS.append(backends.Bubblewrap("/usr/bin/bwrap"))  # reported as skipped
-# The first of each kind runs always; the rest are slow tests.
-BEST = {backend.name: backend for backend in reversed(BACKENDS)}
 OUTSIDE = Path(__file__).with_name(f".outside-{uuid.uuid4().hex}")
 HOME = Path.home()
 PRIVATE = {path.name for path in HOME.glob("*")} - {
@@ -51,29 +33,6 @@ PRIVATE = {path.name for path in HOME.glob("*")} - {
     for path in backends.visible_paths()
     if Path(path).is_relative_to(HOME)
 }
-
-
-def label(backend: backends.SandboxBackend) -> str:
-    separate = getattr(backend, "separate_users", False)
-    user = "separate-users" if separate else "user-namespace"
-    return f"{backend.name}-{user}"
-
-
-@pytest.fixture(
-    params=[
-        pytest.param(
-            backend,
-            id=label(backend),
-            marks=() if backend is BEST[backend.name] else pytest.mark.slow,
-        )
-        for backend in BACKENDS
-    ]
-)
-def backend(request: pytest.FixtureRequest) -> backends.SandboxBackend:
-    """Each backend that works here; the rest are skipped with a reason."""
-    if (problem := _backend_problem(request.param)) is not None:
-        pytest.skip(f"NOT TESTED: {label(request.param)} does not work on this machine ({problem})")
-    return request.param
 
 
 @pytest.fixture
@@ -321,50 +280,6 @@ def test_no_thread_and_no_descriptor_leaks(backend):
     assert (threading.active_count(), sorted(os.listdir("/proc/self/fd"))) == before
 
 
-def without_bubblewrap(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setenv("PATH", str(folder))
-
-
-def with_forbidden_bubblewrap(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    bwrap = folder / "bwrap"
-    bwrap.write_text(
-        "#!/bin/sh\necho 'bwrap: No permissions to create a new namespace' >&2\nexit 1\n"
-    )
-    bwrap.chmod(0o755)
-    without_bubblewrap(monkeypatch, folder)
-
-
-BROKEN_BUBBLEWRAP: list[Callable[[pytest.MonkeyPatch, Path], None]] = [
-    without_bubblewrap,
-    with_forbidden_bubblewrap,
-]
-
-
-@pytest.mark.parametrize("break_bubblewrap", BROKEN_BUBBLEWRAP)
-def test_without_bubblewrap_namespaces_isolate(break_bubblewrap, monkeypatch, tmp_path):
-    break_bubblewrap(monkeypatch, tmp_path)
-    try:
-        backend = require_backend()
-    except TaskError:
-        pytest.skip("NOT TESTED: this machine allows no namespaces")
-    assert backend.name == "namespaces"
-    assert run_program("x = 1").passed
-    assert not run_program("open('/etc/passwd')").passed
-
-
-def test_without_any_sandbox_code_is_refused_unless_trusted(monkeypatch):
-    monkeypatch.setattr(
-        "coterie.lab.sandbox.runner.backend_candidates",
-        lambda: [backends.Bubblewrap("/bin/false")],
-    )
-    with pytest.raises(TaskError, match=r"install bubblewrap.*`trust`"):
-        run_program("x = 1")
-    with pytest.raises(TaskError, match=r"bubblewrap: .*does not start"):
-        require_backend()
-    assert isinstance(require_backend(trust=True), backends.Unsandboxed)
-    assert run_program("x = 1", trust=True).passed
-
-
 @pytest.mark.parametrize(
     "attack",
     ["an endless loop", "sleeping for ever", "10 GB of memory", "10 GB of output",
@@ -374,64 +289,6 @@ def test_without_any_sandbox_code_is_refused_unless_trusted(monkeypatch):
 def test_a_trusted_program_has_limits(attack, mark):
     program = ATTACKS[attack].replace("/tmp/f", "f")
     assert not _run_in(backends.Unsandboxed(), program, limits=SHORT).passed
-
-
-def test_the_filter_exists_for_two_architectures():
-    assert all(len(seccomp_filter(name)) % 8 == 0 for name in SYSCALL_TABLES)
-    with pytest.raises(TaskError, match="vax"):
-        seccomp_filter("vax")
-
-
-def show_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tempfile.mkdtemp(dir="/var/tmp")
-    os.chmod(folder, 0o755)
-    paths = (*backends.visible_paths(), folder)
-    monkeypatch.setattr(backends, "visible_paths", lambda: paths)
-    monkeypatch.setattr(tempfile, "tempdir", folder)
-
-
-def show_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = compile(
-        backends.script_text("namespaces").replace('"subset=pid"', '""'), "namespaces", "exec"
-    )
-    original = backends.script_code
-    monkeypatch.setattr(
-        backends, "script_code", lambda name: code if name == "namespaces" else original(name)
-    )
-    monkeypatch.setattr(backends, "_proc_covers", list)
-
-
-def allow_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    allow = struct.pack("=HBBI", BPF_RETURN, 0, 0, SECCOMP_ALLOW)
-    monkeypatch.setattr(backends, "seccomp_filter", lambda: allow)
-
-
-def allow_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = runner._make_request
-
-    def request(*args: Any) -> dict[str, object]:
-        made = original(*args)
-        limits = [limit for limit in made["limits"] if limit[0] != "RLIMIT_AS"]  # type: ignore
-        return {**made, "limits": limits}
-
-    monkeypatch.setattr(runner, "_make_request", request)
-
-
-BROKEN_PROMISES = {
-    "reads a file of the machine": show_the_machine,
-    "reads or writes a file of the kernel": show_the_kernel,
-    "opens a network socket": allow_every_call,
-    "enlarges a buffer of the kernel": allow_every_call,
-    "memory": allow_memory,
-}
-
-
-@pytest.mark.parametrize("promise", BROKEN_PROMISES)
-def test_a_backend_that_breaks_a_promise_is_refused(promise, backend, monkeypatch):
-    BROKEN_PROMISES[promise](monkeypatch)
-    problem = _backend_problem.__wrapped__(backend)
-    assert problem is not None
-    assert promise in problem
 
 
 SYSTEM_FILES = """

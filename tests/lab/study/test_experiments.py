@@ -48,7 +48,7 @@ DRAWN = {  # a record's experiment -> one figure of each kind
 @pytest.mark.parametrize("name", MEASURED)
 def test_experiment_renders_from_its_record(name: str, tmp_path: Path) -> None:
     experiment = EXPERIMENTS[name]
-    record = json.loads(json.dumps(experiment.measure(lab(tmp_path)), allow_nan=False))
+    record = json.loads(json.dumps(experiment.measure(lab(tmp_path, 2)), allow_nan=False))
     for table in experiment.tables(record):
         assert {len(row) for row in table.rows} == {len(table.heads)}
         assert max(table.numbers, default=0) < len(table.heads)

@@ -91,7 +91,7 @@ def engine(family: str = "llada2") -> Engine:
     kind, spec = read_spec(tiny_config(family))
     weights = random_transformer(spec, seed=1)
     model = Model(f"tiny {family}", kind, weights, IdTokenizer(96), 95, (94,))
-    usual = GenerationConfig.for_family(kind.defaults).replace(block=8, max_new_tokens=12)
+    usual = GenerationConfig.for_family(kind.defaults).replace(block=8, max_new_tokens=8)
     return Engine(model, generation=usual)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from tiny_study import SMALL, Counted, counted, lab, studied, tiny
 
 import coterie
@@ -15,6 +17,7 @@ from coterie.cli.entry import run
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError
 from coterie.lab.evals.run import Variant
+from coterie.lab.study import report
 from coterie.lab.study import study as room
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
@@ -22,6 +25,18 @@ from coterie.lab.study.experiment import (
 )
 from coterie.lab.study.results import JsonObject
 from coterie.lab.study.study import EXPERIMENTS
+
+
+@pytest.fixture(autouse=True)
+def empty_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made, but not turned into SVG: that takes most of a study of fakes."""
+
+    def render(draw: Callable[[], Figure], *, name: str, scheme: str) -> str:
+        draw()
+        return f"<svg><!-- {name}, {scheme} --></svg>"
+
+    monkeypatch.setattr(report, "render_svg", render)
+
 
 # What is measured, and what is only drawn
 
