@@ -1,5 +1,6 @@
 """``coterie bench``: times a layer, a forward or whole answers."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def layer_command(
     """
     model_shape = find_shape(shape)
     specs = tuple(engines.distinct_policies(policies or model_shape.policies))
-    num_threads = threads or torch.get_num_threads()
+    num_threads = checked_threads(threads)
     config = BenchConfig(
         model_shape, expert_dtype, specs, tokens, repeats, num_threads, uniform_routing
     )
@@ -181,7 +182,7 @@ def forward_command(
     specs = engines.distinct_policies(policies or find_shape(shape).policies)
     truncated = find_shape(shape).truncate(layers)
     num_logits = forwards.parse_num_logits(logits, tokens)
-    num_threads = threads or torch.get_num_threads()
+    num_threads = checked_threads(threads)
     layers_suffix = "" if layers is None else f" {layers} layers"
     title = f"bench forward {shape} {expert_dtype}{layers_suffix}{_tokens_suffix(tokens)}"
     facts: dict[str, object] = {
@@ -264,8 +265,7 @@ def generate_command(
     workload.check(engine_options)
     specs = engines.distinct_policies(policies or engines.DEFAULT_POLICIES)
     reuse_by_policy = engines.reuse_options(specs, coreset_reuse)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(checked_threads(threads))
     count = workload.num_prompts or 8
     dtypes = [engine_options.dtype, engine_options.expert_dtype]
     if workload.shape is None:
@@ -313,6 +313,14 @@ def plot_command(
     for path in records:
         for file in output.plot_record(path):
             print_text(str(file))
+
+
+def checked_threads(threads: int | None) -> int:
+    """The number of threads to time; more of them than processors would time their turns."""
+    processors = os.cpu_count() or 1
+    if threads is not None and threads > processors:
+        raise ConfigError(f"--threads {threads}: this machine has {processors} processors")
+    return threads or torch.get_num_threads()
 
 
 def _check_unused(options: Mapping[str, object], cause: str) -> None:

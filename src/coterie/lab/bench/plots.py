@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import ConfigError
 from coterie.lab.bench.timing import timing_stats
 from coterie.lab.plotting import IntervalSeries, indexed_style, interval_chart, write_figure
+from coterie.strict_json import read_object
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,9 +32,10 @@ class Chart:
 
 def plot_record(path: Path) -> list[Path]:
     """Writes a record's figures next to it, one per colour scheme."""
+    record = read_object(path)
     try:
-        chart = make_chart(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        chart = make_chart(record)
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a benchmark record ({error})") from None
     return write_figure(partial(draw_chart, chart), path.with_suffix(""))
 
@@ -41,7 +43,7 @@ def plot_record(path: Path) -> list[Path]:
 def make_chart(record: Mapping[str, Any]) -> Chart:
     """The chart of a record; raises ConfigError for a record of another kind."""
     title = record["title"]
-    samples = {entry["name"]: entry["samples"] for entry in record["measures"]}
+    samples = {str(each["name"]): _finite(each["samples"]) for each in record["measures"]}
     if title.startswith("generate"):
         return Chart(list(samples), {"tokens/s": samples}, "tokens/s")
     if not title.startswith(KNOWN_TITLES):
@@ -54,6 +56,15 @@ def make_chart(record: Mapping[str, Any]) -> Chart:
         for row, values in by_policy[policy].items():
             medians.setdefault(row, []).append(statistics.median(values))
     return Chart(sorted(medians, key=lambda row: statistics.median(medians[row])), by_policy, "ms")
+
+
+def _finite(samples: Sequence[float]) -> Sequence[float]:
+    """The samples; raises TypeError unless they are finite numbers, one at least."""
+    if not samples or not all(isinstance(each, int | float) for each in samples):
+        raise TypeError("samples are not numbers")
+    if not all(map(isfinite, samples)):
+        raise TypeError("samples are not finite")
+    return samples
 
 
 def draw_chart(chart: Chart) -> Figure:
