@@ -90,6 +90,16 @@ def test_what_is_no_regular_file_is_neither_replaced_nor_appended_to(
         assert path.lstat().st_mode == before
 
 
+def test_a_locked_file_is_read_whole_though_the_system_reads_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, 3), at))
+    with LockedFile(tmp_path / "log") as file:
+        file.append(b"one\ntwo\n")
+        assert file.read() == b"one\ntwo\n"
+
+
 @pytest.mark.parametrize("name", ["pread", "ftruncate", "write", "fsync"])
 def test_a_locked_file_names_itself_where_the_system_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

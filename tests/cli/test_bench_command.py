@@ -47,10 +47,15 @@ def test_the_layer_command_writes_a_record_and_figures(
     assert "des-vote:beta=0.25" in before
 
 
-def test_forward_and_generate_write_records_with_figures(tmp_path: Path) -> None:
+def test_forward_and_generate_write_records_with_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--shape", "tiny", "--repeats", "1", "-o", str(tmp_path), "-p", "des-vote:beta=0.25"]
     assert run(["bench", "forward", *options, "--layers", "2", "--context", "0"]) == 0
+    capsys.readouterr()
     assert run(["bench", "generate", *options, "--num-prompts", "1", "--tokens", "8"]) == 0
+    vanilla = next(line for line in capsys.readouterr().out.splitlines() if "vanilla " in line)
+    assert vanilla.rstrip().endswith("1 of 1")  # texts as vanilla
     forward = json.loads((tmp_path / "bench-forward-tiny-int8-2-layers.json").read_text())
     assert set(make_chart(forward).rows) == {"read", "floor", "forward"}
     assert forward["facts"]["wanted"] == "block"
