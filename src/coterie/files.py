@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,6 +19,7 @@ from coterie.errors import CheckpointError, ConfigError, CoterieError
 MIB = 1 << 20
 LFS_START = b"version https://git-lfs.github.com/spec/"
 MAX_LFS_BYTES = 1024
+MAX_READ = 64 * MIB
 
 ProgressCallback = Callable[[int, int], None]
 """Called with (bytes read, bytes in total)."""
@@ -112,10 +114,13 @@ def read_text(file: Path, limit: int) -> str:
 def atomic_writer(path: Path, remedy: str = "") -> Iterator[BufferedWriter]:
     """A file that appears under its name once it is complete and on disk, or not at all.
 
-    Raises CheckpointError, which ends in ``remedy``, if it cannot be written.
+    Raises CheckpointError, which ends in ``remedy``, if it cannot be written; a device or a pipe
+    of this name is never replaced.
     """
     part = _partial_path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "not a regular file")
         with part.open("wb") as sink:
             yield sink
             sink.flush()
@@ -146,22 +151,25 @@ def _partial_path(path: Path) -> Path:
 
 
 class LockedFile:
-    """A file to append to that no other process can open in the same way."""
+    """A regular file to append to that no other process can open in the same way.
+
+    Methods raise its ``error``, with the name, where the system fails.
+    """
 
     def __init__(self, path: Path, error: type[CoterieError] = ConfigError) -> None:
         """Raises an ``error`` if the file cannot be written, or another process writes it."""
         self.path, self._error = path, error
         while True:
+            with self._errors("written"):
+                flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK
+                self._descriptor = os.open(path, flags, 0o666)
             try:
-                self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                self._lock()
+                if self._has_name():
+                    return
+            except BaseException:
                 self.close()
-                raise self._error(f"{path}: another process is writing it") from None
-            except OSError as reason:
-                raise self._error(f"{path}: cannot be written ({reason.strerror})") from None
-            if self._has_name():
-                return
+                raise
             self.close()
 
     def __enter__(self) -> Self:
@@ -171,7 +179,12 @@ class LockedFile:
         self.close()
 
     def read(self) -> bytes:
-        return os.pread(self._descriptor, self.size, 0)
+        """The whole content."""
+        content = b""
+        with self._errors("read"):
+            while piece := os.pread(self._descriptor, MAX_READ, len(content)):
+                content += piece
+        return content
 
     @property
     def size(self) -> int:
@@ -181,28 +194,46 @@ class LockedFile:
         """Write all bytes; if that fails, raise an error, and the file ends as before."""
         end = self.size
         try:
-            while content:
-                content = content[os.write(self._descriptor, content) :]
-            if sync:
-                os.fsync(self._descriptor)
-        except OSError as reason:
+            with self._errors("written"):
+                while content:
+                    content = content[os.write(self._descriptor, content) :]
+                if sync:
+                    os.fsync(self._descriptor)
+        except CoterieError:
             self.truncate(end)
-            raise self._error(f"{self.path}: cannot be written ({reason.strerror})") from None
+            raise
 
     def truncate(self, size: int = 0) -> None:
-        os.ftruncate(self._descriptor, size)
+        with self._errors("written"):
+            os.ftruncate(self._descriptor, size)
 
     def rename(self, path: Path) -> None:
         """Give the complete file, on disk, its final name."""
-        try:
+        with self._errors("written", path):
             os.fsync(self._descriptor)
             self.path.replace(path)
-        except OSError as reason:
-            raise self._error(f"{path}: cannot be written ({reason.strerror})") from None
         self.path = path
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+    def _lock(self) -> None:
+        with self._errors("written"):
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file")
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._error(f"{self.path}: another process is writing it") from None
+
+    @contextmanager
+    def _errors(self, action: str, path: Path | None = None) -> Iterator[None]:
+        """The system's errors become this file's, with ``path`` or its own name."""
+        try:
+            yield
+        except OSError as reason:
+            name = path or self.path
+            raise self._error(f"{name}: cannot be {action} ({reason.strerror})") from None
 
     def _has_name(self) -> bool:
         """False if the file was renamed or removed before it was locked."""

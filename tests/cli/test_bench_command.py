@@ -52,10 +52,15 @@ def test_the_layer_command_writes_a_record_and_figures(
     assert "des-vote:beta=0.25" in before
 
 
-def test_forward_and_generate_write_records_with_figures(tmp_path: Path) -> None:
+def test_forward_and_generate_write_records_with_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--shape", "tiny", "--repeats", "1", "-o", str(tmp_path), "-p", "des-vote:beta=0.25"]
     assert run(["bench", "forward", *options, "--layers", "2", "--context", "0"]) == 0
+    capsys.readouterr()
     assert run(["bench", "generate", *options, "--num-prompts", "1", "--tokens", "8"]) == 0
+    vanilla = next(line for line in capsys.readouterr().out.splitlines() if "vanilla " in line)
+    assert vanilla.rstrip().endswith("1 of 1")  # texts as vanilla
     forward = json.loads((tmp_path / "bench-forward-tiny-int8-2-layers.json").read_text())
     assert set(make_chart(forward).rows) == {"read", "floor", "forward"}
     assert forward["facts"]["wanted"] == "block"
@@ -107,6 +112,9 @@ def test_other_sizes_have_other_record_names(tmp_path: Path) -> None:
         (["layer", "--baseline-python", "zentorch"], "not NAME=PATH"),
         (["layer", "--baseline", "torch", "--baseline-python", "zentorch=x"], "not one of torch"),
         (["layer", "-p", "des-votes"], "unknown policy"),
+        (["layer", "--threads", "99999"], "--threads 99999: this machine has"),
+        (["forward", "--threads", "99999"], "--threads 99999: this machine has"),
+        (["generate", "--threads", "99999"], "--threads 99999: this machine has"),
         (["forward", "--shape", "tiny", "--layers", "1"], "must be 2 to 3"),
         (["forward", "--logits", "most"], "neither a number nor block"),
         (["forward", "--logits", "0"], "must be 1 to 32"),

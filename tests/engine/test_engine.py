@@ -370,7 +370,7 @@ def test_only_the_request_with_non_finite_logits_fails() -> None:
     assert [known(result) for result in finish(host, [first, last])] == expected
 
 
-@settings(max_examples=10)
+@law(5)
 @given(st.lists(prompt_ids, min_size=2, max_size=4), st.sampled_from([0.15, 0.3]))
 def test_rows_of_a_forward_may_share_one_coreset(prompts: list[list[int]], beta: float) -> None:
     host, recorder = engine(), TensorRecorder()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from policy_strategies import law
 from test_engine import engine, finish, prompt_ids
 
 from coterie.engine.events import Result
@@ -44,7 +45,7 @@ def check(joined: Result, separate: Result) -> None:
     assert (joined.commits, separate.commits) == (0, separate.blocks - 1)
 
 
-@settings(max_examples=25)
+@law(12)
 @given(families, prompt_ids, options)
 def test_tokens_equal_those_of_separate_commits(
     family: str, prompt: list[int], wanted: dict
@@ -53,7 +54,7 @@ def test_tokens_equal_those_of_separate_commits(
     check(joined, engine(family, plan=SEPARATE).generate(prompt, **wanted))
 
 
-@settings(max_examples=10)
+@law(5)
 @given(st.lists(st.tuples(prompt_ids, options), min_size=2, max_size=4))
 def test_rows_of_a_batch_equal_those_alone(rows: list[tuple[list[int], dict]]) -> None:
     host = engine(plan=JOINED)

@@ -1,5 +1,6 @@
 """``coterie bench``: times a layer, a forward or whole answers."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ def layer_command(
     """
     model_shape = find_shape(shape)
     specs = tuple(engines.distinct_policies(policies or model_shape.policies))
-    num_threads = threads or torch.get_num_threads()
+    num_threads = checked_threads(threads)
     config = BenchConfig(
         model_shape, expert_dtype, specs, tokens, repeats, num_threads, uniform_routing
     )
@@ -185,7 +186,7 @@ def forward_command(
     specs = engines.distinct_policies(policies or find_shape(shape).policies)
     truncated = find_shape(shape).truncate(layers)
     num_logits = forwards.parse_num_logits(logits, tokens)
-    num_threads = threads or torch.get_num_threads()
+    num_threads = checked_threads(threads)
     layers_suffix = "" if layers is None else f" {layers} layers"
     title = f"bench forward {shape} {expert_dtype}{layers_suffix}{_tokens_suffix(tokens)}"
     facts: dict[str, object] = {
@@ -309,8 +310,7 @@ def generate_command(
     workload.check(engine_options)
     specs = engines.distinct_policies(policies or engines.DEFAULT_POLICIES)
     reuse_by_policy = engines.reuse_options(specs, coreset_reuse)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(checked_threads(threads))
     opened = workload.open(engine_options, workload.num_prompts or 8)
     title, facts = f"generate {opened.title}", opened.facts()
     same = {**facts, **opened.identity(engine_options), "policies": reuse_by_policy}
@@ -350,8 +350,7 @@ def serve_command(
     workload.check(engine_options)
     specs = engines.distinct_policies(policies or concurrency.POLICIES)
     counts = rows or concurrency.ROWS
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(checked_threads(threads))
     opened = workload.open(engine_options, workload.num_prompts or max(counts))
     title, facts = f"bench serve {opened.title}", opened.facts()
     same = {**facts, **opened.identity(engine_options), "policies": specs, "rows": counts}
@@ -382,6 +381,14 @@ def plot_command(
     for path in records:
         for file in output.plot_record(path):
             print_text(str(file))
+
+
+def checked_threads(threads: int | None) -> int:
+    """The number of threads to time; more of them than processors would time their turns."""
+    processors = os.cpu_count() or 1
+    if threads is not None and threads > processors:
+        raise ConfigError(f"--threads {threads}: this machine has {processors} processors")
+    return threads or torch.get_num_threads()
 
 
 def _check_unused(options: Mapping[str, object], cause: str) -> None:

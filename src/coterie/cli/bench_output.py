@@ -100,7 +100,7 @@ def generation_table(timings: Sequence[GenerationTiming]) -> Table:
             timing.policy, f"{speed.median:.1f}", f"{speed.spread:.1f}",
             f"{counts['experts_mean']:.1f} of {counts['experts_total']}", str(counts["forwards"]),
             f"{counts['forwards_per_block']:.1f}",
-            f"{counts['texts_as_vanilla']} of {len(timing.repeats[0])}",
+            f"{counts['texts_as_vanilla']} of {len(timing.repeats[0]['tokens'])}",
         ))  # fmt: skip
     numbers = ("tokens/s", "spread", "experts", "forwards", "forwards/block", "texts as vanilla")
     return output.plain_table("policy", numbers=numbers, rows=rows)

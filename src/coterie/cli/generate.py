@@ -44,7 +44,8 @@ def generate(
     coterie generate "Solve 3x + 4 = 19 for x." -p priced-vote:price=0.022 --compare-vanilla
     coterie generate - --model inclusionAI/LLaDA2.0-mini --json < question.txt
     coterie generate "5 17 33" --model ./folder-without-tokenizer -n 32
-    coterie generate "..." -p resident-vote:beta=0.3 --expert-memory 35% --plot-traffic moved
+    coterie generate "..." -m ./mini-int8 -p resident-vote:beta=0.3 --expert-memory 35%
+    coterie generate "..." --simulate-expert-memory 35% --plot-traffic moved
     """
     spec = engines.canonical_policy(policy)
     options: engines.GenerationOptions = {**decode.to_fields(), **sampling.to_fields()}

@@ -12,11 +12,12 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 from coterie.cli import options as o
 from coterie.cli.output import check_output_file, print_note, print_text, progress_bar
 from coterie.errors import TaskError
-from coterie.files import atomic_write
+from coterie.files import atomic_write, read_file
 from coterie.lab.evals.grading import GradingJob, prepare_grading, read_outputs
 from coterie.lab.evals.report import proportion
 from coterie.lab.evals.task import TaskOptions
 from coterie.lab.evals.tasks import TASKS, check_task_name
+from coterie.lab.evals.tasks.source import MAX_BYTES
 
 FILE_HELP = "JSONL of outputs; - reads standard input."
 OUT_HELP = "File for the grades (default: standard output)."
@@ -52,7 +53,7 @@ def grade(
     """
     check_task_name(task)
     source = "standard input" if file == "-" else file
-    content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    content = sys.stdin.buffer.read() if file == "-" else read_file(Path(file), MAX_BYTES)
     outputs = read_outputs(content, source)
     check_output_file(out)
     if out is not None and file != "-" and out.exists() and out.samefile(file):

@@ -12,10 +12,20 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from coterie.files import atomic_write
 from coterie.lab.machine import machine_info, quick_peak
 
+RECORD_TYPES: Mapping[str, type] = {
+    "title": str,
+    "command": list,
+    "when": str,
+    "commit": str,
+    "versions": dict,
+    "measures": list,
+    "facts": dict,
+}
 PACKAGES = ("coterie", "torch", "triton", "numpy", "safetensors", "tokenizers")
 
 
@@ -85,6 +95,17 @@ def make_record(
         "measures": [measurement.to_dict() for measurement in measurements],
         "facts": dict(facts or {}),
     }
+
+
+def is_record(content: Mapping[str, Any]) -> bool:
+    """Whether all that ``make_record`` writes is there, and has its type."""
+    machine = content.get("machine")
+    return (
+        all(isinstance(content.get(key), kind) for key, kind in RECORD_TYPES.items())
+        and isinstance(machine, dict)
+        and {"processor", "cores", "device"} <= set(machine)
+        and isinstance(machine.get("memory_mib"), int | None)
+    )
 
 
 def record_path(folder: Path, title: str) -> Path:

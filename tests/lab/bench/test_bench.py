@@ -5,7 +5,9 @@ No test here asserts how long anything took.
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 from coterie.engine.engine import Engine
 from coterie.engine.generation_config import GenerationConfig
-from coterie.errors import CoterieError
+from coterie.errors import ConfigError, CoterieError
 from coterie.lab.bandwidth import read_rows, readable_rows, weight_buffers
 from coterie.lab.bench import llama, session, worker
 from coterie.lab.bench.baselines import (
@@ -380,6 +382,27 @@ def test_another_record_has_no_figure(tmp_path: Path) -> None:
     path = write_record(tmp_path, make_record("embedded training", [], []))
     with pytest.raises(CoterieError, match="'embedded training' has no figure; known: bench layer"):
         plot_record(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"title": 7},
+        {"title": None},
+        {"measures": 5},
+        {"measures": [5]},
+        {"measures": [{"name": "vanilla", "samples": ["fast"]}]},
+        {"measures": [{"name": "vanilla", "samples": []}]},
+        {"measures": [{"name": "vanilla", "samples": [float("nan")]}]},
+    ],
+)
+def test_a_damaged_record_has_no_figure(tmp_path: Path, damage: Mapping[str, object]) -> None:
+    path = tmp_path / "record.json"
+    record = {"title": "generate", "measures": [{"name": "vanilla", "samples": [1.0]}], **damage}
+    path.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"record\.json: not a benchmark record"):
+        plot_record(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
 
 
 def test_a_skipped_baseline_leaves_only_its_reason() -> None:

@@ -215,6 +215,32 @@ def test_log_entry_round_trip(forwards: int, seed: int) -> None:
     assert np.array_equal(found.used, used)
 
 
+@given(st.integers(0, 2), st.data())
+@settings(max_examples=30, deadline=None)
+def test_the_log_is_read_up_to_its_first_damage(line: int, data: st.DataObject) -> None:
+    answer = Answer("arm", "quiz", "", True, None, {}, "out", "stop")
+    entries = [
+        AnswerEntry(replace(answer, id=f"quiz/{n}"), "pd", np.ones((2, 2, 11), bool))
+        for n in range(3)
+    ]
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "one"
+        with AnswerTraceLog.open(path, (2, 11)) as book:
+            book.add(entries)
+        lines = path.read_bytes().splitlines(keepends=True)
+        fields = json.loads(lines[line])
+        damages = [b"\0" * 9 + b"\n", b"[]\n", b"{}\n", lines[line][:-9] + b"\n"]
+        for key in fields:
+            damages.append(json.dumps({**fields, key: ["x"]}).encode() + b"\n")
+        lines[line] = data.draw(st.sampled_from(damages))
+        path.write_bytes(b"".join(lines))
+        with AnswerTraceLog.open(path, (2, 11)) as book:
+            assert list(book.entries)[:line] == [entry.key for entry in entries[:line]]
+            book.add([entry for entry in entries if entry.key not in book.entries])
+        with AnswerTraceLog.open(path, (2, 11)) as book:
+            assert len(book.entries) >= 3
+
+
 # The experiment
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from tiny_study import SMALL, Counted, counted, lab, studied, tiny
 
@@ -89,6 +91,26 @@ def test_invalid_record_is_measured_again(tmp_path: Path) -> None:
     engine.generation = engine.generation.replace(block=4)
     studied(engine, tmp_path, [chapter], config=replace(SMALL, items=4))
     assert len(measured) == 4
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_damaged_record_is_measured_again_or_drawn(tmp_path_factory, data) -> None:
+    """Whatever a record holds, the study goes on: no value of it is trusted to be there."""
+    folder, measured = tmp_path_factory.mktemp("study"), []
+    engine, chapter = tiny(folder), counted("a", measured)
+    studied(engine, folder, [chapter])
+    path = folder / "records" / "a.json"
+    record = json.loads(path.read_text())
+    place = data.draw(st.sampled_from(sorted(record)))
+    if data.draw(st.booleans()):
+        del record[place]
+    else:
+        record[place] = data.draw(st.sampled_from([None, True, 7, -1.5, "x", [], {}, [[]]]))
+    path.write_text(json.dumps(record))
+    studied(engine, folder, [chapter])
+    assert len(measured) in (1, 2)
+    assert (folder / "report.html").read_text().rstrip().endswith("</html>")
 
 
 def test_rerun_includes_dependent_experiments(tmp_path: Path) -> None:

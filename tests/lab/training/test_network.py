@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save
 from shared_data import golden
 from torch import Tensor
 
@@ -22,8 +24,9 @@ from coterie.files import LockedFile
 from coterie.lab.training import export
 from coterie.lab.training.attend import masked_attention
 from coterie.lab.training.batch import TrainingBatch
+from coterie.lab.training.embedded import write_training_record
 from coterie.lab.training.experts import run_experts, sort_by_expert
-from coterie.lab.training.loop import TrainingConfig, saved_step, train
+from coterie.lab.training.loop import TrainingConfig, TrainingState, saved_step, train
 from coterie.lab.training.network import (
     NetworkShape,
     TrainingNetwork,
@@ -275,6 +278,49 @@ def test_a_damaged_state_is_our_error(tmp_path: Path) -> None:
     (tmp_path / "state.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(CoterieError, match=r"state\.safetensors"):
         train(counting, CONFIG, tmp_path)
+
+
+@given(
+    damage=st.sampled_from(["cut", "key", "shape", "dtype", "step", "run", "list", "none"]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=20, deadline=None)
+def test_every_damaged_state_is_our_error(tmp_path_factory, damage: str, seed: int) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    state, path = TrainingState(CONFIG), folder / "state.safetensors"
+    state.save(path)
+    tensors, run = load_file(path), {"step": "1", "run": state.run_config}
+    name = sorted(tensors)[seed % len(tensors)]
+    match damage:
+        case "key":
+            del tensors[name]
+        case "shape":
+            tensors[name] = tensors[name].flatten()[:1].clone()
+        case "dtype":
+            tensors[name] = tensors[name].double()
+        case "step" | "run":
+            run[damage] = "x"
+        case "list":
+            run["run"] = "[]"
+        case "none":
+            run = {}
+    path.write_bytes(save(tensors, run)[: -1 - seed if damage == "cut" else None])
+    with pytest.raises(CoterieError, match=r"state\.safetensors"):
+        TrainingState(CONFIG).load(path)
+
+
+LOG_LINES = [b"", b"\0\0", b"[]", b"5", b'{"loss": 1', b'{"loss": 1}', b"\xff"]
+LOG_LINES += [b'{"step": %s, "loss": 1, "speed": 2}' % step for step in (b"[]", b"1")]
+
+
+@given(lines=st.lists(st.sampled_from(LOG_LINES)))
+@settings(max_examples=30, deadline=None)
+def test_a_record_of_training_leaves_damaged_lines_out(tmp_path_factory, lines) -> None:
+    out = tmp_path_factory.mktemp("out")
+    (out / "run").mkdir()
+    (out / "run" / "log.jsonl").write_bytes(b"\n".join(lines))
+    record = json.loads(write_training_record(out, CONFIG).read_text())
+    assert len(record["facts"]["log"]) == any(line.startswith(b'{"step": 1') for line in lines)
 
 
 def test_folder_of_another_run_raises(tmp_path: Path) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from coterie.errors import ConfigError
 from coterie.lab.bench.concurrency import setting_name
 from coterie.lab.plotting import IntervalSeries, indexed_style, interval_chart, write_figure
 from coterie.lab.timing import timing_stats
+from coterie.strict_json import read_object
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,9 +33,10 @@ class Chart:
 
 def plot_record(path: Path) -> list[Path]:
     """Writes a record's figures next to it, one per colour scheme."""
+    record = read_object(path)
     try:
-        chart = make_chart(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        chart = make_chart(record)
+    except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a benchmark record ({error})") from None
     return write_figure(partial(draw_chart, chart), path.with_suffix(""))
 
@@ -42,7 +44,7 @@ def plot_record(path: Path) -> list[Path]:
 def make_chart(record: Mapping[str, Any]) -> Chart:
     """The chart of a record; raises ConfigError for a record of another kind."""
     title = record["title"]
-    samples = {entry["name"]: entry["samples"] for entry in record["measures"]}
+    samples = {str(each["name"]): _finite(each["samples"]) for each in record["measures"]}
     if title.startswith("generate"):
         return Chart(list(samples), {"tokens/s": samples}, "tokens/s")
     if not title.startswith(KNOWN_TITLES):
@@ -70,6 +72,15 @@ def _rows_chart(
         by_policy.setdefault(facts["policy"], {})[label] = samples[name]
     rows = dict.fromkeys(row for each in by_policy.values() for row in each)
     return Chart(list(rows), by_policy, "tokens/s")
+
+
+def _finite(samples: Sequence[float]) -> Sequence[float]:
+    """The samples; raises TypeError unless they are finite numbers, one at least."""
+    if not samples or not all(isinstance(each, int | float) for each in samples):
+        raise TypeError("samples are not numbers")
+    if not all(map(isfinite, samples)):
+        raise TypeError("samples are not finite")
+    return samples
 
 
 def draw_chart(chart: Chart) -> Figure:

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coterie.errors import TaskError
+from coterie.files import read_text
 from coterie.lab.evals.task import Task, TaskOptions
 from coterie.lab.evals.tasks import embedded, open_tasks
 from coterie.lab.problems import PROBLEM_MAKERS, draw_problem
+from coterie.strict_json import LISTING_FILE
 
 SPLIT = "train"  # evaluations draw from "test"
 
@@ -77,12 +79,9 @@ def prompts_from_tasks(names: Sequence[str], count: int, options: TaskOptions) -
 def prompts_from_file(path: Path) -> PromptSet:
     """Prompts from a file with one per line, or from JSONL objects with "prompt".
 
-    Skips blank lines. Raises TaskError with the file and the line of a malformed prompt.
+    Skips blank lines. Raises CoterieError with the file and the line of a malformed prompt.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise TaskError(f"{path}: not UTF-8 text") from None
+    lines = read_text(path, LISTING_FILE).split("\n")
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise TaskError(f"{path}: holds no prompts")

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from coterie.engine.generation_config import GenerationConfig
-from coterie.errors import ConfigError, TaskError
+from coterie.errors import CheckpointError, ConfigError, TaskError
 from coterie.files import atomic_write
 from coterie.keys import Key, from_json, keys_of, names_of, to_json
 from coterie.lab.evals.traffic import AnswerTraffic
 from coterie.lab.journal import LockedFile
 from coterie.routing import update_policy_text
+from coterie.strict_json import read_object
 
 ANSWERS_FILE, RUN_FILE = "items.jsonl", "run.json"
 AnswerKey = tuple[str, str, str]  # variant, task, item id
@@ -202,16 +203,11 @@ def _check_same_run(folder: Path, run_config: Mapping[str, object], *, is_new: b
 
 def _read_run(path: Path) -> Mapping[str, object]:
     try:
-        run = json.loads(path.read_bytes())
-        if not isinstance(run, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        return read_object(path)
+    except CheckpointError as error:
         raise TaskError(
-            f"{path}: does not identify the run of {ANSWERS_FILE} ({reason}); restore it, or use a "
-            "new folder"
+            f"{error}; it must identify the run of {ANSWERS_FILE}: restore it, or use a new folder"
         ) from None
-    return run
 
 
 def _differences(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
-import os
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from coterie.errors import TaskError
+from coterie.files import LockedFile
 from coterie.keys import to_json
 from coterie.lab.evals.answer_log import Answer, answer_from_dict
 from coterie.offload.eviction import Mask
@@ -48,35 +47,32 @@ class AnswerEntry:
 class AnswerTraceLog:
     """The entries of one run on disk, one line per answer, in the order of writing."""
 
-    file: BinaryIO
+    file: LockedFile
     entries: dict[QuestionKey, AnswerEntry]
 
     @staticmethod
     @contextmanager
     def open(path: Path, shape: tuple[int, int]) -> Iterator[AnswerTraceLog]:
-        """``shape``: MoE layers, experts. An incomplete last line of a killed process is removed.
+        """``shape``: MoE layers, experts. The file ends before its first damaged line then.
 
-        Raises TaskError where another process has the file open.
+        A killed process leaves an incomplete last line. Entries after a damaged one depend on it,
+        and are generated again too. Raises TaskError where another process has the file open.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise TaskError(f"{path}: another process writes this file") from None
-            content = path.read_bytes()
-            end = content.rfind(b"\n") + 1
-            file.truncate(end)
-            entries = [_decode_entry(line, shape) for line in content[:end].splitlines()]
-            yield AnswerTraceLog(file, {entry.key: entry for entry in entries})
+        with LockedFile(path, TaskError) as file:
+            entries, valid_bytes = {}, 0
+            for line in file.read().splitlines(keepends=True):
+                if (entry := _decode_entry(line, shape)) is None:
+                    break
+                entries[entry.key] = entry
+                valid_bytes += len(line)
+            file.truncate(valid_bytes)
+            yield AnswerTraceLog(file, entries)
 
     def add(self, entries: Sequence[AnswerEntry]) -> None:
         """Append the entries; they are on disk when this returns."""
-        for entry in entries:
-            self.file.write(_encode_entry(entry))
-            self.entries[entry.key] = entry
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        self.file.append(b"".join(map(_encode_entry, entries)), sync=True)
+        self.entries.update((entry.key, entry) for entry in entries)
 
 
 def _encode_entry(entry: AnswerEntry) -> bytes:
@@ -86,9 +82,15 @@ def _encode_entry(entry: AnswerEntry) -> bytes:
     return json.dumps(line).encode() + b"\n"
 
 
-def _decode_entry(line: bytes, shape: tuple[int, int]) -> AnswerEntry:
-    fields = json.loads(line)
-    kinds, packed = fields.pop("kinds"), zlib.decompress(base64.b64decode(fields.pop("used")))
-    shape_of_mask = (len(kinds), *shape)
-    bits = np.unpackbits(np.frombuffer(packed, np.uint8), count=int(np.prod(shape_of_mask)))
-    return AnswerEntry(answer_from_dict(fields), kinds, bits.astype(bool).reshape(shape_of_mask))
+def _decode_entry(line: bytes, shape: tuple[int, int]) -> AnswerEntry | None:
+    """The entry of a whole line; None for any other."""
+    with suppress(ValueError, TypeError, AttributeError, KeyError, RecursionError, zlib.error):
+        fields = json.loads(line) if line.endswith(b"\n") else None
+        kinds, packed = fields.pop("kinds"), base64.b64decode(fields.pop("used"), validate=True)
+        size = len(kinds) * prod(shape)
+        mask = zlib.decompressobj().decompress(packed, -(-size // 8) + 1)
+        bits = np.unpackbits(np.frombuffer(mask, np.uint8)).astype(bool)
+        if len(mask) == -(-size // 8):
+            used = bits[:size].reshape(len(kinds), *shape)
+            return AnswerEntry(answer_from_dict(fields), kinds, used)
+    return None

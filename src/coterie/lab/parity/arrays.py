@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from coterie.errors import CheckpointError
+from coterie.files import opened
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,14 @@ class ReferenceArrays:
     def of(file: Path) -> ReferenceArrays:
         """Raises CheckpointError if the file cannot be read."""
         try:
-            with file.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
+            with (
+                opened(file) as descriptor,
+                os.fdopen(descriptor, "rb", closefd=False) as handle,
+                np.load(handle, allow_pickle=False) as archive,
+            ):
                 return ReferenceArrays(file, {name: archive[name] for name in archive.files})
-        except FileNotFoundError:
-            raise CheckpointError(f"{file}: no such file") from None
+        except CheckpointError:
+            raise
         except (OSError, EOFError, ValueError, BadZipFile, zlib.error, KeyError) as error:
             raise CheckpointError(f"{file}: not a readable npz file ({error})") from None
 

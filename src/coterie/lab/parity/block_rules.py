@@ -19,10 +19,11 @@ from coterie.decoding.block_edit import (
     Predictions,
 )
 from coterie.decoding.sampling import Sampling, propose
+from coterie.files import read_text
 from coterie.lab.parity.forward import WEIGHTS_TOLERANCE
 from coterie.routing import Vanilla, route
 from coterie.routing.router import admitted_experts
-from coterie.strict_json import read_object
+from coterie.strict_json import LISTING_FILE, read_object
 from coterie.values import RouterSpec, Scores
 
 ROUTING, EDITS, TRACES = "block-routing.json", "edits.json", "edit-traces.jsonl"
@@ -43,7 +44,7 @@ def block_rule_results(folder: Path, device: str = "cpu") -> Iterator[tuple[bool
         for number, case in enumerate(document["cases"]):
             yield _result(f"edits, case {number}", _edit_problem(document, case))
     if (file := folder / TRACES).exists():
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in read_text(file, LISTING_FILE).splitlines():
             trace = json.loads(line)
             for key in sorted(TRACE_RULES.keys() & trace.keys()):
                 yield _result(f"trace {trace['id']}, {key}", _trace_problem(trace, key))

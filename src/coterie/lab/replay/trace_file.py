@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import BinaryIO, Self
 import numpy as np
 
 from coterie.errors import CheckpointError, ConfigError
-from coterie.files import LockedFile
+from coterie.files import LockedFile, open_file, read_errors
 from coterie.keys import from_json, to_json
 from coterie.lab.replay.trace import (
     FORMAT,
@@ -118,9 +119,8 @@ def _lock_new_trace(path: Path, *, overwrite: bool) -> LockedFile:
 
 def _open(path: Path) -> BinaryIO:
     """The file; raises CheckpointError for a device or a pipe, which may never end."""
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: not a file")
-    return path.open("rb")
+    with read_errors(path):
+        return os.fdopen(open_file(path), "rb")
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[TraceHeader, Floats | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
@@ -10,11 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from coterie.engine.engine import Engine
-from coterie.errors import TaskError
+from coterie.errors import CoterieError, TaskError
 from coterie.lab.evals.run import Answer, Variant, run_eval
 from coterie.lab.evals.task import Task
+from coterie.lab.records import is_record
 from coterie.lab.study.results import VariantResult
 from coterie.routing import update_policies_in_json
+from coterie.strict_json import LISTING_FILE, read_object
 
 T = TypeVar("T")
 BATCH_SIZE = 64  # decoded together in accuracy runs
@@ -26,15 +27,15 @@ def interleave(lists: Iterable[Sequence[T]]) -> list[T]:
 
 
 def read_record(folder: Path, experiment: str) -> dict[str, Any] | None:
-    """An experiment's record with its policies in the current spelling; None where there is none.
+    """An experiment's record with its policies in the current spelling; None where none is whole.
 
     Its command and settings are unchanged.
     """
     try:
-        content = json.loads((folder / f"{experiment}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_object(folder / f"{experiment}.json", LISTING_FILE)
+    except CoterieError:
         return None
-    if not isinstance(content, dict):
+    if not is_record(content):
         return None
     return update_policies_in_json(content, skip_keys=("command", "settings"))
 

@@ -182,8 +182,8 @@ def _measure(
         "settings": settings,
         "read": context.used_records,
     }
-    path = write_record(context.folder / "records", content)
-    return json.loads(path.read_text(encoding="utf-8"))
+    write_record(context.folder / "records", content)
+    return json.loads(json.dumps(content))
 
 
 def _read_valid_record(
@@ -193,7 +193,9 @@ def _read_valid_record(
     record = read_record(folder, name)
     if record is None or record.get("settings") != json.loads(json.dumps(settings)):
         return None
-    times = dict(record.get("read") or {})
+    seconds, times = record.get("seconds"), record.get("read") or {}
+    if not isinstance(seconds, int | float) or not isinstance(times, dict):
+        return None
     sources = {other: read_record(folder, other) or {} for other in times}
     is_current = all(sources[other].get("when") == when for other, when in times.items())
     return record if is_current else None

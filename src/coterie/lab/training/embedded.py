@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from coterie.errors import ConfigError
+from coterie.files import read_file
 from coterie.keys import to_json
 from coterie.lab.problems import PROBLEM_MAKERS
 from coterie.lab.records import Measurement, make_record, write_record
@@ -16,6 +19,7 @@ from coterie.lab.training import export, vocabulary
 from coterie.lab.training.data import Curriculum, DataMixture
 from coterie.lab.training.loop import LOG_FILE, TrainingConfig, train
 from coterie.lab.training.network import NetworkShape
+from coterie.strict_json import LISTING_FILE
 
 DEFAULT_STEPS = 10_000
 # Equations and copying, which are learned slowly.
@@ -87,11 +91,13 @@ def train_embedded(out: Path, config: TrainingConfig, **callbacks: Callable[...,
 
 
 def write_training_record(out: Path, config: TrainingConfig) -> Path:
-    """Write a record of the speed, the losses and the expert balance in the log."""
-    with (out / RUN / LOG_FILE).open(encoding="utf-8") as log:
-        entries = [entry for entry in map(json.loads, log) if "loss" in entry]
-    lines = list({entry["step"]: entry for entry in entries}.values())  # a step may come again
-    speed = Measurement("speed", "positions/s", tuple(float(line["speed"]) for line in lines))
+    """Write a record of the speed, the losses and the expert balance in the log.
+
+    Lines that a power cut or a full disk damaged are left out.
+    """
+    log = map(_decode_entry, read_file(out / RUN / LOG_FILE, LISTING_FILE).splitlines())
+    lines = list({entry["step"]: entry for entry in log if entry}.values())  # a step may come again
+    speeds = tuple(float(line["speed"]) for line in lines)
     log_lines = [line for line in lines if line["step"] % RECORD_EVERY == 0 or line is lines[-1]]
     facts = {
         "config": to_json(config),
@@ -101,4 +107,15 @@ def write_training_record(out: Path, config: TrainingConfig) -> Path:
         "log": log_lines,
     }
     command = ["coterie", *sys.argv[1:]]
-    return write_record(out, make_record("Embedded training", command, [speed], facts=facts))
+    measurements = [Measurement("speed", "positions/s", speeds)] if speeds else []
+    return write_record(out, make_record("Embedded training", command, measurements, facts=facts))
+
+
+def _decode_entry(line: bytes) -> dict[str, Any]:
+    """The losses of a step; empty for any other line."""
+    with suppress(ValueError, RecursionError):
+        entry = json.loads(line)
+        names = ("step", "speed", "loss")
+        if isinstance(entry, dict) and all(isinstance(entry.get(n), int | float) for n in names):
+            return entry
+    return {}

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from coterie.errors import CheckpointError, ConfigError
-from coterie.files import LockedFile, atomic_write
+from coterie.files import LockedFile, atomic_write, opened
 from coterie.keys import Key, to_json
 from coterie.lab.training.batch import TrainingBatch
 from coterie.lab.training.feed import FORK_CONTEXT, BatchFunction, BatchLoader, start_process
@@ -37,6 +38,7 @@ from coterie.lab.training.optim import (
     muon_step,
 )
 from coterie.lab.training.signals import StopSignals
+from coterie.strict_json import parse_object
 
 WORKER_TIMEOUT = 600.0  # seconds that the leader waits for the other workers
 
@@ -125,35 +127,45 @@ class TrainingState:
 
     def load(self, path: Path) -> None:
         """Read a saved state. Raises ConfigError if it is of a run with other settings."""
-        metadata = read_state_metadata(path)
-        stored, ours = json.loads(metadata["run"]), json.loads(self.run_config)
+        step, stored = read_state_metadata(path)
+        ours = json.loads(self.run_config)
         names = [name for name in ours if name not in FREE_SETTINGS]
         if changed := [name for name in names if stored.get(name) != ours[name]]:
             raise ConfigError(
                 f"{path}: a run with other settings ({', '.join(changed)}); choose another folder"
             )
-        self.step = int(metadata["step"])
-        with safe_open(path, framework="pt") as file:
+        with _opened_state(path) as file:
             for i, tensor in enumerate(self.tensors()):
-                tensor.copy_(file.get_tensor(f"{i:03}"))
+                value = file.get_tensor(f"{i:03}")
+                if (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
+                    raise CheckpointError(f"tensor {i} is not of this network")
+                tensor.copy_(value)
+        self.step = step
 
 
-def read_state_metadata(path: Path) -> dict[str, str]:
+def read_state_metadata(path: Path) -> tuple[int, Mapping[str, object]]:
     """The step and the settings of a saved state; raises CheckpointError for another file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
-    if not {"step", "run"} <= set(metadata):
-        raise CheckpointError(f"{path}: not the state of a training run")
-    return metadata
+    with _opened_state(path) as file:
+        metadata = file.metadata() or {}
+        if not (metadata.keys() >= {"step", "run"} and metadata["step"].isdecimal()):
+            raise CheckpointError("not the state of a training run")
+        return int(metadata["step"]), parse_object(metadata["run"].encode(), "a training run")
+
+
+@contextmanager
+def _opened_state(path: Path) -> Iterator[safe_open]:
+    with opened(path):
+        try:
+            with safe_open(path, framework="pt") as file:
+                yield file
+        except SafetensorError as error:
+            raise CheckpointError(f"damaged ({error})") from None
 
 
 def saved_step(folder: Path) -> int:
     """The step that a run in this folder goes on from."""
     path = folder / STATE_FILE
-    return int(read_state_metadata(path)["step"]) if path.exists() else 0
+    return read_state_metadata(path)[0] if path.exists() else 0
 
 
 def train(

@@ -21,6 +21,7 @@ import triton
 
 from coterie.keys import Key, from_json, to_json
 from coterie.ops.triton.launch import next_power_of_two
+from coterie.strict_json import read_object
 
 MAX_SHARED_BYTES = 220 << 10
 """Bytes of shared memory per program: a little less than Hopper has."""
@@ -192,7 +193,7 @@ def _tuned_configs() -> dict[str, TileConfig]:
     configs: dict[str, TileConfig] = {}
     for path in (BUNDLED_CONFIGS, cache_path()):
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = read_object(path)
             configs |= {key: from_json(TileConfig, options) for key, options in document.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             continue

@@ -18,6 +18,7 @@ from huggingface_hub import hf_hub_download
 
 from coterie.checkpoints.hub import hub_requests
 from coterie.errors import TaskError
+from coterie.files import read_file
 
 DATA_ENV_VAR = "COTERIE_DATA"  # names the default data folder
 
@@ -114,7 +115,7 @@ def _read_files(
     digest = hashlib.sha256()
     rows: list[DataRow] = []
     for path in paths:
-        content = path.read_bytes()
+        content = read_file(path, MAX_BYTES)
         digest.update(content)
         rows.extend(_checked_rows(benchmark, path, content))
     if benchmark.unique_key is not None:
