@@ -21,10 +21,7 @@ static INLINE void multiply_step(const uint8_t* w, const uint8_t* x, size_t stri
 #ifdef __AVX512BF16__
   add_bf16_products(w, [=](int m) { return load<int32_t>(x + m * stride); }, sum);
 #else
-  auto number = [=](int m, int odd) {
-    U pair = U{} + load<uint32_t>(x + m * stride);
-    return bits(odd ? pair & 0xffff0000u : pair << 16);
-  };
+  auto number = [=](int m, int odd) INLINE_LAMBDA { return half_of(U{} + load<uint32_t>(x + m * stride), odd); };
   add_bf16_products(w, number, sum);
 #endif
 }
@@ -153,7 +150,7 @@ static void interleave_values(const AttentionArgs& a, const uint16_t* even, bool
 }
 
 // e**((score - peak) * scale) as bf16 bits, and adds it to total.
-static inline U softmax_share(F score, F peak, float scale, F& total) {
+static INLINE U softmax_share(F score, F peak, float scale, F& total) {
   F power = (score - peak) * scale, e = exponential(power);
   e = select(power < F{} - 87.0f, F{}, e);
   total += e;

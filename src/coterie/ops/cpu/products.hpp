@@ -51,7 +51,7 @@ static INLINE void add_bf16_products(const uint8_t* w, const Activations& x, F (
   for (int odd = 0; odd < 2; odd++) {
     F weights[N];
     UNROLL
-    for (int p = 0; p < N; p++) weights[p] = bits(odd ? words[p] & 0xffff0000u : words[p] << 16);
+    for (int p = 0; p < N; p++) weights[p] = half_of(words[p], odd);
     UNROLL
     for (int m = 0; m < M; m++) {
       auto one = x(m, odd);

@@ -11,12 +11,18 @@ static INLINE F bits(U v) { return reinterpret<F>(v); }
 static INLINE U bits(F v) { return reinterpret<U>(v); }
 static INLINE F widen(HalfVector v) { return bits(convert<U>(v) << 16); }
 
+// One of each pair of bf16 numbers.
+static INLINE F half_of(U pairs, int odd) {
+  if (odd) return bits(pairs & 0xffff0000u);
+  return bits(pairs << 16);
+}
+
 // Loads `count` elements, at most a vector, and reads nothing past them.
 template <class V, class T>
 static inline V load_some(const T* from, int count) {
   V v = {};
   if (count >= LANES) return load<V>(from);
-  memcpy(&v, from, size_t(count) * sizeof(T));
+  memcpy(static_cast<void*>(&v), from, size_t(count) * sizeof(T));
   return v;
 }
 
@@ -37,7 +43,7 @@ static inline uint16_t narrow(float x) {
   return uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
-static inline HalfVector narrow(F x) {
+static INLINE HalfVector narrow(F x) {
   U wide = bits(x), rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
   U nan = (wide >> 16) | 64u;
   return convert<HalfVector>(select((wide & 0x7fffffffu) > 0x7f800000u, nan, rounded));
@@ -48,7 +54,7 @@ constexpr float NEAREST = 12582912.0f;  // 1.5 * 2**23
 static inline F nearest(F x) { return (x + NEAREST) - NEAREST; }
 
 // e**x to two units in the last place, clamped to e**88; NaN stays NaN.
-static inline F exponential(F x) {
+static INLINE F exponential(F x) {
   F low = F{} - 87.0f, high = F{} + 88.0f;
   x = select(x < low, low, x);
   x = select(x > high, high, x);

@@ -26,7 +26,8 @@
 #define UNROLL_STEPS
 #endif
 
-#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+#define INLINE inline INLINE_LAMBDA
 
 namespace COTERIE_ISA {
 
@@ -68,6 +69,12 @@ struct Vector {
   Vector() = default;
   INLINE Vector(T x) {
     EACH_PART part[i] = x - Part{};
+  }
+  // Copies register by register: gcc leaves arrays in memory that are copied as a whole.
+  INLINE Vector(const Vector& v) { *this = v; }
+  INLINE Vector& operator=(const Vector& v) {
+    EACH_PART part[i] = v.part[i];
+    return *this;
   }
   INLINE T operator[](int lane) const { return reinterpret_cast<const T*>(part)[lane]; }
   INLINE T& operator[](int lane) { return reinterpret_cast<T*>(part)[lane]; }
