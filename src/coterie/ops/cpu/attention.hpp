@@ -14,29 +14,15 @@ constexpr float MASKED_SCORE = -3e38f;  // score of a key past the query's limit
 
 static inline int ceil_div(int n, int size) { return (n + size - 1) / size; }
 
-// Multiplies two adjacent k of 2 x 16 rows in w with those of M tokens, `stride` bytes apart, and
-// adds to sum.
-template <int M>
-static inline void multiply_step(const uint8_t* w, const uint8_t* x, size_t stride, F (&sum)[2][M]) {
-  U first = load<U>(w), second = load<U>(w + 64);
+// Multiplies two adjacent k of N panels in w with those of M tokens, `stride` bytes apart, and adds
+// to sum.
+template <int N, int M>
+static INLINE void multiply_step(const uint8_t* w, const uint8_t* x, size_t stride, F (&sum)[N][M]) {
 #ifdef __AVX512BF16__
-  UNROLL
-  for (int m = 0; m < M; m++) {
-    auto dpbf16_pair = (__m512bh)_mm512_set1_epi32(load<int32_t>(x + m * stride));
-    sum[0][m] = (F)_mm512_dpbf16_ps((__m512)sum[0][m], (__m512bh)first, dpbf16_pair);
-    sum[1][m] = (F)_mm512_dpbf16_ps((__m512)sum[1][m], (__m512bh)second, dpbf16_pair);
-  }
+  add_bf16_products(w, [=](int m) { return load<int32_t>(x + m * stride); }, sum);
 #else
-  F low[2] = {bits(first << 16), bits(second << 16)};
-  F high[2] = {bits(first & 0xffff0000u), bits(second & 0xffff0000u)};
-  UNROLL
-  for (int m = 0; m < M; m++) {
-    float even = widen(load<uint16_t>(x + m * stride)), odd = widen(load<uint16_t>(x + m * stride + 2));
-    UNROLL
-    for (int p = 0; p < 2; p++) sum[p][m] += low[p] * even;
-    UNROLL
-    for (int p = 0; p < 2; p++) sum[p][m] += high[p] * odd;
-  }
+  auto number = [=](int m, int odd) INLINE_LAMBDA { return half_of(U{} + load<uint32_t>(x + m * stride), odd); };
+  add_bf16_products(w, number, sum);
 #endif
 }
 
@@ -50,20 +36,20 @@ struct ScoreTile {
 
   template <int M>
   void run(int first) const {
-    F sum[2][M];
-    UNROLL
-    for (int m = 0; m < M; m++) sum[0][m] = sum[1][m] = F{};
-    const uint8_t *w = queries, *x = keys + size_t(first) * dim * 2;
+    constexpr int N = panels_of(M);
     size_t stride = size_t(DIM ? DIM : dim) * 2;
-    const uint8_t* prefetch_at = x + M * stride;  // the next tile's keys
-    for (int s = 0; s < dim / 2; s++, w += STEP, x += 4, prefetch_at += 64) {
-      prefetch(prefetch_at);
-      multiply_step<M>(w, x, stride, sum);
-    }
-    UNROLL
-    for (int m = 0; m < M; m++) {
-      scores[2 * (first + m)] = sum[0][m];
-      scores[2 * (first + m) + 1] = sum[1][m];
+    for (int panel = 0; panel < 2; panel += N) {
+      F sum[N][M];
+      UNROLL
+      for (int i = 0; i < N * M; i++) sum[i / M][i % M] = F{};
+      const uint8_t *w = queries + 64 * panel, *x = keys + size_t(first) * dim * 2;
+      const uint8_t* prefetch_at = x + M * stride;  // the next tile's keys
+      for (int s = 0; s < dim / 2; s++, w += STEP, x += 4, prefetch_at += 64) {
+        prefetch(prefetch_at);
+        multiply_step(w, x, stride, sum);
+      }
+      UNROLL
+      for (int i = 0; i < N * M; i++) scores[2 * (first + i % M) + panel + i / M] = sum[i / M][i % M];
     }
   }
 };
@@ -76,18 +62,15 @@ struct ValueTile {
 
   template <int M>
   void run(int first) const {
-    F sum[2][M];
-    UNROLL
-    for (int m = 0; m < M; m++) {
-      sum[0][m] = out[2 * (first + m)];
-      sum[1][m] = out[2 * (first + m) + 1];
-    }
-    const uint8_t *w = shares, *x = values + size_t(first) * 4;
-    for (int s = 0; s < steps; s++, w += STEP, x += size_t(dim) * 4) multiply_step<M>(w, x, 4, sum);
-    UNROLL
-    for (int m = 0; m < M; m++) {
-      out[2 * (first + m)] = sum[0][m];
-      out[2 * (first + m) + 1] = sum[1][m];
+    constexpr int N = panels_of(M);
+    for (int panel = 0; panel < 2; panel += N) {
+      F sum[N][M];
+      UNROLL
+      for (int i = 0; i < N * M; i++) sum[i / M][i % M] = out[2 * (first + i % M) + panel + i / M];
+      const uint8_t *w = shares + 64 * panel, *x = values + size_t(first) * 4;
+      for (int s = 0; s < steps; s++, w += STEP, x += size_t(dim) * 4) multiply_step(w, x, 4, sum);
+      UNROLL
+      for (int i = 0; i < N * M; i++) out[2 * (first + i % M) + panel + i / M] = sum[i / M][i % M];
     }
   }
 };
@@ -159,22 +142,22 @@ static void interleave_values(const AttentionArgs& a, const uint16_t* even, bool
   const uint16_t* odd = even + a.dim;
   int i = 0;
   for (; i + LANES <= a.dim; i += LANES) {
-    U low = __builtin_convertvector(load<HalfVector>(even + i), U), high = {};
-    if (!last_key) high = __builtin_convertvector(load<HalfVector>(odd + i), U);
+    U low = convert<U>(load<HalfVector>(even + i)), high = {};
+    if (!last_key) high = convert<U>(load<HalfVector>(odd + i));
     store(to + 4 * i, low | high << 16);
   }
   for (; i < a.dim; i++) store(to + 4 * i, uint32_t(even[i]) | (last_key ? 0 : uint32_t(odd[i]) << 16));
 }
 
 // e**((score - peak) * scale) as bf16 bits, and adds it to total.
-static inline U softmax_share(F score, F peak, float scale, F& total) {
+static INLINE U softmax_share(F score, F peak, float scale, F& total) {
   F power = (score - peak) * scale, e = exponential(power);
-  e = power < F{} - 87.0f ? F{} : e;
+  e = select(power < F{} - 87.0f, F{}, e);
   total += e;
 #ifdef __AVX512BF16__
   return (U)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)e));
 #else
-  return __builtin_convertvector(narrow(e), U);
+  return convert<U>(narrow(e));
 #endif
 }
 
@@ -254,9 +237,9 @@ struct QueryGroup {
       F new_peak = peak[p];
       for (int j = 0; j < count; j++) {
         F score = scores[2 * j + p];
-        if (start + j >= min_limit) score = limit[p] > start + j ? score : F{} + MASKED_SCORE;
+        if (start + j >= min_limit) score = select(limit[p] > start + j, score, F{} + MASKED_SCORE);
         scores[2 * j + p] = score;
-        new_peak = score > new_peak ? score : new_peak;
+        new_peak = select(score > new_peak, score, new_peak);
       }
       if (start) {
         F rescale = exponential((peak[p] - new_peak) * a.scale);

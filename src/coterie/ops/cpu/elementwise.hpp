@@ -70,8 +70,8 @@ static int64_t argmax(const float* x, int width, int64_t excluded) {
   for (int i = 0; i < width; i += LANES, index += LANES) {
     F lanes = load_some<F>(x + i, width - i);
     I greater = (lanes > best) & (index < width) & (index != int32_t(excluded));
-    best = greater ? lanes : best;
-    best_index = greater ? index : best_index;
+    best = select(greater, lanes, best);
+    best_index = select(greater, index, best_index);
   }
   int result = -1;
   float peak = NEG_INF;

@@ -40,9 +40,11 @@ struct PanelPair {
 
   template <int A, int M>
   void dot(int first, const uint8_t* const (&rows)[M], F (&sum)[2][M]) const {
+    constexpr int ROUNDS = 2 / panels_of(M, Format::WEIGHTS);
     size_t size = walk.phases[walk.phase].pair;
     const uint8_t* w = walk.run() + (pair_index - walk.pair) * size;
-    Format::template dot<A, M>(w, rows, k, prefetcher.advance(size, Format::steps(k), M, first == 0), sum);
+    PrefetchCursor cursor = prefetcher.advance(size, Format::steps(k), ROUNDS, M, first == 0);
+    Format::template dot<A, M>(w, rows, k, cursor, sum);
   }
 };
 

@@ -24,27 +24,12 @@ struct Bf16Matrix {
   }
 #endif
 
-  template <int M>
-  static inline void step(const uint8_t* w, const uint8_t* x, F (&sum)[2][M]) {
-    U first = load<U>(w), second = load<U>(w + 64);
+  template <int N, int M>
+  static INLINE void step(const uint8_t* w, const uint8_t* x, F (&sum)[N][M]) {
 #ifdef __AVX512BF16__
-    UNROLL
-    for (int m = 0; m < M; m++) {
-      auto pair = (__m512bh)_mm512_set1_epi32(load<int32_t>(x + 4 * m));
-      sum[0][m] = (F)_mm512_dpbf16_ps((__m512)sum[0][m], (__m512bh)first, pair);
-      sum[1][m] = (F)_mm512_dpbf16_ps((__m512)sum[1][m], (__m512bh)second, pair);
-    }
+    add_bf16_products(w, [=](int m) { return load<int32_t>(x + 4 * m); }, sum);
 #else
-    F low[2] = {bits(first << 16), bits(second << 16)};
-    F high[2] = {bits(first & 0xffff0000u), bits(second & 0xffff0000u)};
-    UNROLL
-    for (int m = 0; m < M; m++) {
-      float even = load<float>(x + 4 * m), odd = load<float>(x + 4 * M + 4 * m);
-      UNROLL
-      for (int p = 0; p < 2; p++) sum[p][m] += low[p] * even;
-      UNROLL
-      for (int p = 0; p < 2; p++) sum[p][m] += high[p] * odd;
-    }
+    add_bf16_products(w, [=](int m, int odd) { return load<float>(x + 4 * M * odd + 4 * m); }, sum);
 #endif
   }
 };
@@ -54,14 +39,16 @@ struct Fp32Matrix {
 
   static void encode(float one, float, uint8_t* to, size_t) { store(to, one); }
 
-  template <int M>
-  static inline void step(const uint8_t* w, const uint8_t* x, F (&sum)[2][M]) {
-    F first = load<F>(w), second = load<F>(w + 64);
+  template <int N, int M>
+  static INLINE void step(const uint8_t* w, const uint8_t* x, F (&sum)[N][M]) {
+    F weights[N];
+    UNROLL
+    for (int p = 0; p < N; p++) weights[p] = load<F>(w + 64 * p);
     UNROLL
     for (int m = 0; m < M; m++) {
       float one = load<float>(x + 4 * m);
-      sum[0][m] += first * one;
-      sum[1][m] += second * one;
+      UNROLL
+      for (int p = 0; p < N; p++) sum[p][m] += weights[p] * one;
     }
   }
 };
@@ -172,25 +159,25 @@ struct MatmulTile {
 
   template <int M>
   void run(int first) const {
-    F sum[2][M];
-    UNROLL
-    for (int m = 0; m < M; m++) sum[0][m] = sum[1][m] = F{};
-    const uint8_t *panel = w, *words = x + tile_offset<MatrixFormat>(first, steps);
+    constexpr int N = panels_of(M);
     const uint8_t* prefetch_at = next + size_t(steps) * STEP * size_t(first) / size_t(p.tokens);
-    size_t prefetch_step = size_t(M) * STEP * 256 / size_t(p.tokens),
+    size_t prefetch_step = size_t(M) * STEP * 128 * N / size_t(p.tokens),
            prefetch_offset = 0;  // in 256ths of a byte
-    for (int s = 0; s < steps;
-         s++, panel += STEP, words += 4 * M * MatrixFormat::WORDS, prefetch_offset += prefetch_step) {
-      __builtin_prefetch(prefetch_at + (prefetch_offset >> 8), 0, 2);
-      if (2 * M > p.tokens) __builtin_prefetch(prefetch_at + (prefetch_offset >> 8) + 64, 0, 2);
-      prefetch(panel + PREFETCH_BYTES);
-      prefetch(panel + PREFETCH_BYTES + 64);
-      MatrixFormat::template step<M>(panel, words, sum);
-    }
-    UNROLL
-    for (int m = 0; m < M; m++) {
-      write(sum[0][m], first + m, column);
-      write(sum[1][m], first + m, column + LANES);
+    for (int first_panel = 0; first_panel < 2; first_panel += N) {
+      F sum[N][M];
+      UNROLL
+      for (int i = 0; i < N * M; i++) sum[i / M][i % M] = F{};
+      const uint8_t *panel = w + 64 * first_panel, *words = x + tile_offset<MatrixFormat>(first, steps);
+      for (int s = 0; s < steps;
+           s++, panel += STEP, words += 4 * M * MatrixFormat::WORDS, prefetch_offset += prefetch_step) {
+        __builtin_prefetch(prefetch_at + (prefetch_offset >> 8), 0, 2);
+        if (N * M > p.tokens) __builtin_prefetch(prefetch_at + (prefetch_offset >> 8) + 64, 0, 2);
+        UNROLL
+        for (int i = 0; i < N; i++) prefetch(panel + PREFETCH_BYTES + 64 * i);
+        MatrixFormat::step(panel, words, sum);
+      }
+      UNROLL
+      for (int i = 0; i < N * M; i++) write(sum[i / M][i % M], first + i % M, column + (first_panel + i / M) * LANES);
     }
   }
 

@@ -71,6 +71,7 @@ struct WeightWalk {
 // than its own bytes are prefetched, so that experts of few tokens do not wait for memory.
 template <class Format>
 struct Prefetcher {
+  static constexpr int MIN_TOKENS = PARTS == 1 ? 6 : 2;  // a pass of fewer is no faster
   static constexpr int64_t MIN_LEAD = 4 << 10, MAX_LEAD = 384 << 10;  // bytes ahead of the computation
   WeightWalk<Format> walk;  // the prefetch position, except `left_bytes` of its run
   int64_t left_bytes, lead = 0;
@@ -87,12 +88,15 @@ struct Prefetcher {
   }
 
   // The prefetches of one pass of `tokens` tokens over `bytes` of weights; only the first pass
-  // reads new bytes.
-  PrefetchCursor advance(int64_t bytes, int steps, int tokens, bool first) {
+  // reads new bytes. In two rounds, one for each panel, the first round reads them at twice the pace
+  // of the prefetches, which must be half of them ahead.
+  PrefetchCursor advance(int64_t bytes, int steps, int rounds, int tokens, bool first) {
+    int64_t min_lead = MIN_LEAD + (rounds - 1) * bytes / 2;
+    steps *= rounds;
     if (walk.is_done()) return {walk.c.panels, walk.c.panels + 1, walk.c.panels, 0};
     if (first) lead -= bytes;
     int64_t amount = int64_t(bytes * share[tokens]);
-    if (amount < MIN_LEAD - lead) amount = MIN_LEAD - lead;
+    if (amount < min_lead - lead) amount = min_lead - lead;
     if (amount > MAX_LEAD - lead) amount = MAX_LEAD - lead;
     if (amount > PrefetchCursor::MAX_BYTES * steps) amount = PrefetchCursor::MAX_BYTES * steps;
     if (amount < 0) amount = 0;
@@ -112,8 +116,8 @@ struct Prefetcher {
   }
 
  private:
-  // Relative time of a pass. Steps of fewer than six tokens wait for the latency of their sums.
-  static float cost(float tokens) { return (tokens < 6 ? 6 : tokens) + 1; }
+  // Relative time of a pass. Steps of few tokens wait for the latency of their sums.
+  static float cost(float tokens) { return (tokens < MIN_TOKENS ? MIN_TOKENS : tokens) + 1; }
 };
 
 }  // namespace COTERIE_ISA

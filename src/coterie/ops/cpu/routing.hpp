@@ -78,7 +78,7 @@ static bool all_finite(const float* x, size_t n) {
   size_t i = 0;
   for (; i + LANES <= n; i += LANES) {
     U power = load<U>(x + i) & 0x7f800000u;
-    bad |= reinterpret_cast<U>(power == 0x7f800000u);
+    bad |= reinterpret<U>(power == 0x7f800000u);
   }
   uint32_t any = 0;
   for (int lane = 0; lane < LANES; lane++) any |= bad[lane];

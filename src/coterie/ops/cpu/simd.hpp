@@ -1,59 +1,28 @@
-// Vectors of sixteen lanes, in the vector extensions that gcc and clang share. Instruction sets
-// with better instructions have their own code next to the portable version. Included once per
-// instruction set. Templates of the standard library are not used: the linker would keep one copy
-// for all instruction sets.
+// Loads, stores and elementwise functions of vectors. Included once per instruction set. Templates
+// of the standard library are not used: the linker would keep one copy for all instruction sets.
 #pragma once
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
-#if defined(__AVX512F__) || defined(__AVX2__)
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false positive in gcc 12's headers
-#endif
-#include <immintrin.h>
-#endif
-
-// Accumulators stay in registers only if every loop over them is unrolled.
-#ifdef __clang__
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 32")
-#endif
+#include "vector.hpp"
 
 namespace COTERIE_ISA {
 
-constexpr int LANES = 16;
-
-using F = float __attribute__((vector_size(64), may_alias));
-using I = int32_t __attribute__((vector_size(64), may_alias));
-using U = uint32_t __attribute__((vector_size(64), may_alias));
-using HalfVector = uint16_t __attribute__((vector_size(32), may_alias));
-
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 
-template <class V>
-static inline V load(const void* p) {
-  V v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
+static INLINE F bits(U v) { return reinterpret<F>(v); }
+static INLINE U bits(F v) { return reinterpret<U>(v); }
+static INLINE F widen(HalfVector v) { return bits(convert<U>(v) << 16); }
 
-template <class V>
-static inline void store(void* p, V v) {
-  memcpy(p, &v, sizeof v);
+// One of each pair of bf16 numbers.
+static INLINE F half_of(U pairs, int odd) {
+  if (odd) return bits(pairs & 0xffff0000u);
+  return bits(pairs << 16);
 }
-
-static inline F bits(U v) { return reinterpret_cast<F>(v); }
-static inline U bits(F v) { return reinterpret_cast<U>(v); }
-static inline F to_float(I v) { return __builtin_convertvector(v, F); }
-static inline F widen(HalfVector v) { return bits(__builtin_convertvector(v, U) << 16); }
 
 // Loads `count` elements, at most a vector, and reads nothing past them.
 template <class V, class T>
 static inline V load_some(const T* from, int count) {
   V v = {};
   if (count >= LANES) return load<V>(from);
-  memcpy(&v, from, size_t(count) * sizeof(T));
+  memcpy(static_cast<void*>(&v), from, size_t(count) * sizeof(T));
   return v;
 }
 
@@ -74,10 +43,10 @@ static inline uint16_t narrow(float x) {
   return uint16_t((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
 }
 
-static inline HalfVector narrow(F x) {
+static INLINE HalfVector narrow(F x) {
   U wide = bits(x), rounded = (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16;
   U nan = (wide >> 16) | 64u;
-  return __builtin_convertvector((wide & 0x7fffffffu) > 0x7f800000u ? nan : rounded, HalfVector);
+  return convert<HalfVector>(select((wide & 0x7fffffffu) > 0x7f800000u, nan, rounded));
 }
 
 // Rounds to the nearest integer, for |x| < 2**22: floats of the size of NEAREST are integers.
@@ -85,10 +54,10 @@ constexpr float NEAREST = 12582912.0f;  // 1.5 * 2**23
 static inline F nearest(F x) { return (x + NEAREST) - NEAREST; }
 
 // e**x to two units in the last place, clamped to e**88; NaN stays NaN.
-static inline F exponential(F x) {
+static INLINE F exponential(F x) {
   F low = F{} - 87.0f, high = F{} + 88.0f;
-  x = x < low ? low : x;
-  x = x > high ? high : x;
+  x = select(x < low, low, x);
+  x = select(x > high, high, x);
   F n = nearest(x * 1.44269504f);
   F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts (Cody and Waite)
   F p = r * 1.9875691500e-4f + 1.3981999507e-3f;      // Cephes, expf
