@@ -71,7 +71,7 @@ class Scheduler:
             if self._is_draining or not self.is_alive:
                 raise ApiError(503, "the server is shutting down", code="shutting_down")
             # A free row is no queue: even with a queue of 0, it takes a request.
-            free = self.settings.max_batch_size - len(self._rows)
+            free = self.settings.max_batch_size - self.num_running
             if len(self._waiting) >= self.settings.max_queue + max(0, free):
                 raise QueueFullError
             ticket = Ticket(request)
