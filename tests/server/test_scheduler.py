@@ -108,7 +108,7 @@ def test_the_engine_does_not_wait_for_a_reader_and_no_text_is_lost() -> None:
         with running(engine) as scheduler:
             ticket = scheduler.submit(wanted)
             await asyncio.to_thread(wait_for, lambda: scheduler.num_running == 1)
-            await asyncio.to_thread(wait_for, lambda: not scheduler.num_running, 30)
+            await asyncio.to_thread(wait_for, lambda: not scheduler.num_running)
             delta, outcome = await read(ticket)
         assert delta.text == lone.text
         assert outcome.result.tokens == lone.tokens
