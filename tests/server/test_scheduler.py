@@ -128,3 +128,18 @@ def test_a_queue_of_none_still_fills_the_rows() -> None:
                 scheduler.submit(request(engine, 2))
 
     run(test)
+
+
+def test_a_fault_in_one_answer_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = byte_engine()
+
+    async def test() -> None:
+        with running(engine) as scheduler:
+            tickets = [scheduler.submit(request(engine, n, max_new_tokens=24)) for n in range(3)]
+            monkeypatch.setattr(tickets[1].answer, "push", lambda *_: 1 / 0)
+            outcomes = [(await read(ticket))[1] for ticket in tickets]
+        assert [outcome.error is not None for outcome in outcomes] == [False, True, False]
+        assert outcomes[1].error.status_code == 500
+        assert engine.rows == ()
+
+    run(test)

@@ -219,8 +219,13 @@ class Scheduler:
         for event in events:
             by_row[event.row].append(event)
         for number, of_row in by_row.items():
-            if (ticket := self._rows.get(number)) is not None:
+            if (ticket := self._rows.get(number)) is None:
+                continue
+            try:
                 self._deliver_row(number, ticket, of_row, traffic)
+            except Exception:
+                LOG.exception("an answer failed", extra={"request_id": ticket.request.id})
+                self._fail([number], internal_error())
 
     def _deliver_row(
         self, number: int, ticket: Ticket, events: Sequence[Event], traffic: Traffic | None
