@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from live_server import LiveServer, embedded_model, live_server
+from shared_data import CHROMIUM
 
 from coterie.engine.engine import Engine
 from coterie.server.demo import bundle, recorded_run
@@ -24,7 +24,6 @@ from playwright.sync_api import Browser, Page, Request, Route, expect, sync_play
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "docs" / "demo" / "index.html"
-CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
 FLAGS += ("--disable-background-networking", "--disable-component-update", "--disable-sync")
 PROMPT = "Tom has 3 boxes of 4 pens. How many pens?"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+CHROMIUM = Path(os.environ.get("COTERIE_CHROMIUM", "/usr/bin/chromium"))
 SHARED = Path(os.environ.get("COTERIE_SHARED") or Path(__file__).parents[3] / "shared")
 
 
@@ -59,6 +60,8 @@ def missing() -> list[str]:
         absent.append("NOT TESTED: the harness's adapter (pip install '.[harness]')")
     if find_spec("triton") is None:
         absent.append("NOT TESTED: kernels for a GPU (triton is not installed)")
+    if find_spec("playwright") is None or not CHROMIUM.exists():
+        absent.append(f"NOT TESTED: the page (no {CHROMIUM}, or no playwright; COTERIE_CHROMIUM)")
     return absent
 
 

@@ -74,10 +74,7 @@ def encode_votes(votes: StepVotes) -> Json:
     if votes.high is not None:
         state = state + votes.high * HIGH
     state_code = _code(state)
-    for levels in VOTE_LEVELS:
-        code = _code((shares * levels).round())
-        if len(code) + len(state_code) <= MAX_CODE:
-            break
+    levels, code = _coded_shares(shares, MAX_CODE - len(state_code))
     return {
         "layers": list(votes.layers),
         "levels": levels,
@@ -110,6 +107,16 @@ def _tokens(tokens: Iterable[Token], decode_token: Callable[[int], str]) -> list
         [token.position, token.id, decode_token(token.id), round(token.confidence, 3)]
         for token in tokens
     ]
+
+
+def _coded_shares(shares: Tensor, max_length: int) -> tuple[int, str]:
+    """The levels and the code of votes: with the most levels that fit, else with the fewest."""
+    *finer, coarsest = VOTE_LEVELS
+    for levels in finer:
+        code = _code((shares * levels).round())
+        if len(code) <= max_length:
+            return levels, code
+    return coarsest, _code((shares * coarsest).round())
 
 
 def _code(values: Tensor) -> str:
