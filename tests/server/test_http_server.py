@@ -61,7 +61,7 @@ def test_a_killed_server_starts_again_and_a_signal_lets_requests_finish() -> Non
         server.send_signal(signal.SIGTERM)
         *_, last = stream
         assert last.choices[0].finish_reason == "length"
-        assert server.wait(20) == 0
+        assert server.wait(60) == 0
         lines = [json.loads(line) for line in server.stderr if line.startswith("{")]
     assert {"draining", "request"} <= {line["message"] for line in lines}
     assert next(line for line in lines if line["message"] == "request")["finish_reason"] == "length"

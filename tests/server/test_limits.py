@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -41,8 +42,17 @@ def slow() -> Iterator[LiveServer]:
 
 @pytest.fixture(scope="module")
 def client(server: LiveServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=20) as chosen:
+    with httpx.Client(base_url=server.url, timeout=60) as chosen:
         yield chosen
+
+
+def ask(server: LiveServer, body: dict[str, object], **options: Any) -> httpx.Response:
+    """The answer to a chat request, however slow the machine is."""
+    return httpx.post(f"{server.url}{CHAT}", json=body, timeout=60, **options)
+
+
+def status(server: LiveServer, path: str) -> int:
+    return httpx.get(f"{server.url}{path}", timeout=60).status_code
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:
@@ -158,7 +168,7 @@ def test_other_types_hosts_paths_and_methods_are_refused(client: httpx.Client) -
 
 def connected(server: LiveServer) -> socket.socket:
     host, port = server.url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=10)
+    return socket.create_connection((host, int(port)), timeout=60)
 
 
 def send(connection: socket.socket, body: dict[str, object]) -> None:
@@ -262,9 +272,9 @@ def small() -> Iterator[LiveServer]:
 @pytest.mark.parametrize("value", [None, "Bearer wrong", "Bearer", "secret", "Basic secret"])
 def test_a_key_is_needed(small: LiveServer, value: str | None) -> None:
     headers = {} if value is None else {"authorization": value}
-    answer = httpx.post(f"{small.url}{CHAT}", json={"messages": MESSAGES}, headers=headers)
+    answer = ask(small, {"messages": MESSAGES}, headers=headers)
     assert (answer.status_code, error_of(answer)["code"]) == (401, "invalid_api_key")
-    assert httpx.get(f"{small.url}/health").status_code == 200
+    assert status(small, "/health") == 200
 
 
 @pytest.mark.parametrize(
@@ -283,34 +293,34 @@ def test_the_operator_says_what_a_request_may_set(
     small: LiveServer, extra: dict[str, object], status: int
 ) -> None:
     body = {"messages": MESSAGES, "max_tokens": 4, **extra}
-    answer = httpx.post(f"{small.url}{CHAT}", json=body, headers=KEY)
+    answer = ask(small, body, headers=KEY)
     assert answer.status_code == status
     if status == 400:
         assert error_of(answer)["param"] in extra
 
 
 def test_a_full_queue_refuses_and_says_when_to_try_again(small: LiveServer) -> None:
-    url, stats = f"{small.url}{CHAT}", small.service.scheduler.stats
+    stats = small.service.scheduler.stats
     with connected(small) as running, connected(small) as waiting:
         send(running, LONG)
         wait_for(lambda: stats() == {"running": 1, "waiting": 0})
         send(waiting, LONG)
         wait_for(lambda: stats() == {"running": 1, "waiting": 1})
-        refused = httpx.post(url, json=LONG, headers=KEY)
+        refused = ask(small, LONG, headers=KEY)
         assert (refused.status_code, error_of(refused)["code"]) == (429, "queue_full")
         assert int(refused.headers["retry-after"]) > 0
-        assert httpx.get(f"{small.url}/ready").status_code == 503
-        assert httpx.get(f"{small.url}/health").status_code == 200
+        assert status(small, "/ready") == 503
+        assert status(small, "/health") == 200
     small.wait_until_idle()
 
 
 def test_time_runs_out_for_a_stream_and_for_what_waits() -> None:
     settings = {"max_batch_size": 1, "deadline": 2.0}
     with live_server(byte_engine(0.05), **settings) as server, ThreadPoolExecutor(2) as threads:
-        url, stats = f"{server.url}{CHAT}", server.service.scheduler.stats
-        streamed = threads.submit(httpx.post, url, json=LONG | {"stream": True}, timeout=30)
+        stats = server.service.scheduler.stats
+        streamed = threads.submit(ask, server, LONG | {"stream": True})
         wait_for(lambda: stats()["running"] == 1)
-        whole = threads.submit(httpx.post, url, json=LONG, timeout=30).result()
+        whole = threads.submit(ask, server, LONG).result()
         assert (whole.status_code, error_of(whole)["type"]) == (504, "timeout_error")
         assert streamed.result().status_code == 200
         last = streamed.result().text.strip().split("\n\n")[-1]
@@ -333,12 +343,12 @@ def test_a_failed_step_ends_only_what_it_must(
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda: fail(errors) or step())
     with live_server(engine) as server:
-        answer = httpx.post(f"{server.url}{CHAT}", json={"messages": MESSAGES, "max_tokens": 4})
+        answer = ask(server, {"messages": MESSAGES, "max_tokens": 4})
         assert answer.status_code == (200 if failure == "machine" else 500)
         if failure != "machine":
             assert "/srv" not in error_of(answer)["message"]
         errors.clear()
-        answer = httpx.post(f"{server.url}{CHAT}", json={"messages": MESSAGES, "max_tokens": 4})
+        answer = ask(server, {"messages": MESSAGES, "max_tokens": 4})
         assert answer.status_code == 200
         assert engine.rows == ()
 
@@ -349,23 +359,28 @@ def fail(errors: list[Exception]) -> None:
 
 
 def test_a_drained_server_finishes_what_runs_and_takes_no_more() -> None:
-    body = {"messages": MESSAGES, "max_tokens": 40, **SLOW}
-    with live_server(byte_engine(0.01)) as server, ThreadPoolExecutor(1) as threads:
-        url = f"{server.url}{CHAT}"
-        expected = httpx.post(url, json=body, timeout=30).json()
-        running = threads.submit(httpx.post, url, json=body, timeout=30)
+    engine, gate = byte_engine(), threading.Event()
+    step = engine.step
+    engine.step = lambda: (gate.wait(60), step())[1]
+    body = {"messages": MESSAGES, "max_tokens": 20}
+    with live_server(engine) as server, ThreadPoolExecutor(1) as threads:
+        gate.set()
+        expected = ask(server, body).json()
+        gate.clear()
+        running = threads.submit(ask, server, body)
         wait_for(lambda: server.service.scheduler.num_running == 1)
         server.signal()
-        wait_for(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
-        refused = httpx.post(url, json=body)
+        wait_for(lambda: status(server, "/ready") == 503)
+        refused = ask(server, body)
         assert (refused.status_code, error_of(refused)["code"]) == (503, "shutting_down")
+        gate.set()
         assert running.result().json()["choices"] == expected["choices"]
         wait_for(lambda: server.server.should_exit)
 
 
 def test_a_drain_that_takes_too_long_gives_requests_up() -> None:
     with live_server(byte_engine(0.05), drain=0.1) as server, ThreadPoolExecutor(1) as threads:
-        running = threads.submit(httpx.post, f"{server.url}{CHAT}", json=LONG, timeout=30)
+        running = threads.submit(ask, server, LONG)
         wait_for(lambda: server.service.scheduler.num_running == 1)
         server.signal()
         answer = running.result()

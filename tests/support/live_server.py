@@ -42,7 +42,7 @@ class LiveServer:
         """What a SIGTERM does."""
         self.server.loop.call_soon_threadsafe(self.server.on_signal)
 
-    def wait_until_idle(self, seconds: float = 10.0) -> None:
+    def wait_until_idle(self, seconds: float = 60.0) -> None:
         """Fails unless all rows are free soon."""
         wait_for(lambda: not self.service.scheduler.num_running, seconds)
 
@@ -61,15 +61,15 @@ def live_server(engine: Engine, **settings: object) -> Iterator[LiveServer]:
         server = HttpServer(service, on_start)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
-        assert started.wait(10)
+        assert started.wait(60)
         try:
             yield LiveServer(f"http://127.0.0.1:{ports[0]}", service, server)
         finally:
             server.force_exit = server.should_exit = True
-            thread.join(10)
+            thread.join(60)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Fails unless the condition holds soon."""
     end = time.monotonic() + seconds
     while not condition():

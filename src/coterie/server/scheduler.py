@@ -71,7 +71,7 @@ class Scheduler:
             if self._is_draining or not self.is_alive:
                 raise ApiError(503, "the server is shutting down", code="shutting_down")
             # A free row is no queue: even with a queue of 0, it takes a request.
-            free = self.settings.max_batch_size - len(self._rows)
+            free = self.settings.max_batch_size - self.num_running
             if len(self._waiting) >= self.settings.max_queue + max(0, free):
                 raise QueueFullError
             ticket = Ticket(request)
@@ -219,8 +219,13 @@ class Scheduler:
         for event in events:
             by_row[event.row].append(event)
         for number, of_row in by_row.items():
-            if (ticket := self._rows.get(number)) is not None:
+            if (ticket := self._rows.get(number)) is None:
+                continue
+            try:
                 self._deliver_row(number, ticket, of_row, traffic)
+            except Exception:
+                LOG.exception("an answer failed", extra={"request_id": ticket.request.id})
+                self._fail([number], internal_error())
 
     def _deliver_row(
         self, number: int, ticket: Ticket, events: Sequence[Event], traffic: Traffic | None
