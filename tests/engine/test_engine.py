@@ -118,6 +118,29 @@ def test_requests_of_one_width_share_a_forward(monkeypatch: pytest.MonkeyPatch) 
     assert [len(group) for group in group_sequences(host._active.values())] == [3]
 
 
+def test_commits_share_forwards_with_decodes_unless_recorded() -> None:
+    host = engine(unmask="fixed:steps=2", early_stop="off")
+    first = host.submit(PROMPT)
+    for _ in range(2):
+        host.step()
+    second = host.submit([8, 8])
+    active = list(host._active.values())
+    assert [each.next_pass.kind for each in active] == ["commit", "decode"]
+    assert [len(group) for group in group_sequences(active, mix_commits=True)] == [2]
+    assert [len(group) for group in group_sequences(active)] == [1, 1]
+    recorder = TensorRecorder()
+    host.set_recorder(recorder)
+    host.step()
+    assert recorder.rows == [(second,)]
+    host.set_recorder(None)
+    results = [known(result) for result in finish(host, [first, second])]
+    alone = [engine(unmask="fixed:steps=2", early_stop="off") for _ in results]
+    prompts = (PROMPT, [8, 8])
+    assert results == [
+        known(each.generate(prompt)) for each, prompt in zip(alone, prompts, strict=True)
+    ]
+
+
 @given(st.sampled_from(["uncached", "prefix", "dual", "block-causal"]), st.integers(0, 20))
 @settings(max_examples=10)
 def test_full_share_is_vanilla(plan: str, seed: int) -> None:
