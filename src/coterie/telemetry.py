@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -143,11 +143,12 @@ class ExpertCounter(Recorder):
             by_layer |= {layer: [stats] for layer, stats in _to_lists([forward])}
         return _summary(by_layer)
 
-    def merge(self, other: ExpertCounter) -> None:
-        """Adds the counts of another counter, such as that of a forward that succeeded."""
+    def merge(self, other: ExpertCounter, rows: Iterable[RowId]) -> None:
+        """Adds another counter's counts of some rows, such as those of a forward that succeeded."""
         self._flush()
         other._flush()
-        for row, history in other._stats.items():
+        for row in rows:
+            history = other._stats.get(row, [])
             self._stats.setdefault(row, []).extend(history)
 
     def cloned_for(self, rows: tuple[RowId, ...]) -> ExpertCounter:

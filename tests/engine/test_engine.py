@@ -119,6 +119,29 @@ def test_requests_of_one_width_share_a_forward(monkeypatch: pytest.MonkeyPatch) 
     assert [len(group) for group in group_sequences(host._active.values())] == [3]
 
 
+def test_commits_share_forwards_with_decodes_unless_recorded() -> None:
+    host = engine(unmask="fixed:steps=2", early_stop="off")
+    first = host.submit(PROMPT)
+    for _ in range(2):
+        host.step()
+    second = host.submit([8, 8])
+    active = list(host._active.values())
+    assert [each.next_pass.kind for each in active] == ["commit", "decode"]
+    assert [len(group) for group in group_sequences(active, mix_commits=True)] == [2]
+    assert [len(group) for group in group_sequences(active)] == [1, 1]
+    recorder = TensorRecorder()
+    host.set_recorder(recorder)
+    host.step()
+    assert recorder.rows == [(second,)]
+    host.set_recorder(None)
+    results = [known(result) for result in finish(host, [first, second])]
+    alone = [engine(unmask="fixed:steps=2", early_stop="off") for _ in results]
+    prompts = (PROMPT, [8, 8])
+    assert results == [
+        known(each.generate(prompt)) for each, prompt in zip(alone, prompts, strict=True)
+    ]
+
+
 @given(st.sampled_from(["uncached", "prefix", "dual", "block-causal"]), st.integers(0, 20))
 @law(4)
 def test_full_share_is_vanilla(plan: str, seed: int) -> None:
@@ -373,7 +396,7 @@ def test_only_the_request_with_non_finite_logits_fails() -> None:
 @law(5)
 @given(st.lists(prompt_ids, min_size=2, max_size=4), st.sampled_from([0.15, 0.3]))
 def test_rows_of_a_forward_may_share_one_coreset(prompts: list[list[int]], beta: float) -> None:
-    host, recorder = engine(), TensorRecorder()
+    host, recorder = engine(unmask="fixed:steps=2"), TensorRecorder()
     host.set_recorder(recorder)
     budget = max(1, int(beta * 16))
     results = host.generate(prompts, policy=f"des-vote:beta={beta},scope=batch")
@@ -384,7 +407,8 @@ def test_rows_of_a_forward_may_share_one_coreset(prompts: list[list[int]], beta:
     recorded = len(recorder.routings)
     (alone,) = host.generate(prompts[:1], policy=f"des-vote:beta={beta},scope=batch")
     assert len(recorder.routings) == recorded > 0
-    assert alone.tokens == engine().generate(prompts[0], policy=f"des-vote:beta={beta}").tokens
+    lone = engine(unmask="fixed:steps=2").generate(prompts[0], policy=f"des-vote:beta={beta}")
+    assert alone.tokens == lone.tokens
 
 
 @pytest.mark.parametrize(

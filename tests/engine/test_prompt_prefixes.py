@@ -167,22 +167,20 @@ def test_keys_that_a_policy_routed_are_not_used_again() -> None:
 
 def test_other_requests_go_on_between_slices() -> None:
     host = engine("llada2", prefill_chunk=16)
-    short = host.submit(PROMPTS[1][:5], block=8, plan="block-causal:commit=joined")
+    short = host.submit(PROMPTS[1][:5], block=8, early_stop="off")
     long = host.submit(PROMPTS[0][:80], block=8)
     for slices in range(5):
-        steps = host.sequence(short).steps.total
+        result = host.result(short)
+        assert result.forwards + result.commits == slices
         assert host.sequence(long).next_pass.start == 16 * slices  # type: ignore[union-attr]
         host.step()
-        assert short not in host.rows or host.sequence(short).steps.total == steps + 1
     assert host.sequence(long).next_pass.kind == "decode"  # type: ignore[union-attr]
 
 
 def test_keys_of_a_forward_with_non_finite_logits_are_not_cached() -> None:
-    model = tiny("llada2")
     host = engine("llada2", prefix_cache_bytes=1 << 24)
     number = host.submit(PROMPTS[0][:32], block=8)
     host.step()  # the prefill
-    assert model.transformer is host.model.transformer
     host._kv_pool.full_cache().keys[0][0, :, 3] = torch.nan
     with pytest.raises(ValueError, match="NaN") as raised:
         host.step()

@@ -90,14 +90,25 @@ def key_policy(kind: PassKind, policy: Policy, config: GenerationConfig) -> Poli
     return policy if routing == "policy" else VANILLA
 
 
-def group_sequences(sequences: Iterable[ActiveSequence]) -> list[list[ActiveSequence]]:
-    """Groups that can share a forward, in order of arrival: only positions differ in a group."""
+def group_sequences(
+    sequences: Iterable[ActiveSequence], *, mix_commits: bool = False
+) -> list[list[ActiveSequence]]:
+    """Groups that can share a forward, in order of arrival: only positions differ in a group.
+
+    With ``mix_commits`` commits of some rows may share a forward with decodes of others.
+    """
     groups: dict[tuple[object, ...], list[ActiveSequence]] = {}
     for active in sequences:
-        next_pass = active.next_pass
+        next_pass, scheme = active.next_pass, active.sequence.request.plan.scheme
         has_embeddings = active.embeddings is not None
+        mixed = mix_commits and next_pass.kind == "commit" and not scheme.encodes
         key = (
-            *(next_pass.width, next_pass.kind, next_pass.causal_block, next_pass.use_cache),
+            *(
+                next_pass.width,
+                "decode" if mixed else next_pass.kind,
+                next_pass.causal_block,
+                next_pass.use_cache,
+            ),
             *(active.next_policy(), active.reuse_tolerance(), has_embeddings),
             *(next_pass.committed, next_pass.committed and active.commit_policy()),
         )

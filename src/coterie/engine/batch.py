@@ -55,7 +55,7 @@ class ForwardBatch:
             coresets=_coresets(group, transformer),
             embeddings=_embeddings(group),
             expected=_expected(group),
-            encodes=not group[0].next_pass.is_denoising,
+            encodes=not any(active.next_pass.is_denoising for active in group),
         )
         tokens = torch.stack([active.sequence.input_tokens(active.next_pass) for active in group])
         return ForwardBatch(group, tokens, context, positions)
@@ -69,8 +69,9 @@ class ForwardBatch:
         return [active.cache_row for active in self.sequences]
 
     @property
-    def is_decode(self) -> bool:
-        return self.sequences[0].next_pass.kind == "decode"
+    def decode_rows(self) -> tuple[int, ...]:
+        """The rows of decode forwards; others may be commits."""
+        return tuple(each.number for each in self.sequences if each.next_pass.kind == "decode")
 
     @property
     def uses_cache(self) -> bool:

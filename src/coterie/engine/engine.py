@@ -45,7 +45,7 @@ from coterie.routing import (
     needs_importance,
     parse_policy,
 )
-from coterie.telemetry import ExpertCounter, Recorder
+from coterie.telemetry import ExpertCounter, NullRecorder, Recorder
 from coterie.values import Policy
 
 Prompt = str | Sequence[int]
@@ -203,7 +203,8 @@ class Engine:
         errors: list[Exception] = []
         reasons: dict[int, str] = {}  # of requests with non-finite logits
         without_text: dict[int, str] = {}
-        groups = deque(group_sequences(self._active.values()))
+        mixes = self._mixes_commits()
+        groups = deque(group_sequences(self._active.values(), mix_commits=mixes))
         while groups:
             group = groups.popleft()
             try:
@@ -222,6 +223,14 @@ class Engine:
             raise NonFiniteLogitsError(next(iter(reasons.values())), tuple(reasons))
         events, self._events = self._events, []
         return events
+
+    def _mixes_commits(self) -> bool:
+        """Whether commits and decodes may share forwards.
+
+        Graphs have fixed shapes. A recorder and a traffic log count the kinds apart.
+        """
+        is_recorded = not isinstance(self._recorder, NullRecorder)
+        return self._graphs is None and not is_recorded and self.model.store.traffic_log is None
 
     def _advance(self, group: list[ActiveSequence]) -> dict[int, str]:
         """Run one forward; returns why the text of a request that ends here cannot be decoded."""

@@ -40,12 +40,13 @@ def run_forward(
     # A captured forward needs constant shapes, and a recorder expects whole blocks.
     skip_unused = transformer.device.type == "cpu" and graphs is None and not is_recorded
     batch = ForwardBatch.of(group, transformer, skip_unused=skip_unused)
+    decode_rows = batch.decode_rows
     if graphs is not None and not is_recorded and _can_replay(transformer, graphs, batch):
         logits, forward_counter = _replay(graphs, pool, batch)
     else:
         forward_counter = ExpertCounter()
         recorder = user_recorder if record_all else NULL_RECORDER
-        if batch.is_decode:
+        if decode_rows:
             recorder = RecorderGroup((forward_counter, user_recorder))
         logits = _run(transformer, pool, batch, recorder)
     try:
@@ -54,13 +55,13 @@ def run_forward(
         source = _non_finite_source(transformer, pool, batch)
         message = f"{source} returned NaN or infinite values; no token was written"
         raise NonFiniteLogitsError(message, batch.rows) from error
-    counter.merge(forward_counter)
+    counter.merge(forward_counter, decode_rows)
     return updates
 
 
 def _can_replay(transformer: Transformer, graphs: CudaGraphs, batch: ForwardBatch) -> bool:
     own_input = batch.context.embeddings is not None or transformer.self_conditioning is not None
-    is_plain = batch.is_decode and not own_input and not batch.context.committed
+    is_plain = bool(batch.decode_rows) and not own_input and not batch.context.committed
     return is_plain and graphs.can_run(batch.context)
 
 
