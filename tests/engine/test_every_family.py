@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import family_generation, tiny_model
 
 from coterie.engine.engine import Engine
 from coterie.engine.events import Finished
-from coterie.engine.generation_config import GenerationConfig
-from coterie.loading.load import Model
 from coterie.telemetry import NullRecorder, Recorder, TensorRecorder
-from coterie.testing import FAMILY_CONFIGS, random_transformer, read_spec, tiny_config
-from coterie.tokenizer import IdTokenizer
-from coterie.values import NO_MASK
+from coterie.testing import FAMILY_CONFIGS
 
 FULL = ("des-vote:beta=1", "des-vote:beta=1,protect=top1", "xshare:beta=1", "des-seq:k=4")
 PROMPTS = st.lists(st.integers(0, 91), min_size=1, max_size=40)
-RULES = {"llada2.2": "joint-threshold-indel", "diffusion-gemma": "renoise:steps=4"}
-"""Rules that end soon with random weights."""
-
-
-@cache
-def model(family: str) -> Model:
-    kind, spec = read_spec(tiny_config(family))
-    mask = NO_MASK if kind.defaults.mask_id == NO_MASK else 95
-    weights = random_transformer(spec, seed=1)
-    return Model(f"tiny {family}", kind, weights, IdTokenizer(96), mask, (94,))
 
 
 def engine(family: str, recorder: Recorder | None = None) -> Engine:
-    defaults = GenerationConfig.for_family(model(family).family.defaults)
-    rule = RULES.get(family, defaults.unmask)
-    generation = defaults.replace(max_new_tokens=12, block=8, unmask=rule)
-    return Engine(model(family), generation=generation, recorder=recorder or NullRecorder())
+    generation = family_generation(family).replace(max_new_tokens=12)
+    return Engine(tiny_model(family), generation=generation, recorder=recorder or NullRecorder())
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
