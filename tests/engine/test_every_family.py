@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
-from coterie.engine.results import Finished
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import family_generation, tiny_model
 
 from coterie.engine.engine import Engine
-from coterie.engine.generation_config import GenerationConfig
-from coterie.loading.load import Model
-from coterie.telemetry import TensorRecorder
-from coterie.testing import FAMILY_CONFIGS, random_transformer, read_spec, tiny_config
-from coterie.tokenizer import IdTokenizer
-from coterie.values import NO_MASK
+from coterie.engine.events import Finished
+from coterie.telemetry import NullRecorder, Recorder, TensorRecorder
+from coterie.testing import FAMILY_CONFIGS
 
 FULL = ("des-vote:beta=1", "des-vote:beta=1,protect=top1", "xshare:beta=1", "des-seq:k=4")
 PROMPTS = st.lists(st.integers(0, 91), min_size=1, max_size=40)
 
 
-@cache
-def model(family: str) -> Model:
-    kind, spec = read_spec(tiny_config(family))
-    mask = NO_MASK if kind.defaults.mask_id == NO_MASK else 95
-    weights = random_transformer(spec, seed=1)
-    return Model(f"tiny {family}", kind, weights, IdTokenizer(96), mask, (94,))
-
-
-def engine(family: str, recorder: TensorRecorder | None = None) -> Engine:
-    defaults = GenerationConfig.for_family(model(family).family.defaults)
-    options = {} if recorder is None else {"recorder": recorder}
-    return Engine(model(family), generation=defaults.replace(max_new_tokens=20), **options)
+def engine(family: str, recorder: Recorder | None = None) -> Engine:
+    generation = family_generation(family).replace(max_new_tokens=12)
+    return Engine(tiny_model(family), generation=generation, recorder=recorder or NullRecorder())
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 @given(prompt=PROMPTS, policy=st.sampled_from(FULL))
-@settings(max_examples=4)
+@settings(max_examples=3)
 def test_a_coreset_of_all_experts_is_the_models_own_routing(
     family: str, prompt: list[int], policy: str
 ) -> None:
@@ -55,7 +41,7 @@ def test_a_coreset_of_all_experts_is_the_models_own_routing(
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 @given(prompts=st.lists(PROMPTS, min_size=2, max_size=3), seed=st.integers(0, 9))
-@settings(max_examples=4)
+@settings(max_examples=3)
 def test_rows_of_a_batch_decode_as_they_do_alone(
     family: str, prompts: list[list[int]], seed: int
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from itertools import pairwise
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_strategies import law, spellings
+from tiny_models import family_generation, tiny_model
 from torch.nn import functional as F
 
 from coterie.engine.engine import Engine
@@ -23,35 +23,27 @@ from coterie.engine.observation import (
     observe_forwards,
 )
 from coterie.errors import CoterieError
-from coterie.loading.load import Model
 from coterie.model.moe import MoE
+from coterie.ops import reference
 from coterie.routing import parse_policy, route
 from coterie.telemetry import ExpertCounter, NullRecorder, Recorder, RecorderGroup, TensorRecorder
-from coterie.testing import FAMILY_CONFIGS, random_transformer, read_spec, tiny_config
-from coterie.tokenizer import IdTokenizer
-from coterie.values import ExpertRequest
+from coterie.testing import FAMILY_CONFIGS
+from coterie.values import NO_MASK, ExpertRequest
 
-VOCABULARY, MASK = 96, 95
 PROMPTS = [[5, 17, 33, 2, 9], [7, 7, 1], [40, 41, 42, 43, 44, 45, 46], [3, 60, 8, 11]]
 FAMILIES = tuple(FAMILY_CONFIGS)
 
 
-@cache
-def tiny(family: str = "llada2") -> Model:
-    kind, spec = read_spec(tiny_config(family))
-    weights = random_transformer(spec, seed=1)
-    return Model(f"tiny {family}", kind, weights, IdTokenizer(VOCABULARY), MASK, (94,))
-
-
 def engine(family: str = "llada2", **options: object) -> Engine:
     usual = {"block": 8, "max_new_tokens": 12} | options
-    model = tiny(family)
-    generation = GenerationConfig.for_family(model.family.defaults).replace(**usual)
-    return Engine(model, generation=generation)
+    generation = GenerationConfig()
+    if tiny_model(family).mask_id == NO_MASK:
+        generation = family_generation(family)
+    return Engine(tiny_model(family), generation=generation.replace(**usual))
 
 
 def layer(seen: LayerObservation, family: str = "llada2") -> MoE:
-    found = tiny(family).transformer.layers[seen.layer].feed_forward
+    found = tiny_model(family).transformer.layers[seen.layer].feed_forward
     assert isinstance(found, MoE)
     return found
 
@@ -63,8 +55,10 @@ def untimed(results: list[Result]) -> list[Result]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_observed_input_is_the_gate_input(family: str) -> None:
     for seen in collect_observations(engine(family), PROMPTS):
-        logits = F.linear(seen.x.float(), layer(seen, family).gate)
-        assert torch.equal(logits, seen.scores.logits)
+        moe = layer(seen, family)
+        if moe.norms is None:  # else the router has an input of its own
+            logits = F.linear(seen.x.float(), moe.gate)
+            assert torch.equal(logits, seen.scores.logits)
         assert torch.equal(
             route(seen.scores, parse_policy("vanilla")).topk_ids, seen.routing.topk_ids
         )
@@ -94,8 +88,9 @@ def _alone(moe: MoE, seen: LayerObservation, flat: torch.Tensor, token: int) -> 
     ids, weights = seen.routing.topk_ids[token].tolist(), seen.routing.topk_weights[token].tolist()
     for expert, weight in zip(ids, weights, strict=True):
         slot = int(slab.slot_of[expert])
-        gate, up = F.linear(flat[token], slab.gate_up[slot]).chunk(2)
-        out += weight * F.linear(F.silu(gate) * up, slab.down[slot])
+        gate_up = F.linear(flat[token], slab.gate_up[slot])
+        activated = reference.activate_and_mul(gate_up, moe.spec.activation)
+        out += weight * F.linear(activated, slab.down[slot])
     return out if moe.shared is None else out + moe.shared.apply(flat[token])
 
 
@@ -142,7 +137,7 @@ def test_only_decode_forwards_are_observed() -> None:
     (result,) = observe_forwards(engine(), [[*range(3, 20)]], seen.append)
     assert result.prefills > 0
     assert result.commits > 0
-    assert len(seen) == result.forwards * len(tiny().spec.moe_layers)
+    assert len(seen) == result.forwards * len(tiny_model().spec.moe_layers)
     assert {look.x.shape[1] for look in seen} == {8}
 
 
@@ -183,7 +178,7 @@ def test_layer_without_experts_raises() -> None:
         collect_observations(engine(), PROMPTS, layers=[0, 1, 9])
     (seen, *_) = collect_observations(engine(), PROMPTS[:1])
     with pytest.raises(CoterieError, match="layer 0 has no experts"):
-        moe_output(tiny(), replace(seen, layer=0), seen.routing)
+        moe_output(tiny_model(), replace(seen, layer=0), seen.routing)
 
 
 def test_recorder_group_calls_each_recorder() -> None:

@@ -44,29 +44,14 @@ IGNORED_KEYS = frozenset(
 """Keys without effect on a forward pass: training, bookkeeping, and token ids (read separately)."""
 
 GENERATION_KEYS = frozenset(
-    [
-        "bad_words_ids",
-        "diversity_penalty",
-        "do_sample",
-        "early_stopping",
-        "encoder_no_repeat_ngram_size",
-        "length_penalty",
-        "max_length",
-        "max_new_tokens",
-        "min_length",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_return_sequences",
-        "output_scores",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict_in_generate",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-    ]
+    (
+        *("bad_words_ids", "diversity_penalty", "do_sample", "early_stopping"),
+        *("encoder_no_repeat_ngram_size", "length_penalty", "max_length", "max_new_tokens"),
+        *("min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams"),
+        *("num_return_sequences", "output_scores", "remove_invalid_values"),
+        *("repetition_penalty", "return_dict_in_generate", "temperature", "top_k", "top_p"),
+        *("typical_p"),
+    )
 )
 """Options of another decoder, which tools that write every default leave in a config."""
 

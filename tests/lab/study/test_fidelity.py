@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_strategies import law, spellings
 from scipy import stats
+from tiny_models import family_generation, tiny_model
 from tiny_task import Prompts
 
 import coterie
 from coterie.engine.engine import Engine
-from coterie.engine.generation_config import GenerationConfig
 from coterie.engine.observation import LayerObservation, collect_observations, moe_output
 from coterie.errors import CoterieError
 from coterie.lab.evals.rank_stats import mean_interval, ranks, spearman
@@ -62,17 +62,12 @@ from coterie.lab.study.maps import (
     position_kinds,
 )
 from coterie.lab.study.reconstruction import ReconstructionExperiment
-from coterie.loading.load import Model
 from coterie.routing import POLICIES, parse_policy, route
 from coterie.telemetry import ExpertCounter
 from coterie.testing import (
     FAMILY_CONFIGS,
-    random_transformer,
-    read_spec,
-    tiny_config,
     write_checkpoint,
 )
-from coterie.tokenizer import IdTokenizer
 
 FAMILIES = tuple(FAMILY_CONFIGS)
 PROMPTS = ("5 17 33 2 9", "7 7 1", "40 41 42 43 44 45 46 60 61")
@@ -88,11 +83,8 @@ FLOATS = st.floats(-5, 5).map(lambda value: round(value, 2))
 
 @cache
 def engine(family: str = "llada2") -> Engine:
-    kind, spec = read_spec(tiny_config(family))
-    weights = random_transformer(spec, seed=1)
-    model = Model(f"tiny {family}", kind, weights, IdTokenizer(96), 95, (94,))
-    usual = GenerationConfig.for_family(kind.defaults).replace(block=8, max_new_tokens=8)
-    return Engine(model, generation=usual)
+    generation = family_generation(family).replace(max_new_tokens=8)
+    return Engine(tiny_model(family), generation=generation)
 
 
 def lab(family: str = "llada2", shares: list[float] | None = None) -> StudyContext:

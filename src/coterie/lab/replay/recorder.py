@@ -119,7 +119,8 @@ def _topk_scores(scores: Scores, row: int, tokens: int) -> tuple[np.ndarray, Flo
         return empty.astype(np.int16), empty, empty[:, 0]
     only = slice(row, row + 1)
     row_ids = None if ids is None else ids[only]
-    row_scores = replace(scores, logits=scores.logits[only], vanilla_ids=row_ids)
+    starts = None if scores.starts is None else scores.starts[only]
+    row_scores = replace(scores, logits=scores.logits[only], vanilla_ids=row_ids, starts=starts)
     topk_ids = select_topk(row_scores, None) if row_ids is None else row_ids
     next_id = select_topk(row_scores, None, min(k + 1, scores.router.experts))[..., -1:]
     gathered = (row_scores.selection_scores.gather(-1, x)[0] for x in (topk_ids, next_id))
