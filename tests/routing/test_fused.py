@@ -235,7 +235,7 @@ def with_isa(isa: str, routing: KernelRouting) -> Routing | None:
 
 @needs_kernels
 @given(odd_blocks(), kernel_policies(), st.sampled_from(ISAS))
-@law(150)
+@law(60)
 def test_the_kernel_routes_like_plain_torch(scores: Scores, text: str, isa: str):
     if text == "vanilla" or "scope=batch" in text:  # these reuse no coresets
         scores = replace(scores, previous_coresets=None)

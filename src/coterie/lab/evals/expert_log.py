@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from coterie.errors import TaskError
+from coterie.files import LockedFile
 from coterie.keys import to_json
 from coterie.lab.evals.answer_log import Answer, answer_from_dict
 from coterie.offload.eviction import Mask
@@ -48,7 +46,7 @@ class AnswerEntry:
 class AnswerTraceLog:
     """The entries of one run on disk, one line per answer, in the order of writing."""
 
-    file: BinaryIO
+    file: LockedFile
     entries: dict[QuestionKey, AnswerEntry]
 
     @staticmethod
@@ -59,12 +57,8 @@ class AnswerTraceLog:
         Raises TaskError where another process has the file open.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise TaskError(f"{path}: another process writes this file") from None
-            content = path.read_bytes()
+        with LockedFile(path, TaskError) as file:
+            content = file.read()
             end = content.rfind(b"\n") + 1
             file.truncate(end)
             entries = [_decode_entry(line, shape) for line in content[:end].splitlines()]
@@ -73,10 +67,8 @@ class AnswerTraceLog:
     def add(self, entries: Sequence[AnswerEntry]) -> None:
         """Append the entries; they are on disk when this returns."""
         for entry in entries:
-            self.file.write(_encode_entry(entry))
+            self.file.append(_encode_entry(entry), sync=entry is entries[-1])
             self.entries[entry.key] = entry
-        self.file.flush()
-        os.fsync(self.file.fileno())
 
 
 def _encode_entry(entry: AnswerEntry) -> bytes:
