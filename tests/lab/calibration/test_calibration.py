@@ -365,7 +365,7 @@ def test_drop_needs_graded_prompts(tiny: PolicyEvaluator):
 
 
 def test_two_thresholds_are_searched_along_their_frontier(tiny: PolicyEvaluator):
-    tiny = PolicyEvaluator(tiny.engine, PromptSet(tiny.prompt_set.prompts[:1]), batch_size=1)
+    tiny = PolicyEvaluator(tiny.engine, PromptSet(tiny.prompt_set.prompts[:2]), batch_size=2)
     target, calibration = Target.parse("experts=8"), calibrate(tiny, "mc-moe", "experts=8")
     points = calibration.frontier_points
     assert len(points) >= 2
