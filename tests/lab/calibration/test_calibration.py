@@ -364,10 +364,14 @@ def test_drop_needs_graded_prompts(tiny: PolicyEvaluator):
         calibrate(tiny, "des-vote", "drop=0.1")
 
 
-def test_two_thresholds_are_searched_along_their_frontier(tiny: PolicyEvaluator):
+def test_two_thresholds_are_searched_along_their_frontier(
+    tiny: PolicyEvaluator, monkeypatch: pytest.MonkeyPatch
+):
+    values = "coterie.lab.calibration.calibration.PROTECT_VALUES"
+    monkeypatch.setattr(values, (0.0, 0.05, 0.3))
     tiny = PolicyEvaluator(tiny.engine, PromptSet(tiny.prompt_set.prompts[:2]), batch_size=2)
-    target, calibration = Target.parse("experts=8"), calibrate(tiny, "mc-moe", "experts=8")
-    points = calibration.frontier_points
+    target, result = Target.parse("experts=8"), calibrate(tiny, "mc-moe", "experts=8")
+    points = result.frontier_points
     assert len(points) >= 2
     betas = [float(point.policy.partition("beta=")[2].partition(",")[0]) for point in points]
     assert betas == sorted(betas)
@@ -379,8 +383,8 @@ def test_two_thresholds_are_searched_along_their_frontier(tiny: PolicyEvaluator)
         assert point.experts.value <= 8 < more.value
     best = best_point(points, target)
     assert best.loss.value == min(point.loss.value for point in points)
-    assert f"protect={best.protect:g}" in calibration.policy
-    assert calibration.achieved.value <= 8
+    assert f"protect={best.protect:g}" in result.policy
+    assert result.achieved.value <= 8
 
 
 def test_drop_cannot_select_two_thresholds(tiny: PolicyEvaluator):
