@@ -128,10 +128,6 @@ def run_with_kills(folder: Path, kills: int) -> None:
     assert read_answers(folder) == answers_by_key_of(expected)
 
 
-def test_a_killed_run_answers_every_item_once(tmp_path: Path) -> None:
-    run_with_kills(tmp_path, 2)
-
-
 @pytest.mark.slow
 def test_a_run_killed_often_answers_every_item_once(tmp_path: Path) -> None:
     run_with_kills(tmp_path, 20)
