@@ -135,7 +135,7 @@ def test_odd_sizes_are_packed_and_mapped_too(
 def test_conversion_works_without_kernels(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = converted(tmp_path, kind, **ODD)
+    folder = converted(tmp_path, kind, num_experts=8, **ODD)
     usual = load_model(folder, dtype="bf16")
     monkeypatch.setattr(cpu, "is_available", lambda: False)
     convert(tmp_path / "whole", tmp_path / "slowly", ConversionTarget.parse(kind))

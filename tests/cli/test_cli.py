@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -432,18 +433,20 @@ def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
     assert process.returncode == 130
 
 
-def test_watch_shows_block_and_experts_on_a_terminal(model: str) -> None:
+def test_watch_shows_block_and_experts_on_a_terminal(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, theirs = pty.openpty()
-    with command(
-        "generate", "5 17", "-m", model, "-n", "9", "--block", "8", "--watch", stdout=theirs
-    ) as process:
-        os.close(theirs)
-        shown = read_all(ours)
-        assert process.wait(timeout=60) == 0
+    with ThreadPoolExecutor(1) as pool, open(theirs, "w", encoding="utf-8") as terminal:
+        shown = pool.submit(read_all, ours)
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert run(["generate", "5 17", "-m", model, "-n", "9", "--block", "8", "--watch"]) == 0
+        terminal.close()
+        text = shown.result()
     os.close(ours)
-    assert "experts touched" in shown
-    assert "layer 2" in shown
-    assert "still masked" in shown
+    assert "experts touched" in text
+    assert "layer 2" in text
+    assert "still masked" in text
 
 
 def read_all(descriptor: int) -> str:

@@ -173,7 +173,7 @@ def test_bad_input_is_one_line(capsys: Capture, words: list[str], expected: str)
 
 
 def test_an_interrupt_keeps_answers_and_names_the_folder(tmp_path: Path) -> None:
-    words = ["eval", "--num-problems", "500", "--batch-size", "2", "-n", "32"]
+    words = ["eval", "--num-problems", "50", "--batch-size", "2", "-n", "32"]
     items = tmp_path / "items.jsonl"
     with subprocess.Popen(
         [sys.executable, "-m", "coterie", *words, "-o", str(tmp_path)],
@@ -189,7 +189,7 @@ def test_an_interrupt_keeps_answers_and_names_the_folder(tmp_path: Path) -> None
         out, err = child.communicate()
     assert (child.returncode, out) == (130, "")
     hint = re.fullmatch(
-        rf"coterie: (\d+) of 2000 answers are in {tmp_path}; the same command continues from "
+        rf"coterie: (\d+) of 200 answers are in {tmp_path}; the same command continues from "
         r"there\n",
         err,
     )

@@ -67,10 +67,8 @@ def test_policy_of_a_file_runs_in_any_command(model: str, tmp_path: Path, capsys
     path = tmp_path / "mine.py"
     path.write_text(POLICY_FILE)
     try:
-        assert (
-            run(["generate", "5 9", "--model", model, "-p", "even-experts", "--import", str(path)])
-            == 0
-        )
+        words = ["generate", "5 9", "-n", "8", "--block", "8", "--model", model]
+        assert run([*words, "-p", "even-experts", "--import", str(path)]) == 0
         assert capsys.readouterr().out.strip()
         assert run(["policies", "even-experts"]) == 0
         assert "even index" in capsys.readouterr().out

@@ -171,6 +171,7 @@ print(convert(source, out, ConversionTarget(QuantFormat(8, 64), packed=False)).f
 """
 
 
+@pytest.mark.slow
 def test_what_was_killed_goes_on_and_comes_out_the_same(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "whole", "llada2", shards=4)
     convert(source, tmp_path / "at once", INT8)
@@ -456,7 +457,8 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("stacked", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stacked", [False, True])
 def test_memory_stays_bounded_while_quantising(tmp_path: Path, stacked: bool) -> None:
     source = write_checkpoint(
         tmp_path / "whole", "llada2", stacked=stacked, dtype=torch.bfloat16, **LARGE

@@ -45,7 +45,7 @@ print(memory("VmHWM") - before, memory("VmRSS") - before)
         pytest.param(1, False, "bf16", "bf16", marks=pytest.mark.slow),
         (1, True, "bf16", "fp32"),
         pytest.param(7, True, "bf16", "bf16", marks=pytest.mark.slow),
-        (40, False, "fp32", "bf16"),
+        pytest.param(40, False, "fp32", "bf16", marks=pytest.mark.slow),
     ],
 )
 def test_loading_peaks_little_above_the_weights(

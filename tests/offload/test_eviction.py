@@ -60,7 +60,7 @@ def votes(size: int, used: frozenset[int]) -> np.ndarray:
 
 
 @given(histories(), st.integers(1, 14), st.booleans())
-@law(150)
+@law(60)
 def test_every_used_expert_is_served_once_from_its_slot(drawn, capacity: int, warm):
     """A second book, kept from the loads alone, agrees at every wave."""
     size, sets = drawn
@@ -113,7 +113,7 @@ def test_cached_experts_are_not_loaded(drawn, capacity: int):
 
 
 @given(histories(), st.integers(1, 14))
-@law(150)
+@law(60)
 def test_no_rule_misses_less_than_belady(drawn, capacity: int):
     size, sets = drawn
     *others, best = rules(size, sets)
@@ -122,7 +122,7 @@ def test_no_rule_misses_less_than_belady(drawn, capacity: int):
 
 
 @given(histories(experts=5, longest=6), st.integers(1, 4))
-@law(100)
+@law(50)
 def test_belady_is_optimal_where_each_forward_fits(drawn, capacity: int):
     """Every set that may stay is tried, where each forward fits: its waves add no misses."""
     size, sets = drawn

@@ -234,14 +234,14 @@ def hold_same_election(sizes: Sizes, chain: Chain, requests: list[dict[str, obje
 
 
 @given(models, chains(faults=True), rows(FIXED))
-@law(20)
+@law(12)
 def test_every_store_answers_as_if_all_were_in_memory(sizes, chain, requests) -> None:
     """Tiers, slots, rules, waves, rows side by side, failing reads and interruptions."""
     hold_same_tokens(sizes, chain, requests)
 
 
 @given(models, chains(faults=False).map(lambda chain: replace(chain, warm=None)), rows(RESIDENT))
-@law(12)
+@law(8)
 def test_residency_bonus_acts_as_over_a_simulated_cache(sizes, chain, requests) -> None:
     hold_same_election(sizes, chain, requests)
 

@@ -177,7 +177,7 @@ class ByLot:
     lru=st.booleans(),
     aside=st.booleans(),
 )
-@law(300)
+@law(120)
 def test_no_slab_reads_other_bytes(
     seed: int, sizes: tuple[int, int], eager: float, lru: bool, aside: bool
 ) -> None:

@@ -44,7 +44,7 @@ def in_a_child(seed: int, count: int, *arguments: str, **variables: str) -> None
 
 
 def test_wrong_arguments_give_an_error_or_the_right_value():
-    in_a_child(1, 400)
+    in_a_child(1, 150)
 
 
 @pytest.mark.slow

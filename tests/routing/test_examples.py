@@ -270,7 +270,7 @@ def test_restoring_votes_takes_the_fewest_swaps():
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=30), st.data())
-@law(150)
+@law(60)
 def test_taking_by_budget_is_a_sorted_walk(votes: list[int], data: st.DataObject):
     protected = data.draw(st.lists(st.booleans(), min_size=len(votes), max_size=len(votes)))
     m = data.draw(st.integers(1, 35))
@@ -280,7 +280,7 @@ def test_taking_by_budget_is_a_sorted_walk(votes: list[int], data: st.DataObject
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=30), st.floats(0.01, 1), st.integers(1, 9))
-@law(150)
+@law(60)
 def test_taking_by_mass_is_the_shortest_walk_that_holds_it(
     votes: list[int], tau: float, min_experts: int
 ):

@@ -247,7 +247,7 @@ def is_without_kernel(scores: Scores, text: str) -> bool:
 
 @needs_kernels
 @given(odd_blocks(), kernel_policies(), st.sampled_from(ISAS))
-@law(150)
+@law(60)
 def test_the_kernel_routes_like_plain_torch(scores: Scores, text: str, isa: str):
     if text == "vanilla" or "scope=batch" in text:  # these reuse no coresets
         scores = replace(scores, previous_coresets=None)

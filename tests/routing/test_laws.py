@@ -34,7 +34,7 @@ WITHOUT_TIES = (
 
 
 @given(blocks())
-@law(150)
+@law(60)
 def test_vanilla_is_the_unmodified_model(scores: Scores):
     softmax = scores.router.activation == "softmax"
     act = scores.logits.softmax(-1) if softmax else scores.logits.sigmoid()
@@ -48,7 +48,7 @@ def test_vanilla_is_the_unmodified_model(scores: Scores):
 
 
 @given(blocks(), coresets())
-@law(200)
+@law(80)
 def test_every_token_stays_inside_the_coreset(scores: Scores, policy: Policy):
     coreset = policy.eligible(scores, scores.router.k).expand(scores.logits.shape)
     routing = route(scores, policy)
@@ -121,7 +121,7 @@ def test_des_seq_with_all_top_k_experts_is_vanilla(scores: Scores, more: int, sc
     st.floats(0.01, 1),
     st.sampled_from(("topk-prob", "weight", "count", "full", "margin", "max")),
 )
-@law(120)
+@law(60)
 def test_a_share_of_experts_is_exact_for_every_block(scores: Scores, beta: float, vote: str):
     policy = parse_policy(f"des-vote:beta={beta!r},vote={vote}")
     size = policy.eligible(scores, scores.router.k).sum(-1)
@@ -138,7 +138,7 @@ def test_budgets_of_the_paper_are_exact(beta: float, experts: int, elected: int)
 
 
 @given(blocks(), policies(), st.randoms(use_true_random=False))
-@law(120)
+@law(60)
 def test_the_order_of_tokens_changes_nothing(scores: Scores, policy: Policy, rng):
     order = list(range(scores.logits.shape[1]))
     rng.shuffle(order)
@@ -154,7 +154,7 @@ def test_the_order_of_tokens_changes_nothing(scores: Scores, policy: Policy, rng
     st.sampled_from(WITHOUT_TIES).map(parse_policy),
     st.randoms(use_true_random=False),
 )
-@law(120)
+@law(60)
 def test_renaming_experts_renames_the_coreset(scores: Scores, policy: Policy, rng):
     names = list(range(scores.router.experts))
     rng.shuffle(names)
@@ -179,7 +179,7 @@ def test_non_finite_logits_raise(scores: Scores, policy: Policy, bad: float, dat
 
 
 @given(blocks(rows=3), policies())
-@law(150)
+@law(60)
 def test_a_row_in_a_batch_routes_as_it_does_alone(scores: Scores, policy: Policy):
     if getattr(getattr(policy, "election", None), "scope", "block") == "batch":
         return
@@ -206,7 +206,7 @@ def test_a_finished_row_does_not_vote_for_other_rows(scores: Scores, policy: Pol
 
 
 @given(blocks(), policies())
-@law(120)
+@law(60)
 def test_weights_follow_the_family_and_ids_are_unique(scores: Scores, policy):
     routing = route(scores, policy)
     absent = routing.topk_ids < 0

@@ -35,7 +35,7 @@ def elections(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @given(elections())
-@law(150)
+@law(60)
 def test_elected_experts_match_a_plain_implementation(election):
     """With plain integers, one row and one expert at a time."""
     ballots, vote_weight, protected = election
@@ -75,7 +75,7 @@ def test_fewer_steps_elect_the_first_of_more_steps(election, steps: int):
 
 
 @given(elections(), st.sampled_from((0.0, 0.25, 1.0, 7.0)), st.sampled_from((0.0, 0.02, 0.3, 1.0)))
-@law(150)
+@law(60)
 def test_the_resident_bonus_stays_within_the_loss(election, factor: float, max_vote_loss: float):
     """Against a plain implementation; the lost gain never exceeds the bound."""
     ballots, vote_weight, protected = election

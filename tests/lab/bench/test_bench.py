@@ -81,7 +81,7 @@ def test_our_kernel_and_the_read_are_timed_with_their_bytes() -> None:
     assert result.timings[0].experts > 8
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_torch_computes_our_output_in_its_own_process(dtype: str) -> None:
     baselines, skipped = resolve_baselines(["torch"], {"torch": Path(sys.executable)}, dtype)
     result = time_layer(bench_config(dtype), baselines, budget=0)

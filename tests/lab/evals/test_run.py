@@ -110,9 +110,11 @@ def answers_by_key_of(results: Sequence[EvalResult]) -> dict[tuple[str, str], di
     return {(answer.variant, answer.id): comparable(to_json(answer)) for answer in answers}
 
 
-def run_with_kills(folder: Path, kills: int) -> None:
+@pytest.mark.slow
+def test_a_run_killed_often_answers_every_item_once(tmp_path: Path) -> None:
+    kills = 20
     process = subprocess.run(
-        [sys.executable, str(KILLER), str(model()), str(folder), str(kills)],
+        [sys.executable, str(KILLER), str(model()), str(tmp_path), str(kills)],
         env={
             **os.environ,
             "PYTHONPATH": f"{TESTS.parent / 'src'}:{TESTS / 'support'}",
@@ -125,16 +127,7 @@ def run_with_kills(folder: Path, kills: int) -> None:
     assert process.returncode == 0, process.stderr
     assert process.stdout.split().count("killed") >= kills // 2, process.stdout
     expected = run_eval(coterie.load(model(), block=8), [quiz(kills)], VARIANTS, None, batch_size=4)
-    assert read_answers(folder) == answers_by_key_of(expected)
-
-
-def test_a_killed_run_answers_every_item_once(tmp_path: Path) -> None:
-    run_with_kills(tmp_path, 2)
-
-
-@pytest.mark.slow
-def test_a_run_killed_often_answers_every_item_once(tmp_path: Path) -> None:
-    run_with_kills(tmp_path, 20)
+    assert read_answers(tmp_path) == answers_by_key_of(expected)
 
 
 CHANGES: Mapping[str, tuple[Callable[[], object], str]] = {

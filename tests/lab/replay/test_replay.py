@@ -272,8 +272,15 @@ def imagined(
     return store, results, read_trace(path)
 
 
-@pytest.mark.parametrize("commit", ["vanilla", "policy"])
-@pytest.mark.parametrize("policy", ["vanilla", "des-seq:k=1", "uniform-vote:beta=0.3"])
+@pytest.mark.parametrize(
+    ("policy", "commit"),
+    [
+        ("vanilla", "vanilla"),
+        ("des-seq:k=1", "policy"),
+        ("uniform-vote:beta=0.3", "vanilla"),
+        ("uniform-vote:beta=0.3", "policy"),
+    ],
+)
 def test_a_replay_foretells_a_run(policy: str, commit: str) -> None:
     """Of its own trace: what a memory of six slots moves, prompts and commits among it."""
     store, _, trace = imagined(policy, 6, commit=commit)

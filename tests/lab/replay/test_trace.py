@@ -64,7 +64,7 @@ def made(
     family: str = "llada2", policy: str = "vanilla"
 ) -> tuple[Trace, tuple[LayerObservation, ...]]:
     """A trace through a file, and the same run watched."""
-    own = engine(family)
+    own = engine(family, unmask="fixed:steps=4")
     path = Path(mkdtemp()) / "made.trace"
     said = trace_header(own, policy=policy, generation=own.generation, prompts={}, provenance={})
     with TraceWriter(path, said, bias_of(own.model)) as writer:
@@ -156,7 +156,8 @@ def test_packed_numbers_are_those_that_were_packed(experts: int, count: int, see
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_trace_holds_what_was_watched(family: str) -> None:
-    for policy in ("vanilla", "des-vote:beta=0.3,voters=masked"):
+    policies = ("vanilla", "des-vote:beta=0.3,voters=masked")
+    for policy in policies if family == FAMILIES[0] else policies[:1]:
         trace, seen = made(family, policy)
         layers = trace.header.layers
         numbers = sorted({forward.number for forward in trace.forwards})

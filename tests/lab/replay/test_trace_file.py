@@ -67,7 +67,7 @@ def read_or_refuse(path: Path) -> CoterieError | None:
 
 
 @given(st.data())
-@law(150)
+@law(60)
 def test_any_damage_is_our_error(tmp_path_factory, good: bytes, data: st.DataObject) -> None:
     """Bytes flipped, cut out and put in, anywhere in the file."""
     content = bytearray(good)
@@ -86,7 +86,7 @@ def test_any_damage_is_our_error(tmp_path_factory, good: bytes, data: st.DataObj
 
 
 @given(st.data())
-@law(150)
+@law(60)
 def test_a_record_of_any_content_is_ours_or_refused(
     tmp_path_factory, good: bytes, data: st.DataObject
 ) -> None:
@@ -111,7 +111,7 @@ HEADER_VALUES = (None, -1, 0, 1.5, 10**30, True, "x", [], {}, [1, "2"], [[]], {"
 
 
 @given(st.data())
-@law(100)
+@law(50)
 def test_a_header_of_any_content_is_ours_or_refused(
     tmp_path_factory, good: bytes, data: st.DataObject
 ) -> None:
