@@ -14,7 +14,7 @@ MARKS = {"ok": "", "note": "!", "broken": "BROKEN"}
 def doctor_command(model: o.ModelArgument = None, *, json: o.Json = False) -> None:
     """Examine the machine, the kernels and the installation, in a few seconds.
 
-    The exit status is 1 where something is broken. MODEL is a folder whose disk is timed.
+    The exit status is 1 where something is broken. The disk is timed below the folder MODEL.
 
     \b
     coterie doctor

@@ -92,7 +92,7 @@ class Diagnosis:
 
 
 def diagnose(model: str | None, on_progress: Callable[[str], None]) -> Diagnosis:
-    """Examines this machine; ``model`` names the folder whose disk is read."""
+    """Examines this machine; the disk is read below the folder of ``model``."""
     on_progress("reading memory")
     processor, memory, gpu = Processor.of(), HostMemory.of(), Gpu.of()
     read = measure_read_bandwidth()

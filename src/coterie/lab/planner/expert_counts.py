@@ -141,7 +141,7 @@ def _vanilla_count(trace: Trace) -> float:
 
 
 def _counts(votes: TraceVotes, policy: Policy, used: CountArray, loads: CountArray) -> ExpertCounts:
-    """Counts [P, L] by kind, without the first block, whose experts nothing has loaded yet."""
+    """Counts [P, L] by kind, without the first block: nothing has loaded its experts yet."""
     trace, k = votes.trace, votes.trace.header.k
     first = [trace.forwards[rows[0]] for rows in votes.passes]
     warm = np.array([forward.block_start != first[0].block_start for forward in first])

@@ -225,7 +225,7 @@ def small_shape(shape: ModelShape, name: ExpertDtype) -> ModelShape:
 
 
 def cost_of(shape: ModelShape, name: ExpertDtype) -> ShapeCost:
-    """The cost of a model whose experts have this format, in the layout of this machine's CPU."""
+    """The cost of a model with experts in this format, in the layout of this machine's CPU."""
     spec, dtype = replace(shape.spec, expert_format=FORMATS.get(name)), _other_dtype(name)
     size = spec.expert_stride if dtype == torch.bfloat16 else expert_bytes(spec, dtype)
     return ShapeCost(spec, dtype, name, size)
