@@ -160,7 +160,7 @@ def usable_memory() -> int:
 
 
 def disk_folder(model: PlannedModel) -> Path:
-    """The folder for a temporary file on the disk to time: the model's, else the working one, else the system's."""
+    """Where the disk is timed: the folder of the model, else the working or the system's one."""
     candidates = [] if model.is_shape else [Path(model.name)]
     for folder in (*candidates, Path.cwd()):
         if folder.is_dir() and os.access(folder, os.W_OK):
