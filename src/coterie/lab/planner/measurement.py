@@ -66,6 +66,7 @@ SMALL_VOCABULARY = 4096
 DISK_EXPERTS = 32  # experts in the file that the disk is timed with
 DISK_SHARES, DISK_POLICIES = (0.25, 0.5), ("vanilla", "des-vote:beta=0.25")
 DISK_BLOCKS, DISK_STEPS = 2, 4
+ASSUMED_GPU_READ, ASSUMED_LINK = 400e9, 25e9
 UNKNOWN_COPIES = HardwareModel(link_bandwidth=float("inf"))
 
 ProgressCallback = Callable[[str], None]
@@ -73,10 +74,26 @@ ProgressCallback = Callable[[str], None]
 
 @dataclass(frozen=True)
 class GivenRates:
-    """Bytes per second that the user gives in place of a measurement."""
+    """Bytes per second that the user gives in place of a measurement, or of an assumption."""
 
     read: float | None = None
     disk: float | None = None
+    link: float | None = None  # to a GPU
+    gpu_read: float | None = None
+
+
+def gpu_rates(formats: Sequence[ExpertDtype], given: GivenRates) -> MachineRates:
+    """The rates of a GPU that hides all arithmetic: its memory and its link, given or assumed."""
+    hidden: LatencyFit = {"t0": 0.0, "b": 0.0, "a": 0.0, "r2": 1.0, "error": 0.0}
+    return MachineRates(
+        read_bandwidth=given.gpu_read or ASSUMED_GPU_READ,
+        matrix_rate=float("inf"),
+        router_rate=float("inf"),
+        experts=dict.fromkeys(formats, hidden),
+        overlap=1.0,
+        layer_seconds=0.0,
+        copies=HardwareModel(given.link or ASSUMED_LINK),
+    )
 
 
 def measure_rates(

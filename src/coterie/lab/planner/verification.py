@@ -12,7 +12,7 @@ import torch
 
 from coterie.errors import ConfigError
 from coterie.keys import Key, to_json
-from coterie.lab.bench.forward import FORWARD, logits_per_forward, time_forward
+from coterie.lab.bench.forward import FORWARD, time_forward
 from coterie.lab.bench.model import random_model
 from coterie.lab.bench.shapes import ModelShape
 from coterie.lab.machine import CPU
@@ -30,8 +30,8 @@ from coterie.offload.tiers import DiskTier
 from coterie.routing import parse_policy
 
 MEMORY_SHARE = 0.5  # of what is free, for the random model
-MAX_BYTES = 6 << 30
-REPEATS = 4
+MAX_BYTES = 3 << 30
+REPEATS = 5
 SERVED_BLOCKS = 3
 
 
@@ -59,8 +59,10 @@ class Verification:
 
 
 def verify(result: PlanResult) -> Verification:
-    """Measures the first configuration: a whole forward, or a layer of experts from a disk."""
-    first = result.first
+    """Measures the first configuration of the CPU: a forward, or a layer of experts from a disk."""
+    first = next((one for one in result.configurations if one.device == "cpu"), None)
+    if first is None:
+        raise ConfigError("`verify` runs on the CPU, where nothing fits")
     policy = ReplayPolicy(
         parse_policy(first.policy), routes_commits=result.options.commit_routing == "policy"
     )
@@ -75,11 +77,11 @@ def _verify_forward(result: PlanResult, first: Configuration, counts: ExpertCoun
     tokens = window_tokens(result.model, result.options.steps)
     context = min(middle_block(result.model).start, shape.spec.max_length - tokens)
     model = random_model(shape, first.format_name)
+    logits = (tokens + 1) // 2
     (timing,) = time_forward(
-        model, [first.policy], tokens=tokens, context=context, repeats=REPEATS,
+        model, [first.policy], tokens=tokens, context=context, num_logits=logits, repeats=REPEATS,
         threads=torch.get_num_threads(),
     ).timings  # fmt: skip
-    logits = statistics.fmean(logits_per_forward("block", tokens))
     predicted = cost_of(shape, first.format_name).seconds(
         result.rates, counts.decode, tokens=tokens, num_logits=logits, positions=context + tokens
     )
