@@ -67,7 +67,6 @@ DISK_EXPERTS = 32  # experts in the file that the disk is timed with
 DISK_SHARES, DISK_POLICIES = (0.25, 0.5), ("vanilla", "des-vote:beta=0.25")
 DISK_BLOCKS, DISK_STEPS = 2, 4
 ASSUMED_GPU_READ, ASSUMED_LINK = 400e9, 25e9
-UNKNOWN_COPIES = HardwareModel(link_bandwidth=float("inf"))
 
 ProgressCallback = Callable[[str], None]
 
@@ -128,7 +127,7 @@ def measure_rates(
         {name: timing.warm for name, timing in timings.items()},
         statistics.fmean(overlaps),
         0.0,
-        UNKNOWN_COPIES,
+        None,
     )
     on_progress("timing a small forward")
     rates = replace(rates, layer_seconds=measure_layer_seconds(shape, formats[0], rates, tokens))
@@ -136,7 +135,8 @@ def measure_rates(
         on_progress("timing the disk")
         rates = replace(rates, copies=measure_copies(shape, formats[-1], folder))
     if given.disk is not None:
-        rates = replace(rates, copies=replace(rates.copies, link_bandwidth=given.disk))
+        clock = rates.copies or HardwareModel(given.disk)
+        rates = replace(rates, copies=replace(clock, link_bandwidth=given.disk))
     return rates if given.read is None else replace(rates, read_bandwidth=given.read)
 
 

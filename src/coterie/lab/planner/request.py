@@ -170,7 +170,8 @@ def first_choice(request: PlanRequest, on_progress: ProgressCallback) -> Configu
 
 
 def _gpu_assumption(device: PlanDevice) -> str:
-    read, link = device.rates.read_bandwidth, device.rates.copies.link_bandwidth
+    read, copies = device.rates.read_bandwidth, device.rates.copies
+    link = 0.0 if copies is None else copies.link_bandwidth
     return (
         f"a GPU reads its memory at {read / 1e9:g} GB/s and copies at {link / 1e9:g} GB/s; its "
         "arithmetic and the host's work are hidden, which no run has shown yet"
