@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
+from torch import Tensor
 
 from coterie import ops
 from coterie.checkpoints.source import find_folder
@@ -234,11 +235,19 @@ def layer_error(name: str) -> float:
     x = torch.randn(TEST_TOKENS, hidden, generator=generator).bfloat16()
     routing = balanced_routing(TEST_ROUTER, TEST_TOKENS, experts, generator, CPU)
     slots = torch.arange(experts)
-    stored = [quantize(w, FORMATS[name]) if name in FORMATS else w.bfloat16() for w in (up, down)]
-    plain = [dequantize(w) if isinstance(w, QTensor) else w.float() for w in stored]
-    expected = reference.run_experts(x.float(), routing, Slab(*plain, slots))
-    result = ops.run_experts(x, routing, ops.prepare(Slab(*stored, slots)))
+    stored_up, stored_down = (_stored(weight, name) for weight in (up, down))
+    plain = Slab(_plain(stored_up), _plain(stored_down), slots)
+    expected = reference.run_experts(x.float(), routing, plain)
+    result = ops.run_experts(x, routing, ops.prepare(Slab(stored_up, stored_down, slots)))
     return float((result - expected).norm() / expected.norm())
+
+
+def _stored(weight: Tensor, name: str) -> Tensor | QTensor:
+    return quantize(weight, FORMATS[name]) if name in FORMATS else weight.bfloat16()
+
+
+def _plain(weight: Tensor | QTensor) -> Tensor:
+    return dequantize(weight) if isinstance(weight, QTensor) else weight.float()
 
 
 def answer_finding() -> Finding:

@@ -221,7 +221,7 @@ def measure_layer_seconds(
     (timing,) = result.timings
     cost = cost_of(small, name)
     pairs = tokens * small.spec.router.k
-    counts = PassCounts(np.full((1, 1), timing.experts), np.zeros((1, 1)), pairs)
+    counts = PassCounts(np.array([[round(timing.experts)]]), np.zeros((1, 1), np.int64), pairs)
     predicted = cost.seconds(rates, counts, tokens=tokens, num_logits=1, positions=tokens)
     measured = statistics.median(timing.samples[FORWARD])
     return max(0.0, measured - predicted) / small.spec.layers
@@ -270,8 +270,8 @@ def serve_samples(cost: ShapeCost, tier: DiskTier) -> list[TimedForwards]:
         for policy in map(parse_policy, DISK_POLICIES):
             store = cached_store(tier, cost.spec, round(share * experts))
             served = serve_trace(trace, ReplayPolicy(policy), store, x)
-            columns = (part.reshape(-1, 1) for part in (served.used, served.loads))
-            runs.append(TimedForwards(*columns, served.seconds.reshape(-1)))
+            used, loads = (part.reshape(-1, 1) for part in (served.used, served.loads))
+            runs.append(TimedForwards(used, loads, served.seconds.reshape(-1)))
     return runs
 
 
