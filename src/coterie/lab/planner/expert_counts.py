@@ -28,7 +28,7 @@ from coterie.values import Policy, RouterSpec
 PUBLISHED_LAW = RoutingLaw(3.590888809412718e-06, 0.47066138713853434, 0.9822158813476562)
 """84 of 256 experts a block and their overlap from step to step (`replay-drawn-mini`)."""
 
-SAMPLE_LAYERS, SAMPLE_BLOCKS, SEARCH_BLOCKS = 2, 6, 12
+SAMPLE_LAYERS, SAMPLE_BLOCKS, SEARCH_BLOCKS = 2, 6, 48
 SEARCH_STEPS = 12
 EVEN_MARGIN = 0.995  # share of the experts of even routing from which a search would find nothing
 
