@@ -9,11 +9,9 @@ import pytest
 from coterie.cli.entry import run
 from coterie.lab import doctor
 from coterie.lab.doctor import Finding, answer_finding, kernel_findings, kernel_test
-from coterie.lab.machine import Processor
 from coterie.ops.cpu import build
 from coterie.ops.cpu.library import KernelLibrary
 
-PROCESSOR = Processor("test", None, None, None, 2, ("avx2",))
 KEYS = {
     *("schema", "processor", "memory", "gpu", "read_bytes_per_second", "disk_bytes_per_second"),
     *("versions", "findings", "broken"),
@@ -58,17 +56,17 @@ def test_a_missing_library_is_slow_and_a_wrong_one_broken(
     monkeypatch: pytest.MonkeyPatch, tmp_path
 ) -> None:
     monkeypatch.setattr(build, "LIBRARY_PATH", tmp_path / "none.so")
-    (missing,) = kernel_findings("no compiler was available at installation", PROCESSOR)
+    (missing,) = kernel_findings("no compiler was available at installation")
     assert (missing.state, "build.py" in (missing.remedy or "")) == ("note", True)
     (tmp_path / "none.so").write_bytes(b"not a library")
-    (wrong,) = kernel_findings("the library is of another version; reinstall", PROCESSOR)
+    (wrong,) = kernel_findings("the library is of another version; reinstall")
     assert wrong.state == "broken"
 
 
 def test_without_a_compiler_the_remedy_names_one(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    (finding,) = kernel_findings("no compiler was available at installation", PROCESSOR)
+    (finding,) = kernel_findings("no compiler was available at installation")
     assert "install a C++ compiler" in (finding.remedy or "")
 
 
@@ -89,21 +87,21 @@ def test_the_reason_against_better_kernels_is_said(
         monkeypatch.delenv("COTERIE_ISA", raising=False)
     else:
         monkeypatch.setenv("COTERIE_ISA", forced)
-    (finding,) = kernel_findings(library(*isas), PROCESSOR)
+    (finding,) = kernel_findings(library(*isas))
     assert finding.value.endswith(reason)
     assert finding.state == ("ok" if forced is None else "note")
 
 
 def test_an_unsupported_instruction_set_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COTERIE_ISA", "avx1024")
-    (finding,) = kernel_findings(library("portable", "avx2"), PROCESSOR)
+    (finding,) = kernel_findings(library("portable", "avx2"))
     assert (finding.state, finding.remedy) == ("broken", "unset COTERIE_ISA")
 
 
 def test_an_old_library_is_noted_with_its_rebuild(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COTERIE_ISA", raising=False)
     monkeypatch.setattr(build, "is_stale", lambda: True)
-    *_, finding = kernel_findings(library("portable", "avx2"), PROCESSOR)
+    *_, finding = kernel_findings(library("portable", "avx2"))
     assert (finding.name, finding.state) == ("library", "note")
 
 

@@ -101,13 +101,12 @@ def diagnose(model: str | None, on_progress: Callable[[str], None]) -> Diagnosis
     on_progress("reading the disk")
     disk = measure_disk_bandwidth(folder)
     on_progress("testing the kernels")
-    library = open_library()
     findings = (
         processor_finding(processor),
         memory_finding(memory, read),
         disk_finding(folder, disk),
         gpu_finding(gpu),
-        *kernel_findings(library, processor),
+        *kernel_findings(open_library()),
         triton_finding(gpu),
         *(kernel_test(name) for name in MAX_ERRORS),
         answer_finding(),
@@ -162,7 +161,7 @@ def gpu_finding(gpu: Gpu | None) -> Finding:
     )
 
 
-def kernel_findings(library: KernelLibrary | str, processor: Processor) -> tuple[Finding, ...]:
+def kernel_findings(library: KernelLibrary | str) -> tuple[Finding, ...]:
     """The CPU kernels: whether they run, on which instruction set, and why not on a better one."""
     if isinstance(library, str):
         state: State = "broken" if build.LIBRARY_PATH.exists() else "note"

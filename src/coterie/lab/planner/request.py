@@ -80,7 +80,8 @@ class PlanRequest:
         return PlanResult(model, options, tuple(devices), configurations, sample)
 
     def _options(self, model: PlannedModel) -> PlanOptions:
-        formats = tuple(name for name in model.formats if name in (self.formats or model.formats))
+        chosen = set(self.formats or model.formats)
+        formats = tuple(name for name in model.formats if name in chosen)
         if unknown := [name for name in self.formats if name not in model.formats]:
             known = ", ".join(model.formats)
             raise ConfigError(f"`expert_dtype={unknown[0]}` of {model.name}; known: {known}")
