@@ -51,14 +51,14 @@ class PassCounts:
 
 
 @dataclass(frozen=True)
-class ExpertCounts:
+class BlockCounts:
     """The forwards that decode a block, and those that commit it."""
 
     decode: PassCounts
     commit: PassCounts
 
 
-CountExperts = Callable[[ReplayPolicy, int], ExpertCounts]
+CountExperts = Callable[[ReplayPolicy, int], BlockCounts]
 """From a policy and the slots of each layer; as many slots as experts load nothing."""
 
 
@@ -78,7 +78,7 @@ class RoutingSample:
             return select_experts(votes, policy, slots)
 
         @cache
-        def count(policy: ReplayPolicy, slots: int) -> ExpertCounts:
+        def count(policy: ReplayPolicy, slots: int) -> BlockCounts:
             limit = slots if policy.depends_on_slots else None
             selected = None if policy.depends_on_residents else select(policy, limit)
             replayed = replay_cache(votes, policy, selected, CacheConfig(Lru(), slots))
@@ -140,7 +140,7 @@ def _vanilla_count(trace: Trace) -> float:
     return float(sum(mask.sum() for mask in masks)) / (len(masks) * len(trace.header.layers))
 
 
-def _counts(votes: TraceVotes, policy: Policy, used: CountArray, loads: CountArray) -> ExpertCounts:
+def _counts(votes: TraceVotes, policy: Policy, used: CountArray, loads: CountArray) -> BlockCounts:
     """Counts [P, L] by kind, without the first block: nothing has loaded its experts yet."""
     trace, k = votes.trace, votes.trace.header.k
     first = [trace.forwards[rows[0]] for rows in votes.passes]
@@ -152,5 +152,5 @@ def _counts(votes: TraceVotes, policy: Policy, used: CountArray, loads: CountArr
     k_of_policy = min(policy.k, k) if isinstance(policy, TopK) else k
     decoding = PassCounts(used[decode], loads[decode], tokens * k_of_policy)
     if not commit.any():
-        return ExpertCounts(decoding, decoding)
-    return ExpertCounts(decoding, PassCounts(used[commit], loads[commit], tokens * k))
+        return BlockCounts(decoding, decoding)
+    return BlockCounts(decoding, PassCounts(used[commit], loads[commit], tokens * k))

@@ -17,7 +17,7 @@ from coterie.lab.bench.model import random_model
 from coterie.lab.bench.shapes import ModelShape
 from coterie.lab.machine import CPU
 from coterie.lab.planner.block_time import middle_block, window_tokens
-from coterie.lab.planner.expert_counts import ExpertCounts
+from coterie.lab.planner.expert_counts import BlockCounts
 from coterie.lab.planner.measurement import cached_store, cost_of, random_tier
 from coterie.lab.planner.plan import Configuration
 from coterie.lab.planner.request import PlanResult, disk_folder
@@ -72,7 +72,7 @@ def verify(result: PlanResult) -> Verification:
     return _verify_forward(result, first, counts)
 
 
-def _verify_forward(result: PlanResult, first: Configuration, counts: ExpertCounts) -> Verification:
+def _verify_forward(result: PlanResult, first: Configuration, counts: BlockCounts) -> Verification:
     shape = fitting_shape(result.model.shape, first)
     tokens = window_tokens(result.model, result.options.steps)
     context = min(middle_block(result.model).start, shape.spec.max_length - tokens)
@@ -104,7 +104,7 @@ def fitting_shape(shape: ModelShape, first: Configuration) -> ModelShape:
 
 
 def _verify_fetches(
-    result: PlanResult, first: Configuration, policy: ReplayPolicy, counts: ExpertCounts
+    result: PlanResult, first: Configuration, policy: ReplayPolicy, counts: BlockCounts
 ) -> Verification:
     """Blocks of the plan's own sample, served from a temporary file on the model's disk."""
     model, cost = result.model, cost_of(result.model.shape, first.format_name)
