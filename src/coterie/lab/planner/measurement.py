@@ -28,8 +28,8 @@ from coterie.lab.machine import CPU, measure_read_bandwidth
 from coterie.lab.planner.expert_counts import PUBLISHED_LAW, PassCounts
 from coterie.lab.planner.rate_fit import TimedForwards, fit_rates
 from coterie.lab.planner.rates import MachineRates, ShapeCost, fitted_overlap
+from coterie.lab.planner.served_trace import serve_trace
 from coterie.lab.planner.synthetic_trace import SyntheticShape, synthetic_trace
-from coterie.lab.planner.trace_serving import serve_trace
 from coterie.lab.replay.cache_simulation import ReplayPolicy
 from coterie.lab.replay.hardware_model import HardwareModel
 from coterie.lab.timing import (

@@ -21,7 +21,7 @@ from coterie.lab.planner.expert_counts import BlockCounts
 from coterie.lab.planner.measurement import cached_store, cost_of, random_tier
 from coterie.lab.planner.plan import Configuration
 from coterie.lab.planner.request import PlanResult, disk_folder
-from coterie.lab.planner.trace_serving import serve_trace
+from coterie.lab.planner.served_trace import serve_trace
 from coterie.lab.replay.cache_simulation import ReplayPolicy
 from coterie.lab.replay.trace import Trace
 from coterie.loading.free_memory import free_memory
