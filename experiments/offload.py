@@ -22,8 +22,8 @@ from torch import Tensor
 from coterie.checkpoints.model_folder import ModelFolder
 from coterie.families import ModelConfig, detect_family
 from coterie.lab.planner.rate_fit import RateValidation, TimedForwards, validate
+from coterie.lab.planner.served_trace import ServedTrace, serve_trace
 from coterie.lab.planner.synthetic_trace import LLADA2_MINI, SyntheticShape, synthetic_trace
-from coterie.lab.planner.trace_serving import ServedTrace, serve_trace
 from coterie.lab.records import Measurement
 from coterie.lab.replay.cache_simulation import ReplayPolicy
 from coterie.lab.replay.trace import Trace

@@ -19,8 +19,8 @@ from torch import Tensor
 from coterie import ops
 from coterie.lab.bench.model import ExpertDtype, random_model
 from coterie.lab.bench.shapes import SHAPES
+from coterie.lab.planner.served_trace import elections, routing_from_trace, store_counters
 from coterie.lab.planner.synthetic_trace import LLADA2_MINI, SyntheticShape, synthetic_trace
-from coterie.lab.planner.trace_serving import elections, routing_from_trace, store_counters
 from coterie.lab.replay.cache_simulation import ReplayPolicy, recorded_experts
 from coterie.lab.replay.trace import Mask, Trace, TraceForward
 from coterie.loading.load import Model

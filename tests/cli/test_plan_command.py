@@ -22,7 +22,16 @@ RATES = MachineRates(
     *(0.5, 1e-4, HardwareModel(1e9)),
 )
 KEYS = {
-    *("schema", "model", "memory", "block", "steps_per_block", "commit_routing", "assumptions"),
+    *(
+        "schema",
+        "model",
+        "memory",
+        "gpu_memory",
+        "block",
+        "steps_per_block",
+        "commit_routing",
+        "assumptions",
+    ),
     *("rates", "configurations"),
 }
 Capture = pytest.CaptureFixture[str]
@@ -77,6 +86,12 @@ def test_the_first_configuration_runs(memory: str, work: str, capsys: Capture) -
     assert found["verified"]["measured_ms"] > 0
 
 
+def test_a_gpu_is_planned_beside_the_cpu(capsys: Capture) -> None:
+    found = document(capsys, "plan", "tiny", "--gpu-memory", "1GiB", "--gpu-read", "1000GB/s")
+    assert {each["device"] for each in found["configurations"]} == {"cpu", "cuda"}
+    assert "1000 GB/s" in found["assumptions"][-1]
+
+
 def test_a_trace_sets_experts_and_steps(capsys: Capture) -> None:
     trace = Path(__file__).parents[1] / "kept" / "words.trace"
     found = document(capsys, "plan", "--trace", str(trace), "-p", "vanilla")
@@ -86,6 +101,7 @@ def test_a_trace_sets_experts_and_steps(capsys: Capture) -> None:
 
 def test_what_has_no_effect_or_no_meaning_is_refused(capsys: Capture) -> None:
     assert "--memory" in refusal(capsys, "plan", "tiny", "--memory", "3")
+    assert "--gpu-memory" in refusal(capsys, "plan", "tiny", "--link", "20GB/s")
     assert "--disk" in refusal(capsys, "plan", "tiny", "--disk", "fast")
     assert "known: fp32" in refusal(capsys, "plan", "--expert-dtype", "int8")
     assert "--unique-experts is 500" in refusal(capsys, "plan", "tiny", "--unique-experts", "500")

@@ -8,15 +8,13 @@ import pytest
 
 from coterie.cli.entry import run
 from coterie.lab import doctor
-from coterie.lab.doctor import Finding, answer_finding, kernel_findings, kernel_test
-from coterie.lab.machine import Processor
+from coterie.lab.doctor import CheckResult, answer_check, kernel_checks, kernel_test
 from coterie.ops.cpu import build
 from coterie.ops.cpu.library import KernelLibrary
 
-PROCESSOR = Processor("test", None, None, None, 2, ("avx2",))
 KEYS = {
     *("schema", "processor", "memory", "gpu", "read_bytes_per_second", "disk_bytes_per_second"),
-    *("versions", "findings", "broken"),
+    *("versions", "checks", "broken"),
 }
 ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "avx512bf16": 3}
 
@@ -38,16 +36,18 @@ def test_the_doctor_finds_this_installation_sound(
     document = json.loads(capsys.readouterr().out)
     assert set(document) == KEYS
     assert document["broken"] is False
-    names = [finding["name"] for finding in document["findings"]]
+    names = [check["name"] for check in document["checks"]]
     assert {"processor", "memory", "disk", "GPU", "CPU kernels", "Triton", "model"} < set(names)
-    assert all(set(f) == {"name", "value", "state", "remedy"} for f in document["findings"])
+    assert all(set(f) == {"name", "value", "state", "remedy"} for f in document["checks"])
 
 
 def test_something_broken_ends_with_status_1_and_its_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quick(monkeypatch)
-    monkeypatch.setattr(doctor, "answer_finding", lambda: Finding("model", "no", "broken", "mend"))
+    monkeypatch.setattr(
+        doctor, "answer_check", lambda: CheckResult("model", "no", "broken", "mend")
+    )
     assert run(["doctor"]) == 1
     printed = capsys.readouterr().out
     assert "BROKEN" in printed
@@ -58,18 +58,18 @@ def test_a_missing_library_is_slow_and_a_wrong_one_broken(
     monkeypatch: pytest.MonkeyPatch, tmp_path
 ) -> None:
     monkeypatch.setattr(build, "LIBRARY_PATH", tmp_path / "none.so")
-    (missing,) = kernel_findings("no compiler was available at installation", PROCESSOR)
+    (missing,) = kernel_checks("no compiler was available at installation")
     assert (missing.state, "build.py" in (missing.remedy or "")) == ("note", True)
     (tmp_path / "none.so").write_bytes(b"not a library")
-    (wrong,) = kernel_findings("the library is of another version; reinstall", PROCESSOR)
+    (wrong,) = kernel_checks("the library is of another version; reinstall")
     assert wrong.state == "broken"
 
 
 def test_without_a_compiler_the_remedy_names_one(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    (finding,) = kernel_findings("no compiler was available at installation", PROCESSOR)
-    assert "install a C++ compiler" in (finding.remedy or "")
+    (check,) = kernel_checks("no compiler was available at installation")
+    assert "install a C++ compiler" in (check.remedy or "")
 
 
 @pytest.mark.parametrize(
@@ -89,22 +89,22 @@ def test_the_reason_against_better_kernels_is_said(
         monkeypatch.delenv("COTERIE_ISA", raising=False)
     else:
         monkeypatch.setenv("COTERIE_ISA", forced)
-    (finding,) = kernel_findings(library(*isas), PROCESSOR)
-    assert finding.value.endswith(reason)
-    assert finding.state == ("ok" if forced is None else "note")
+    (check,) = kernel_checks(library(*isas))
+    assert check.value.endswith(reason)
+    assert check.state == ("ok" if forced is None else "note")
 
 
 def test_an_unsupported_instruction_set_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COTERIE_ISA", "avx1024")
-    (finding,) = kernel_findings(library("portable", "avx2"), PROCESSOR)
-    assert (finding.state, finding.remedy) == ("broken", "unset COTERIE_ISA")
+    (check,) = kernel_checks(library("portable", "avx2"))
+    assert (check.state, check.remedy) == ("broken", "unset COTERIE_ISA")
 
 
 def test_an_old_library_is_noted_with_its_rebuild(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COTERIE_ISA", raising=False)
     monkeypatch.setattr(build, "is_stale", lambda: True)
-    *_, finding = kernel_findings(library("portable", "avx2"), PROCESSOR)
-    assert (finding.name, finding.state) == ("library", "note")
+    *_, check = kernel_checks(library("portable", "avx2"))
+    assert (check.name, check.state) == ("library", "note")
 
 
 @pytest.mark.parametrize("error", [0.5, float("nan")])
@@ -115,7 +115,7 @@ def test_kernels_that_compute_something_else_are_broken(
     assert kernel_test("int8").state == "broken"
 
 
-def test_kernels_that_raise_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_raise_are_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> float:
         raise OSError("no such symbol")
 
@@ -125,4 +125,4 @@ def test_kernels_that_raise_are_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_wrong_answer_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "ANSWER", "an answer that it does not give")
-    assert answer_finding().state == "broken"
+    assert answer_check().state == "broken"

@@ -14,7 +14,7 @@ MARKS = {"ok": "", "note": "!", "broken": "BROKEN"}
 def doctor_command(model: o.ModelArgument = None, *, json: o.Json = False) -> None:
     """Examine the machine, the kernels and the installation, in a few seconds.
 
-    The exit status is 1 where something is broken. MODEL is a folder whose disk is timed.
+    The exit status is 1 where something is broken. The disk is timed below the folder MODEL.
 
     \b
     coterie doctor
@@ -23,7 +23,7 @@ def doctor_command(model: o.ModelArgument = None, *, json: o.Json = False) -> No
     with output.progress_bar(TimeElapsedColumn()) as progress:
         task = progress.add_task("", total=None)
         result = diagnose(model, lambda doing: progress.update(task, description=doing))
-    rows = [(MARKS[each.state], each.name, each.value) for each in result.findings]
+    rows = [(MARKS[each.state], each.name, each.value) for each in result.checks]
     table = output.plain_table("", "part", "what was found", rows=rows)
     output.print_result(result.to_dict(), table, *remedies(result), json=json)
     if result.is_broken:
@@ -32,5 +32,5 @@ def doctor_command(model: o.ModelArgument = None, *, json: o.Json = False) -> No
 
 def remedies(result: Diagnosis) -> list[str]:
     """A line for each part with a remedy."""
-    lines = [f"{each.name}: {each.remedy}" for each in result.findings if each.remedy]
+    lines = [f"{each.name}: {each.remedy}" for each in result.checks if each.remedy]
     return ["", "To mend or add:", *lines] if lines else ["", "Nothing is missing."]

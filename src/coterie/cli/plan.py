@@ -11,6 +11,7 @@ from coterie.cli import engine_options as engines
 from coterie.cli import options as o
 from coterie.cli import output
 from coterie.cli.bench import BenchPolicies
+from coterie.errors import ConfigError
 from coterie.lab.planner.measurement import GivenRates
 from coterie.lab.planner.plan import Configuration
 from coterie.lab.planner.request import DEFAULT_STEPS, PlanRequest, PlanResult
@@ -22,21 +23,27 @@ machine, assumed = o.panel("On what machine"), o.panel("What to assume")
 MEMORY_HELP = "Memory for the model, e.g. 8GiB (default: what is free)."
 DISK_HELP = "Disk bandwidth, e.g. 1GB/s (default: measured where experts do not fit)."
 READ_HELP = "Memory bandwidth, e.g. 40GB/s (default: measured)."
+GPU_MEMORY_HELP = "Memory of a GPU to plan for, too, e.g. 12GiB."
+LINK_HELP = "Bandwidth of copies to the GPU (default 25GB/s)."
+GPU_READ_HELP = "Bandwidth of the GPU's memory (default 400GB/s)."
 STEPS_HELP = f"Forwards that fill a block (default {DEFAULT_STEPS}, or those of the trace)."
 EXPERTS_HELP = "Experts of a layer that 32 tokens use under vanilla (default: published, or alike)."
 TRACE_HELP = "File of `coterie trace`: experts are counted in it."
 VERIFY_HELP = "Run the first configuration on a random model, and compare the prediction."
 CAPTION = (
-    "experts, fetched: of a layer in a decoding forward, and those of them that come from the "
-    "disk; tokens/s includes the forwards that commit a block; int4 and coresets change answers"
+    "experts, fetched: of a layer in a decoding forward, and those of them that memory lacks; "
+    "tokens/s includes the forwards that commit a block; int4 and coresets change answers"
 )
 
 
 @o.with_option_groups
 def plan_command(
     model: o.ModelOrShape = None, *, memory: Annotated[str | None, machine(MEMORY_HELP)] = None,
+    gpu_memory: Annotated[str | None, machine(GPU_MEMORY_HELP)] = None,
     disk: Annotated[str | None, machine(DISK_HELP)] = None,
-    read: Annotated[str | None, machine(READ_HELP)] = None, policies: BenchPolicies = None,
+    read: Annotated[str | None, machine(READ_HELP)] = None,
+    link: Annotated[str | None, machine(LINK_HELP)] = None,
+    gpu_read: Annotated[str | None, machine(GPU_READ_HELP)] = None, policies: BenchPolicies = None,
     expert_dtype: o.ExpertDtype = None, commit_routing: o.CommitRouting = None,
     steps_per_block: Annotated[int | None, assumed(STEPS_HELP, min=1)] = None,
     unique_experts: Annotated[float | None, assumed(EXPERTS_HELP, min=1)] = None,
@@ -51,12 +58,14 @@ def plan_command(
     coterie plan inclusionAI/LLaDA2.0-mini --memory 8GiB
     coterie plan llada-moe --read 40GB/s --policy vanilla --verify
     """
+    if gpu_memory is None and (link or gpu_read):
+        raise ConfigError("--link and --gpu-read have no effect without --gpu-memory")
+    rates = {"read": read, "disk": disk, "link": link, "gpu_read": gpu_read}
     request = PlanRequest(
         model,
         None if memory is None else parse_bytes(memory, "`memory`"),
-        GivenRates(
-            *(_bandwidth(text, name) for text, name in ((read, "`read`"), (disk, "`disk`")))
-        ),
+        None if gpu_memory is None else parse_bytes(gpu_memory, "`gpu_memory`"),
+        GivenRates(**{name: _bandwidth(text, f"`{name}`") for name, text in rates.items()}),
         tuple(engines.distinct_policies(policies or ())),
         () if expert_dtype is None else (expert_dtype,),
         steps=steps_per_block,
@@ -81,7 +90,7 @@ def plan_lines(result: PlanResult) -> list[Table | str]:
     rows = enumerate(result.configurations, start=1)
     numbers = ("experts", "fetched", "memory", "read", "ms", "tokens/s")
     table = output.plain_table(
-        "", "format", "in memory", "policy", numbers=numbers, caption=CAPTION,
+        "", "device", "format", "in memory", "policy", numbers=numbers, caption=CAPTION,
         rows=(_row(number, each) for number, each in rows),
     )  # fmt: skip
     notes = [f"Assumed: {text}." for text in result.assumptions]
@@ -90,7 +99,7 @@ def plan_lines(result: PlanResult) -> list[Table | str]:
 
 def _row(number: int, each: Configuration) -> Sequence[str]:
     return (
-        *(str(number), each.format_name, f"{each.share:.0%}", each.policy),
+        *(str(number), each.device, each.format_name, f"{each.share:.0%}", each.policy),
         *(f"{each.experts:.1f}", f"{each.loads:.2f}", format_bytes(each.memory)),
         format_bytes(each.forward_bytes),
         *(f"{1e3 * each.forward_seconds:.0f}", f"{each.tokens_per_second:.1f}"),

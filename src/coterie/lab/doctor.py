@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
+from torch import Tensor
 
 from coterie import ops
 from coterie.checkpoints.source import find_folder
@@ -54,7 +55,7 @@ MAX_ERRORS = {"bf16": 0.02, "int8": 0.04, "int4": 0.04}  # of a layer, from roun
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One line: a fact, its state, and the command that mends it, if one does."""
 
     name: Annotated[str, Key("name")]
@@ -65,18 +66,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings, and the measured numbers behind them."""
+    """All checks, and the measured numbers behind them."""
 
     processor: Processor
     memory: HostMemory
     gpu: Gpu | None
     read_bandwidth: float
     disk_bandwidth: float | None
-    findings: tuple[Finding, ...]
+    checks: tuple[CheckResult, ...]
 
     @property
     def is_broken(self) -> bool:
-        return any(finding.state == "broken" for finding in self.findings)
+        return any(check.state == "broken" for check in self.checks)
 
     def to_dict(self) -> dict[str, object]:
         return {
@@ -86,13 +87,13 @@ class Diagnosis:
             "read_bytes_per_second": self.read_bandwidth,
             "disk_bytes_per_second": self.disk_bandwidth,
             "versions": {"python": platform.python_version(), **package_versions()},
-            "findings": [to_json(finding) for finding in self.findings],
+            "checks": [to_json(check) for check in self.checks],
             "broken": self.is_broken,
         }
 
 
 def diagnose(model: str | None, on_progress: Callable[[str], None]) -> Diagnosis:
-    """Examines this machine; ``model`` names the folder whose disk is read."""
+    """Examines this machine; the disk is read below the folder of ``model``."""
     on_progress("reading memory")
     processor, memory, gpu = Processor.of(), HostMemory.of(), Gpu.of()
     read = measure_read_bandwidth()
@@ -100,21 +101,23 @@ def diagnose(model: str | None, on_progress: Callable[[str], None]) -> Diagnosis
     on_progress("reading the disk")
     disk = measure_disk_bandwidth(folder)
     on_progress("testing the kernels")
-    library = open_library()
-    findings = (
-        processor_finding(processor),
-        memory_finding(memory, read),
-        disk_finding(folder, disk),
-        gpu_finding(gpu),
-        *kernel_findings(library, processor),
-        triton_finding(gpu),
+    checks = (
+        processor_check(processor),
+        memory_check(memory, read),
+        disk_check(folder, disk),
+        gpu_check(gpu),
+        *kernel_checks(open_library()),
+        triton_check(gpu),
         *(kernel_test(name) for name in MAX_ERRORS),
-        answer_finding(),
-        *extra_findings(),
-        *(Finding("load", warning, "note") for warning in load_warnings(timing_conditions(CPU))),
-        Finding("versions", ", ".join(f"{n} {v}" for n, v in package_versions().items())),
+        answer_check(),
+        *extra_checks(),
+        *(
+            CheckResult("load", warning, "note")
+            for warning in load_warnings(timing_conditions(CPU))
+        ),
+        CheckResult("versions", ", ".join(f"{n} {v}" for n, v in package_versions().items())),
     )
-    return Diagnosis(processor, memory, gpu, read, disk, findings)
+    return Diagnosis(processor, memory, gpu, read, disk, checks)
 
 
 def cache_folder() -> Path:
@@ -123,64 +126,64 @@ def cache_folder() -> Path:
     return next(folder for folder in (cache, *cache.parents) if folder.is_dir())
 
 
-def processor_finding(processor: Processor) -> Finding:
+def processor_check(processor: Processor) -> CheckResult:
     numbers = "" if processor.family is None else f" (family {processor.family}, "
     numbers += "" if processor.family is None else f"model {processor.model})"
     sets = ", ".join(processor.instruction_sets) or "no sets that the kernels use"
     threads = torch.get_num_threads()
-    return Finding(
+    return CheckResult(
         "processor",
         f"{processor.name}{numbers}, {processor.cores} cores, {threads} threads; {sets}",
     )
 
 
-def memory_finding(memory: HostMemory, read: float) -> Finding:
+def memory_check(memory: HostMemory, read: float) -> CheckResult:
     total, available = (
         "?" if size is None else format_bytes(size) for size in (memory.total, memory.available)
     )
     group = memory.group_available
     limit = "" if group is None else f", {format_bytes(group)} left in its control group"
-    return Finding(
+    return CheckResult(
         "memory", f"{total}, {available} available{limit}, read at {read / 1e9:.1f} GB/s"
     )
 
 
-def disk_finding(folder: Path, disk: float | None) -> Finding:
+def disk_check(folder: Path, disk: float | None) -> CheckResult:
     if disk is None:
-        return Finding("disk", f"{folder} cannot be written to, so it was not timed", "note")
-    return Finding("disk", f"{disk / 1e9:.2f} GB/s, checksums included, below {folder}")
+        return CheckResult("disk", f"{folder} cannot be written to, so it was not timed", "note")
+    return CheckResult("disk", f"{disk / 1e9:.2f} GB/s, checksums included, below {folder}")
 
 
-def gpu_finding(gpu: Gpu | None) -> Finding:
+def gpu_check(gpu: Gpu | None) -> CheckResult:
     if gpu is None:
-        return Finding("GPU", "none that PyTorch sees")
-    return Finding(
+        return CheckResult("GPU", "none that PyTorch sees")
+    return CheckResult(
         "GPU",
         f"{gpu.name}, {format_bytes(gpu.available)} of {format_bytes(gpu.total)} free, "
         f"link {gpu.link_bandwidth / 1e9:.1f} GB/s",
     )
 
 
-def kernel_findings(library: KernelLibrary | str, processor: Processor) -> tuple[Finding, ...]:
+def kernel_checks(library: KernelLibrary | str) -> tuple[CheckResult, ...]:
     """The CPU kernels: whether they run, on which instruction set, and why not on a better one."""
     if isinstance(library, str):
         state: State = "broken" if build.LIBRARY_PATH.exists() else "note"
         compiler = find_compiler()
         remedy = REBUILD if compiler else f"install a C++ compiler (such as g++), then {REBUILD}"
         value = f"not used, PyTorch computes instead: {library}"
-        return (Finding("CPU kernels", value, state, remedy),)
+        return (CheckResult("CPU kernels", value, state, remedy),)
     try:
         chosen = library.isa()
     except ConfigError as error:
-        return (Finding("CPU kernels", str(error), "broken", f"unset {ISA_VARIABLE}"),)
+        return (CheckResult("CPU kernels", str(error), "broken", f"unset {ISA_VARIABLE}"),)
     name = next(isa for isa, number in library.isas.items() if number == chosen)
     reason = _why_not_better(library, name)
     value = f"{name}: experts, matrices, routing and attention of a bf16 model{reason}"
-    findings = [Finding("CPU kernels", value, "note" if ISA_VARIABLE in os.environ else "ok")]
+    checks = [CheckResult("CPU kernels", value, "note" if ISA_VARIABLE in os.environ else "ok")]
     if build.is_stale():
         stale = "the library is older than its sources"
-        findings.append(Finding("library", stale, "note", REBUILD))
-    return tuple(findings)
+        checks.append(CheckResult("library", stale, "note", REBUILD))
+    return tuple(checks)
 
 
 def _why_not_better(library: KernelLibrary, name: str) -> str:
@@ -200,28 +203,28 @@ def find_compiler() -> str | None:
     return None
 
 
-def triton_finding(gpu: Gpu | None) -> Finding:
+def triton_check(gpu: Gpu | None) -> CheckResult:
     if find_spec("triton") is not None:
         use = "used on the GPU" if gpu is not None else "installed; it has no effect without a GPU"
-        return Finding("Triton", use)
+        return CheckResult("Triton", use)
     if gpu is None:
-        return Finding("Triton", "not installed, and of no use without a GPU")
-    return Finding(
+        return CheckResult("Triton", "not installed, and of no use without a GPU")
+    return CheckResult(
         "Triton", "not installed: the GPU runs PyTorch alone", "note", "pip install triton"
     )
 
 
-def kernel_test(name: str) -> Finding:
+def kernel_test(name: str) -> CheckResult:
     """One layer of random experts by the installed kernels, against plain torch."""
     title = f"layer in {name}"
     try:
         error = layer_error(name)
-    except Exception as failure:  # whatever a broken library raises is a finding
+    except Exception as failure:  # whatever a broken library raises is reported
         text = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
-        return Finding(title, text, "broken", REBUILD)
+        return CheckResult(title, text, "broken", REBUILD)
     state: State = "ok" if error <= MAX_ERRORS[name] else "broken"
     remedy = None if state == "ok" else REBUILD
-    return Finding(title, f"{error:.2%} off plain torch", state, remedy)
+    return CheckResult(title, f"{error:.2%} off plain torch", state, remedy)
 
 
 @torch.inference_mode()
@@ -234,30 +237,42 @@ def layer_error(name: str) -> float:
     x = torch.randn(TEST_TOKENS, hidden, generator=generator).bfloat16()
     routing = balanced_routing(TEST_ROUTER, TEST_TOKENS, experts, generator, CPU)
     slots = torch.arange(experts)
-    stored = [quantize(w, FORMATS[name]) if name in FORMATS else w.bfloat16() for w in (up, down)]
-    plain = [dequantize(w) if isinstance(w, QTensor) else w.float() for w in stored]
-    expected = reference.run_experts(x.float(), routing, Slab(*plain, slots))
-    result = ops.run_experts(x, routing, ops.prepare(Slab(*stored, slots)))
+    stored_up, stored_down = (_stored(weight, name) for weight in (up, down))
+    plain = Slab(_plain(stored_up), _plain(stored_down), slots)
+    expected = reference.run_experts(x.float(), routing, plain)
+    result = ops.run_experts(x, routing, ops.prepare(Slab(stored_up, stored_down, slots)))
     return float((result - expected).norm() / expected.norm())
 
 
-def answer_finding() -> Finding:
+def _stored(weight: Tensor, name: str) -> Tensor | QTensor:
+    return quantize(weight, FORMATS[name]) if name in FORMATS else weight.bfloat16()
+
+
+def _plain(weight: Tensor | QTensor) -> Tensor:
+    return dequantize(weight) if isinstance(weight, QTensor) else weight.float()
+
+
+def answer_check() -> CheckResult:
     """The model in the package answers one question."""
     try:
         result = load(None, device="cpu").generate(QUESTION, max_new_tokens=64)
     except (CoterieError, OSError, RuntimeError) as error:
-        return Finding("model", " ".join(str(error).split())[:200], "broken", "pip install coterie")
+        return CheckResult(
+            "model", " ".join(str(error).split())[:200], "broken", "pip install coterie"
+        )
     right = ANSWER in result.text
     value = f"{result.text.strip()!r} at {result.tokens_per_second:.0f} tokens/s"
-    return Finding("model", f"the one in the package answers {value}", "ok" if right else "broken")
+    return CheckResult(
+        "model", f"the one in the package answers {value}", "ok" if right else "broken"
+    )
 
 
-def extra_findings() -> list[Finding]:
+def extra_checks() -> list[CheckResult]:
     """Each optional extra: installed, or the command that installs it."""
-    findings = []
+    checks = []
     for name, (purpose, modules) in EXTRAS.items():
         missing = [module for module in modules if find_spec(module) is None]
         remedy = f"pip install '.[{name}]' in a clone of Coterie" if missing else None
         text = f"lacks {', '.join(missing)}" if missing else "installed"
-        findings.append(Finding(f"extra {name}", f"{text}; for {purpose}", "ok", remedy))
-    return findings
+        checks.append(CheckResult(f"extra {name}", f"{text}; for {purpose}", "ok", remedy))
+    return checks

@@ -16,7 +16,8 @@ from coterie.cli.app import app
 from coterie.errors import ConfigError
 from coterie.lab.planner.block_time import decode_passes, window_tokens
 from coterie.lab.planner.expert_counts import CountExperts, assumed_sample
-from coterie.lab.planner.plan import Configuration, PlanOptions, make_plan
+from coterie.lab.planner.measurement import GivenRates, gpu_rates
+from coterie.lab.planner.plan import Configuration, PlanDevice, PlanOptions, make_plan
 from coterie.lab.planner.planned_model import PlannedModel
 from coterie.lab.planner.rates import MachineRates
 from coterie.lab.replay.hardware_model import HardwareModel
@@ -25,7 +26,16 @@ from coterie.testing import write_checkpoint
 
 GIB = 1 << 30
 KEYS = {
-    *("expert_dtype", "policy", "share_in_memory", "slots", "tiers", "memory", "commands"),
+    *(
+        "device",
+        "expert_dtype",
+        "policy",
+        "share_in_memory",
+        "slots",
+        "tiers",
+        "memory",
+        "commands",
+    ),
     *("experts_per_layer", "loads_per_layer", "bytes_a_forward", "fetched_bytes_a_forward"),
     *("ms_a_forward", "tokens_per_second"),
 }
@@ -69,8 +79,8 @@ def counter(name: str, steps: int = 4) -> CountExperts:
 
 def plan(name: str, memory: float, rates: MachineRates = MACHINE) -> tuple[Configuration, ...]:
     model = PlannedModel.find(name)
-    options = PlanOptions(int(memory * GIB), model.shape.policies, model.formats, steps=4)
-    return make_plan(model, rates, counter(name), options)
+    options = PlanOptions(model.shape.policies, model.formats, steps=4)
+    return make_plan(model, [PlanDevice("cpu", rates, int(memory * GIB))], counter(name), options)
 
 
 @given(machines, st.sampled_from(NAMES), st.floats(4, 40), st.floats(0, 40))
@@ -120,12 +130,12 @@ def test_the_commands_of_a_folder_parse_and_name_it(family: str, tmp_path) -> No
     folder = str(write_checkpoint(tmp_path / "a model", family, seed=1))
     model = PlannedModel.find(folder)
     assert model.stored_format == "fp32"
-    options = PlanOptions(2 * GIB, ("vanilla",), ("fp32",), steps=2)
+    options = PlanOptions(("vanilla",), ("fp32",), steps=2)
     rates = replace(MACHINE, experts={"fp32": warm_fit(1e-5, 1e-6, 1e-7)})
     router = model.spec.router
     tokens = window_tokens(model, 2)
     sample = assumed_sample(router, router.k + 1, tokens=tokens, steps=2, source="test")
-    (only,) = make_plan(model, rates, sample.counter(), options)
+    (only,) = make_plan(model, [PlanDevice("cpu", rates, 2 * GIB)], sample.counter(), options)
     (line,) = only.commands
     assert parse(line)["model"] == folder
 
@@ -138,6 +148,25 @@ def parse(line: str) -> dict[str, object]:
     while hasattr(command, "commands"):
         command = command.commands[words.pop(0)]
     return command.make_context("coterie", words, resilient_parsing=False).params
+
+
+def test_a_gpu_takes_the_experts_that_fit_and_the_host_the_others() -> None:
+    model = PlannedModel.find("llada2-mini")
+    options = PlanOptions(("vanilla",), ("bf16", "int8"), steps=4)
+    rates = gpu_rates(options.formats, GivenRates(link=20e9))
+
+    def found(host: int) -> dict[str, Configuration]:
+        device = PlanDevice("cuda", rates, 12 * GIB, host * GIB)
+        return {e.format_name: e for e in make_plan(model, [device], counter(model.name), options)}
+
+    both, only = found(64), found(20)
+    assert set(both) == {"bf16", "int8"}
+    assert set(only) == {"int8"}
+    assert all(each.tiers == ("gpu", "memory") for each in both.values())
+    assert all(each.memory <= 12 * GIB for each in both.values())
+    for each in both.values():
+        (line,) = each.commands
+        assert parse(line)["device"] == "cuda"
 
 
 def test_too_little_memory_is_said_with_the_least_that_would_do() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coterie.keys import to_json
 from coterie.lab.bench.cost_model import overlapped
 from coterie.lab.bench.shapes import SHAPES
 from coterie.lab.planner.expert_counts import PassCounts
@@ -43,13 +44,13 @@ def test_fetched_experts_only_add_time(used: int, loads: int) -> None:
     assert cost.bytes(64, counts) == cost.bytes(64, resident)
 
 
-def test_rates_are_measured_and_given_ones_replace_them(tmp_path) -> None:
+def test_rates_are_measured_and_given_ones_replace_them() -> None:
     doing: list[str] = []
-    with torch.inference_mode(False):
-        rates = measure_rates(
-            TINY, ("int8",), GivenRates(read=3e10, disk=2e9), tokens=8, on_progress=doing.append
-        )
+    given = GivenRates(read=3e10, disk=2e9)
+    rates = measure_rates(TINY, ("int8",), given, tokens=8, on_progress=doing.append)
+    assert rates.copies is not None
     assert (rates.read_bandwidth, rates.copies.link_bandwidth) == (3e10, 2e9)
+    json.dumps(to_json(replace(rates, copies=None)), allow_nan=False)
     assert min(rates.matrix_rate, rates.router_rate) > 0
     assert 0 <= rates.overlap <= 1
     assert rates.layer_seconds >= 0

@@ -177,7 +177,7 @@ def forward_cost(transformer: Transformer, blocks: RandomBlocks) -> ForwardCost:
     part_buffers: dict[ForwardPart, list[Tensor]] = {
         name: weight_buffers(buffers) for name, buffers in parts.items()
     }
-    sizes = {
+    sizes: dict[ForwardPart, int] = {
         name: sum(buffer.nbytes for buffer in buffers)
         for name, buffers in part_buffers.items()
         if buffers

@@ -9,7 +9,7 @@ import numpy as np
 
 from coterie.decoding.canvas import Block
 from coterie.decoding.kv_schemes import DecodePlan, ForwardPass, StepCounter, parse_plan
-from coterie.lab.planner.expert_counts import ExpertCounts, PassCounts
+from coterie.lab.planner.expert_counts import BlockCounts, PassCounts
 from coterie.lab.planner.planned_model import PlannedModel
 from coterie.lab.planner.rates import MachineRates, ShapeCost
 from coterie.values import RouterSpec
@@ -30,7 +30,7 @@ def predict_block(
     model: PlannedModel,
     cost: ShapeCost,
     rates: MachineRates,
-    counts: ExpertCounts,
+    counts: BlockCounts,
     *,
     slots: int,
     steps: int,

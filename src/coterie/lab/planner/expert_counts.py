@@ -28,7 +28,7 @@ from coterie.values import Policy, RouterSpec
 PUBLISHED_LAW = RoutingLaw(3.590888809412718e-06, 0.47066138713853434, 0.9822158813476562)
 """84 of 256 experts a block and their overlap from step to step (`replay-drawn-mini`)."""
 
-SAMPLE_LAYERS, SAMPLE_BLOCKS, SEARCH_BLOCKS = 2, 6, 12
+SAMPLE_LAYERS, SAMPLE_BLOCKS, SEARCH_BLOCKS = 2, 6, 48
 SEARCH_STEPS = 12
 EVEN_MARGIN = 0.995  # share of the experts of even routing from which a search would find nothing
 
@@ -51,14 +51,14 @@ class PassCounts:
 
 
 @dataclass(frozen=True)
-class ExpertCounts:
+class BlockCounts:
     """The forwards that decode a block, and those that commit it."""
 
     decode: PassCounts
     commit: PassCounts
 
 
-CountExperts = Callable[[ReplayPolicy, int], ExpertCounts]
+CountExperts = Callable[[ReplayPolicy, int], BlockCounts]
 """From a policy and the slots of each layer; as many slots as experts load nothing."""
 
 
@@ -78,7 +78,7 @@ class RoutingSample:
             return select_experts(votes, policy, slots)
 
         @cache
-        def count(policy: ReplayPolicy, slots: int) -> ExpertCounts:
+        def count(policy: ReplayPolicy, slots: int) -> BlockCounts:
             limit = slots if policy.depends_on_slots else None
             selected = None if policy.depends_on_residents else select(policy, limit)
             replayed = replay_cache(votes, policy, selected, CacheConfig(Lru(), slots))
@@ -140,8 +140,8 @@ def _vanilla_count(trace: Trace) -> float:
     return float(sum(mask.sum() for mask in masks)) / (len(masks) * len(trace.header.layers))
 
 
-def _counts(votes: TraceVotes, policy: Policy, used: CountArray, loads: CountArray) -> ExpertCounts:
-    """Counts [P, L] by kind, without the first block, whose experts nothing has loaded yet."""
+def _counts(votes: TraceVotes, policy: Policy, used: CountArray, loads: CountArray) -> BlockCounts:
+    """Counts [P, L] by kind, without the first block: nothing has loaded its experts yet."""
     trace, k = votes.trace, votes.trace.header.k
     first = [trace.forwards[rows[0]] for rows in votes.passes]
     warm = np.array([forward.block_start != first[0].block_start for forward in first])
@@ -152,5 +152,5 @@ def _counts(votes: TraceVotes, policy: Policy, used: CountArray, loads: CountArr
     k_of_policy = min(policy.k, k) if isinstance(policy, TopK) else k
     decoding = PassCounts(used[decode], loads[decode], tokens * k_of_policy)
     if not commit.any():
-        return ExpertCounts(decoding, decoding)
-    return ExpertCounts(decoding, PassCounts(used[commit], loads[commit], tokens * k))
+        return BlockCounts(decoding, decoding)
+    return BlockCounts(decoding, PassCounts(used[commit], loads[commit], tokens * k))

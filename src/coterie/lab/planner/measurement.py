@@ -28,8 +28,8 @@ from coterie.lab.machine import CPU, measure_read_bandwidth
 from coterie.lab.planner.expert_counts import PUBLISHED_LAW, PassCounts
 from coterie.lab.planner.rate_fit import TimedForwards, fit_rates
 from coterie.lab.planner.rates import MachineRates, ShapeCost, fitted_overlap
+from coterie.lab.planner.served_trace import serve_trace
 from coterie.lab.planner.synthetic_trace import SyntheticShape, synthetic_trace
-from coterie.lab.planner.trace_serving import serve_trace
 from coterie.lab.replay.cache_simulation import ReplayPolicy
 from coterie.lab.replay.hardware_model import HardwareModel
 from coterie.lab.timing import (
@@ -66,17 +66,33 @@ SMALL_VOCABULARY = 4096
 DISK_EXPERTS = 32  # experts in the file that the disk is timed with
 DISK_SHARES, DISK_POLICIES = (0.25, 0.5), ("vanilla", "des-vote:beta=0.25")
 DISK_BLOCKS, DISK_STEPS = 2, 4
-UNKNOWN_COPIES = HardwareModel(link_bandwidth=float("inf"))
+ASSUMED_GPU_READ, ASSUMED_LINK = 400e9, 25e9
 
 ProgressCallback = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class GivenRates:
-    """Bytes per second that the user gives in place of a measurement."""
+    """Bytes per second that the user gives in place of a measurement, or of an assumption."""
 
     read: float | None = None
     disk: float | None = None
+    link: float | None = None  # to a GPU
+    gpu_read: float | None = None
+
+
+def gpu_rates(formats: Sequence[ExpertDtype], given: GivenRates) -> MachineRates:
+    """The rates of a GPU that hides all arithmetic: its memory and its link, given or assumed."""
+    hidden: LatencyFit = {"t0": 0.0, "b": 0.0, "a": 0.0, "r2": 1.0, "error": 0.0}
+    return MachineRates(
+        read_bandwidth=given.gpu_read or ASSUMED_GPU_READ,
+        matrix_rate=float("inf"),
+        router_rate=float("inf"),
+        experts=dict.fromkeys(formats, hidden),
+        overlap=1.0,
+        layer_seconds=0.0,
+        copies=HardwareModel(given.link or ASSUMED_LINK),
+    )
 
 
 def measure_rates(
@@ -111,7 +127,7 @@ def measure_rates(
         {name: timing.warm for name, timing in timings.items()},
         statistics.fmean(overlaps),
         0.0,
-        UNKNOWN_COPIES,
+        None,
     )
     on_progress("timing a small forward")
     rates = replace(rates, layer_seconds=measure_layer_seconds(shape, formats[0], rates, tokens))
@@ -119,7 +135,8 @@ def measure_rates(
         on_progress("timing the disk")
         rates = replace(rates, copies=measure_copies(shape, formats[-1], folder))
     if given.disk is not None:
-        rates = replace(rates, copies=replace(rates.copies, link_bandwidth=given.disk))
+        clock = rates.copies or HardwareModel(given.disk)
+        rates = replace(rates, copies=replace(clock, link_bandwidth=given.disk))
     return rates if given.read is None else replace(rates, read_bandwidth=given.read)
 
 
@@ -204,7 +221,7 @@ def measure_layer_seconds(
     (timing,) = result.timings
     cost = cost_of(small, name)
     pairs = tokens * small.spec.router.k
-    counts = PassCounts(np.full((1, 1), timing.experts), np.zeros((1, 1)), pairs)
+    counts = PassCounts(np.array([[round(timing.experts)]]), np.zeros((1, 1), np.int64), pairs)
     predicted = cost.seconds(rates, counts, tokens=tokens, num_logits=1, positions=tokens)
     measured = statistics.median(timing.samples[FORWARD])
     return max(0.0, measured - predicted) / small.spec.layers
@@ -225,7 +242,7 @@ def small_shape(shape: ModelShape, name: ExpertDtype) -> ModelShape:
 
 
 def cost_of(shape: ModelShape, name: ExpertDtype) -> ShapeCost:
-    """The cost of a model whose experts have this format, in the layout of this machine's CPU."""
+    """The cost of a model with experts in this format, in the layout of this machine's CPU."""
     spec, dtype = replace(shape.spec, expert_format=FORMATS.get(name)), _other_dtype(name)
     size = spec.expert_stride if dtype == torch.bfloat16 else expert_bytes(spec, dtype)
     return ShapeCost(spec, dtype, name, size)
@@ -253,8 +270,8 @@ def serve_samples(cost: ShapeCost, tier: DiskTier) -> list[TimedForwards]:
         for policy in map(parse_policy, DISK_POLICIES):
             store = cached_store(tier, cost.spec, round(share * experts))
             served = serve_trace(trace, ReplayPolicy(policy), store, x)
-            columns = (part.reshape(-1, 1) for part in (served.used, served.loads))
-            runs.append(TimedForwards(*columns, served.seconds.reshape(-1)))
+            used, loads = (part.reshape(-1, 1) for part in (served.used, served.loads))
+            runs.append(TimedForwards(used, loads, served.seconds.reshape(-1)))
     return runs
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from coterie.errors import ConfigError
 from coterie.keys import Key, to_json
@@ -21,13 +22,26 @@ from coterie.ops import cpu
 from coterie.routing import check_layers, parse_policy
 
 PERCENTS = (*range(5, 45, 5), *range(50, 100, 10))  # of the experts, in memory
+TIERS = {"cpu": ("memory", "disk"), "cuda": ("gpu", "memory")}  # the nearest first
+
+
+@dataclass(frozen=True)
+class PlanDevice:
+    """A device that computes: its rates and its memory in bytes.
+
+    For a GPU, the experts that its memory lacks must fit in ``host_memory``.
+    """
+
+    name: Literal["cpu", "cuda"]
+    rates: MachineRates
+    memory: int
+    host_memory: int = 0
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is planned: policies, forwards of a block, and the memory of the machine in bytes."""
+    """What is planned: policies, formats of the experts, and forwards of a block."""
 
-    memory: int
     policies: tuple[str, ...]
     formats: tuple[ExpertDtype, ...]
     steps: int = 10  # decoding forwards of a block
@@ -39,9 +53,10 @@ class Configuration:
     """One way to run a model, with its predicted time; sizes in bytes.
 
     ``experts`` are those that a layer of a decoding forward reads, and ``loads`` of them are
-    fetched. ``fetched_bytes`` is the part of ``forward_bytes`` that comes from the disk.
+    fetched. ``fetched_bytes`` is the part of ``forward_bytes`` that comes from the tier below.
     """
 
+    device: Annotated[str, Key("device")]
     format_name: Annotated[ExpertDtype, Key("expert_dtype")]
     policy: Annotated[str, Key("policy")]
     share: Annotated[float, Key("share_in_memory")]
@@ -78,30 +93,35 @@ class Configuration:
 
 
 def make_plan(
-    model: PlannedModel, rates: MachineRates, count: CountExperts, options: PlanOptions
+    model: PlannedModel,
+    devices: Sequence[PlanDevice],
+    count: CountExperts,
+    options: PlanOptions,
 ) -> tuple[Configuration, ...]:
-    """The configurations that fit, best first: for each format and policy the fastest share.
+    """What fits, best first: for each device, format and policy the fastest share of experts.
 
-    Raises ConfigError where none fits.
+    Raises ConfigError where nothing fits.
     """
     for policy in options.policies:
         check_layers(parse_policy(policy), len(model.spec.moe_layers))
-    planned = _Planned(model, rates, count, options)
+    planned = _Planned(model, count, options)
     costs = [cost_of(model.shape, name) for name in options.formats]
     found = [
-        _configuration(planned, cost, policy, percent)
+        _configuration(planned, device, cost, policy, percent)
+        for device in devices
         for cost in costs
-        for percent in _fitting_percents(cost, options.memory)
+        for percent in _fitting_percents(cost, device)
         for policy in options.policies
     ]
-    best: dict[tuple[str, str], Configuration] = {}
+    best: dict[tuple[str, str, str], Configuration] = {}
     for each in sorted(found, key=lambda one: (one.seconds_per_token, one.memory)):
-        best.setdefault((each.format_name, each.policy), each)
+        best.setdefault((each.device, each.format_name, each.policy), each)
     if not best:
         least = min(memory_bytes(cost, _slots(cost, min(_percents(cost)))) for cost in costs)
+        available = ", ".join(f"{format_bytes(d.memory)} ({d.name})" for d in devices)
         raise ConfigError(
-            f"{model.name} needs at least {format_bytes(least)} of memory, and "
-            f"{format_bytes(options.memory)} are given or free"
+            f"{model.name} needs at least {format_bytes(least)} of memory; "
+            f"given or free: {available}"
         )
     return tuple(best.values())
 
@@ -114,11 +134,15 @@ def memory_bytes(cost: ShapeCost, slots: int) -> int:
     return others + layers * slots * cost.expert_bytes + kv_bytes + AUTO_MARGIN_BYTES
 
 
-def _fitting_percents(cost: ShapeCost, memory: int) -> tuple[int, ...]:
-    """All experts where they fit, else the shares that fit, from a disk."""
+def _fitting_percents(cost: ShapeCost, device: PlanDevice) -> tuple[int, ...]:
+    """All experts where they fit, else the shares that fit, with the others a tier below."""
     percents = _percents(cost)
-    fitting = [p for p in percents if memory_bytes(cost, _slots(cost, p)) <= memory]
-    return (100,) if 100 in fitting else tuple(fitting)
+    fitting = [p for p in percents if memory_bytes(cost, _slots(cost, p)) <= device.memory]
+    if 100 in fitting:
+        return (100,)
+    all_experts = cost.size.layer_expert_bytes * len(cost.spec.moe_layers)
+    host_holds = device.name == "cpu" or all_experts + AUTO_MARGIN_BYTES <= device.host_memory
+    return tuple(fitting) if host_holds else ()
 
 
 def _percents(cost: ShapeCost) -> tuple[int, ...]:
@@ -137,23 +161,25 @@ class _Planned:
     """What all configurations of a plan share."""
 
     model: PlannedModel
-    rates: MachineRates
     count: CountExperts
     options: PlanOptions
 
 
-def _configuration(planned: _Planned, cost: ShapeCost, policy: str, percent: int) -> Configuration:
+def _configuration(
+    planned: _Planned, device: PlanDevice, cost: ShapeCost, policy: str, percent: int
+) -> Configuration:
     model, options, slots = planned.model, planned.options, _slots(cost, percent)
     commits_routed = options.commit_routing == "policy"
     counts = planned.count(ReplayPolicy(parse_policy(policy), routes_commits=commits_routed), slots)
-    block = predict_block(model, cost, planned.rates, counts, slots=slots, steps=options.steps)
+    block = predict_block(model, cost, device.rates, counts, slots=slots, steps=options.steps)
     fetched = counts.decode.mean_loads * len(cost.spec.moe_layers) * cost.expert_bytes
     return Configuration(
+        device=device.name,
         format_name=cost.format_name,
         policy=policy,
         share=percent / 100,
         slots=slots,
-        tiers=("memory",) if percent == 100 else ("memory", "disk"),
+        tiers=TIERS[device.name][: 1 if percent == 100 else 2],
         memory=memory_bytes(cost, slots),
         experts=counts.decode.mean_used,
         loads=counts.decode.mean_loads,
@@ -163,6 +189,7 @@ def _configuration(planned: _Planned, cost: ShapeCost, policy: str, percent: int
         converted_to=None if cost.format_name == model.stored_format else cost.format_name,
         tokens_per_second=model.block / block.seconds,
         commands=run_commands(
-            model, cost.format_name, policy, percent, commit_routing=options.commit_routing
+            *(model, device.name, cost.format_name, policy, percent),
+            commit_routing=options.commit_routing,
         ),
     )

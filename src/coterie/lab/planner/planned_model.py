@@ -39,7 +39,7 @@ class PlannedModel:
         family = detect_family(config)
         spec = family.read_spec(config)
         if not spec.moe_layers:
-            raise ConfigError(f"{config.path}: no layer has experts")
+            raise ConfigError(f"{name}: no layer has experts")
         known = _known_shape(spec)
         betas = SHAPES["llada2-mini"].betas if known is None else known.betas
         if known is None and spec.router.experts < LARGE_COUNT:

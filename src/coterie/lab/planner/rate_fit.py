@@ -99,13 +99,14 @@ def fit_rates(runs: Sequence[TimedForwards], expert_bytes: int) -> HardwareModel
 def format_hardware(hardware: HardwareModel) -> str:
     """The options of `coterie replay` for this hardware model."""
     memory = hardware.memory_bandwidth
-    option = "" if memory is None else f" --memory-bandwidth {memory / 1e9:.3g}GB/s"
-    return (
-        f"--link-bandwidth {hardware.link_bandwidth / 1e9:.3g}GB/s{option} "
-        f"--other-ms {1e3 * hardware.other_seconds:.3g} "
-        f"--transfer-latency-ms {1e3 * hardware.transfer_latency:.3g} "
-        f"--overlap {hardware.overlap:.3g}"
-    )
+    options = {
+        "--link-bandwidth": f"{hardware.link_bandwidth / 1e9:.3g}GB/s",
+        "--memory-bandwidth": None if memory is None else f"{memory / 1e9:.3g}GB/s",
+        "--other-ms": f"{1e3 * hardware.other_seconds:.3g}",
+        "--transfer-latency-ms": f"{1e3 * hardware.transfer_latency:.3g}",
+        "--overlap": f"{hardware.overlap:.3g}",
+    }
+    return " ".join(f"{flag} {value}" for flag, value in options.items() if value is not None)
 
 
 def _to_hardware(parameters: Vector) -> HardwareModel:

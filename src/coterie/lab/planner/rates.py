@@ -37,6 +37,8 @@ from coterie.lab.timing import LatencyFit, predict_seconds
 from coterie.model.size import ModelSize, model_size
 from coterie.model.spec import ModelSpec
 
+NO_COPIES = HardwareModel(link_bandwidth=float("inf"))
+
 
 @dataclass(frozen=True)
 class MachineRates:
@@ -52,7 +54,7 @@ class MachineRates:
     experts: Annotated[Mapping[str, LatencyFit], Key("experts")]
     overlap: Annotated[float, Key("overlap")]
     layer_seconds: Annotated[float, Key("layer")]
-    copies: Annotated[HardwareModel, Key("copies")]
+    copies: Annotated[HardwareModel | None, Key("copies")]  # None: nothing is fetched
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class ShapeCost:
         """Mean seconds of a layer's experts, those that are fetched included."""
         computed = self.expert_seconds(rates, counts.mean_used, counts.pairs)
         memory = counts.mean_used * self.expert_bytes / computed
-        hardware = replace(rates.copies, memory_bandwidth=memory, other_seconds=0.0)
+        copies = rates.copies or NO_COPIES
+        hardware = replace(copies, memory_bandwidth=memory, other_seconds=0.0)
         sampled, _ = predict_forwards(hardware, counts.used, counts.loads, self.expert_bytes)
         return float(sampled.mean()) / counts.used.shape[1]
 

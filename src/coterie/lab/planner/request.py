@@ -18,8 +18,14 @@ from coterie.lab.planner.expert_counts import (
     check_experts,
     sample_of_trace,
 )
-from coterie.lab.planner.measurement import GivenRates, cost_of, measure_rates
-from coterie.lab.planner.plan import Configuration, PlanOptions, make_plan, memory_bytes
+from coterie.lab.planner.measurement import GivenRates, cost_of, gpu_rates, measure_rates
+from coterie.lab.planner.plan import (
+    Configuration,
+    PlanDevice,
+    PlanOptions,
+    make_plan,
+    memory_bytes,
+)
 from coterie.lab.planner.planned_model import PlannedModel
 from coterie.lab.planner.rates import MachineRates
 from coterie.lab.replay.replay import steps_per_block
@@ -39,6 +45,7 @@ class PlanRequest:
 
     model: str | None = None
     memory: int | None = None  # bytes
+    gpu_memory: int | None = None  # None: plans for the CPU alone
     given: GivenRates = NOTHING_GIVEN
     policies: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()  # of the experts
@@ -56,27 +63,32 @@ class PlanRequest:
             options = replace(options, steps=self.steps or _recorded_steps(sample))
         on_progress("counting experts")
         sample = sample or self._assumed_sample(model, options.steps)
+        memory = usable_memory() if self.memory is None else self.memory
         resident = [cost_of(model.shape, name) for name in options.formats]
-        fetches = any(memory_bytes(c, c.spec.router.experts) > options.memory for c in resident)
+        fetches = any(memory_bytes(c, c.spec.router.experts) > memory for c in resident)
         rates = measure_rates(
             model.shape, options.formats, self.given,
             tokens=window_tokens(model, options.steps),
             folder=disk_folder(model) if fetches else None, on_progress=on_progress,
         )  # fmt: skip
         on_progress("predicting")
-        configurations = make_plan(model, rates, sample.counter(), options)
-        return PlanResult(model, options, rates, configurations, sample)
+        devices = [PlanDevice("cpu", rates, memory)]
+        if self.gpu_memory is not None:
+            gpu = gpu_rates(options.formats, self.given)
+            devices.append(PlanDevice("cuda", gpu, self.gpu_memory, memory))
+        configurations = make_plan(model, devices, sample.counter(), options)
+        return PlanResult(model, options, tuple(devices), configurations, sample)
 
     def _options(self, model: PlannedModel) -> PlanOptions:
-        formats = tuple(name for name in model.formats if name in (self.formats or model.formats))
+        chosen = set(self.formats or model.formats)
+        formats = tuple(filter(chosen.__contains__, model.formats))
         if unknown := [name for name in self.formats if name not in model.formats]:
             known = ", ".join(model.formats)
             raise ConfigError(f"`expert_dtype={unknown[0]}` of {model.name}; known: {known}")
         specs = self.policies or model.shape.policies
         policies = tuple(dict.fromkeys(format_policy(parse_policy(spec)) for spec in specs))
         steps = min(self.steps or DEFAULT_STEPS, model.block)
-        memory = usable_memory() if self.memory is None else self.memory
-        return PlanOptions(memory, policies, formats, steps, self.commit_routing)
+        return PlanOptions(policies, formats, steps, self.commit_routing)
 
     def _recorded_sample(self, model: PlannedModel) -> RoutingSample:
         assert self.trace is not None
@@ -104,9 +116,14 @@ class PlanResult:
 
     model: PlannedModel
     options: PlanOptions
-    rates: MachineRates
+    devices: tuple[PlanDevice, ...]  # the CPU first
     configurations: tuple[Configuration, ...]
     sample: RoutingSample
+
+    @property
+    def rates(self) -> MachineRates:
+        """Those of the CPU."""
+        return self.devices[0].rates
 
     @property
     def first(self) -> Configuration:
@@ -117,13 +134,14 @@ class PlanResult:
     def assumptions(self) -> tuple[str, ...]:
         """What the numbers rest on, one sentence each without its full stop."""
         steps = f"{self.options.steps} forwards fill a block of {self.model.block} tokens"
-        return (self.sample.assumption, steps)
+        return (self.sample.assumption, steps, *map(_gpu_assumption, self.devices[1:]))
 
     def to_dict(self) -> dict[str, object]:
         options = self.options
         return {
             "model": self.model.name,
-            "memory": options.memory,
+            "memory": self.devices[0].memory,
+            "gpu_memory": None if len(self.devices) == 1 else self.devices[1].memory,
             "block": self.model.block,
             "steps_per_block": options.steps,
             "commit_routing": options.commit_routing,
@@ -141,7 +159,8 @@ def first_choice(request: PlanRequest, on_progress: ProgressCallback) -> Configu
     """
     stored = PlannedModel.find(request.model).formats
     formats = request.formats or tuple(name for name in stored if name in (stored[0], "int8"))
-    configurations = replace(request, formats=formats).run(on_progress).configurations
+    request = replace(request, formats=formats, gpu_memory=None)
+    configurations = request.run(on_progress).configurations
     ready = [each for each in configurations if len(each.commands) == 1]
     if not ready:
         raise ConfigError(
@@ -149,6 +168,15 @@ def first_choice(request: PlanRequest, on_progress: ProgressCallback) -> Configu
             + "; ".join(configurations[0].commands)
         )
     return ready[0]
+
+
+def _gpu_assumption(device: PlanDevice) -> str:
+    read, copies = device.rates.read_bandwidth, device.rates.copies
+    link = 0.0 if copies is None else copies.link_bandwidth
+    return (
+        f"a GPU reads its memory at {read / 1e9:g} GB/s and copies at {link / 1e9:g} GB/s; its "
+        "arithmetic and the host's work are hidden, which no run has shown yet"
+    )
 
 
 def usable_memory() -> int:
@@ -160,7 +188,7 @@ def usable_memory() -> int:
 
 
 def disk_folder(model: PlannedModel) -> Path:
-    """The folder whose disk is timed: the model's, else the working folder, else the system's."""
+    """Where the disk is timed: the folder of the model, else the working or the system's one."""
     candidates = [] if model.is_shape else [Path(model.name)]
     for folder in (*candidates, Path.cwd()):
         if folder.is_dir() and os.access(folder, os.W_OK):

@@ -12,16 +12,16 @@ import torch
 
 from coterie.errors import ConfigError
 from coterie.keys import Key, to_json
-from coterie.lab.bench.forward import FORWARD, logits_per_forward, time_forward
+from coterie.lab.bench.forward import FORWARD, time_forward
 from coterie.lab.bench.model import random_model
 from coterie.lab.bench.shapes import ModelShape
 from coterie.lab.machine import CPU
 from coterie.lab.planner.block_time import middle_block, window_tokens
-from coterie.lab.planner.expert_counts import ExpertCounts
+from coterie.lab.planner.expert_counts import BlockCounts
 from coterie.lab.planner.measurement import cached_store, cost_of, random_tier
 from coterie.lab.planner.plan import Configuration
 from coterie.lab.planner.request import PlanResult, disk_folder
-from coterie.lab.planner.trace_serving import serve_trace
+from coterie.lab.planner.served_trace import serve_trace
 from coterie.lab.replay.cache_simulation import ReplayPolicy
 from coterie.lab.replay.trace import Trace
 from coterie.loading.free_memory import free_memory
@@ -30,8 +30,8 @@ from coterie.offload.tiers import DiskTier
 from coterie.routing import parse_policy
 
 MEMORY_SHARE = 0.5  # of what is free, for the random model
-MAX_BYTES = 6 << 30
-REPEATS = 4
+MAX_BYTES = 3 << 30
+REPEATS = 5
 SERVED_BLOCKS = 3
 
 
@@ -59,8 +59,10 @@ class Verification:
 
 
 def verify(result: PlanResult) -> Verification:
-    """Measures the first configuration: a whole forward, or a layer of experts from a disk."""
-    first = result.first
+    """Measures the first configuration of the CPU: a forward, or a layer of experts from a disk."""
+    first = next((one for one in result.configurations if one.device == "cpu"), None)
+    if first is None:
+        raise ConfigError("`verify` runs on the CPU, where nothing fits")
     policy = ReplayPolicy(
         parse_policy(first.policy), routes_commits=result.options.commit_routing == "policy"
     )
@@ -70,16 +72,16 @@ def verify(result: PlanResult) -> Verification:
     return _verify_forward(result, first, counts)
 
 
-def _verify_forward(result: PlanResult, first: Configuration, counts: ExpertCounts) -> Verification:
+def _verify_forward(result: PlanResult, first: Configuration, counts: BlockCounts) -> Verification:
     shape = fitting_shape(result.model.shape, first)
     tokens = window_tokens(result.model, result.options.steps)
     context = min(middle_block(result.model).start, shape.spec.max_length - tokens)
     model = random_model(shape, first.format_name)
+    logits = (tokens + 1) // 2
     (timing,) = time_forward(
-        model, [first.policy], tokens=tokens, context=context, repeats=REPEATS,
+        model, [first.policy], tokens=tokens, context=context, num_logits=logits, repeats=REPEATS,
         threads=torch.get_num_threads(),
     ).timings  # fmt: skip
-    logits = statistics.fmean(logits_per_forward("block", tokens))
     predicted = cost_of(shape, first.format_name).seconds(
         result.rates, counts.decode, tokens=tokens, num_logits=logits, positions=context + tokens
     )
@@ -102,7 +104,7 @@ def fitting_shape(shape: ModelShape, first: Configuration) -> ModelShape:
 
 
 def _verify_fetches(
-    result: PlanResult, first: Configuration, policy: ReplayPolicy, counts: ExpertCounts
+    result: PlanResult, first: Configuration, policy: ReplayPolicy, counts: BlockCounts
 ) -> Verification:
     """Blocks of the plan's own sample, served from a temporary file on the model's disk."""
     model, cost = result.model, cost_of(result.model.shape, first.format_name)

@@ -14,8 +14,8 @@ from policy_strategies import law
 from torch import Tensor
 
 from coterie.errors import CoterieError
+from coterie.lab.planner.served_trace import routing_from_trace, serve_trace
 from coterie.lab.planner.synthetic_trace import RoutingLaw, SyntheticShape, synthetic_trace
-from coterie.lab.planner.trace_serving import routing_from_trace, serve_trace
 from coterie.lab.replay.cache_simulation import (
     CacheConfig,
     ReplayPolicy,
