@@ -407,7 +407,7 @@ def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
         assert process.stderr is not None
         assert "no tokenizer" in process.stderr.readline()  # from here on it decodes
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60) == ("", "")
+        assert process.communicate(timeout=60) == ("", "coterie: stopped\n")
     assert process.returncode == 130
 
 

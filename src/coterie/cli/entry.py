@@ -9,14 +9,15 @@ from contextlib import suppress
 import typer
 from typer.core import TyperOption
 
-from coterie.cli.app import app
+from coterie.cli.app import COMMANDS, app
 from coterie.cli.old_names import with_new_names
 from coterie.cli.output import OLD_NAMES, print_note
 from coterie.errors import ConfigError
 from coterie.loading.memory_errors import is_out_of_memory, out_of_memory_message
 
 BAD_INPUT, BROKEN_PIPE, INTERRUPTED = 2, 1, 130
-RESUMABLE = {"study", "quantize"}  # `eval` says itself what it has kept
+SELF_REPORTING = {"eval", "calibrate", "bench", "train", "trace"}  # of what they have kept
+RESUMABLE = {"study", "quantize"}
 FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
 
@@ -39,8 +40,10 @@ def run(arguments: Sequence[str]) -> int:
         arguments = with_imports_first(with_new_names([utf8_text(each) for each in arguments]))
         check_repeats(arguments)
         status = app(arguments, prog_name="coterie", standalone_mode=False)
-        if status == INTERRUPTED and RESUMABLE.intersection(arguments[:1]):
-            print_note("stopped; the same command continues from what it has kept")
+        command = next((each for each in arguments if each in COMMANDS or each == "bench"), "")
+        if status == INTERRUPTED and command not in SELF_REPORTING:
+            resumes = "; the same command continues from what it has kept"
+            print_note(f"stopped{resumes if command in RESUMABLE else ''}")
         return status if isinstance(status, int) else 0
     except typer.TyperException as error:
         return _print_error(error.format_message())
