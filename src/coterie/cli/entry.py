@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +30,8 @@ def main() -> None:
         # A reader that closes the pipe early made no mistake: no message.
         closed = isinstance(failure, BrokenPipeError)
         status = BROKEN_PIPE if closed else _print_error(_error_message(failure))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up: end without a traceback
     sys.exit(status)
 
 
@@ -45,6 +48,9 @@ def run(arguments: Sequence[str]) -> int:
             resumes = "; the same command continues from what it has kept"
             print_note(f"stopped{resumes if command in RESUMABLE else ''}")
         return status if isinstance(status, int) else 0
+    except KeyboardInterrupt:  # before the command ran
+        print_note("stopped")
+        return INTERRUPTED
     except typer.TyperException as error:
         return _print_error(error.format_message())
     # The library raises a ValueError for wrong arguments; COTERIE_DEBUG shows its traceback.
