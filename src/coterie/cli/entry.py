@@ -17,8 +17,10 @@ from coterie.errors import ConfigError
 from coterie.loading.memory_errors import is_out_of_memory, out_of_memory_message
 
 BAD_INPUT, BROKEN_PIPE, INTERRUPTED = 2, 1, 130
-SELF_REPORTING = {"eval", "calibrate", "bench", "train", "trace"}  # of what they have kept
-RESUMABLE = {"study", "quantize"}
+RESUMES = "stopped; the same command continues from what it has kept"
+STOP_NOTES = {"study": RESUMES, "quantize": RESUMES} | dict.fromkeys(
+    ("generate", "compare", "grade", "replay", "inspect"), "stopped"
+)  # others say themselves what they have kept
 FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
 
@@ -43,10 +45,9 @@ def run(arguments: Sequence[str]) -> int:
         arguments = with_imports_first(with_new_names([utf8_text(each) for each in arguments]))
         check_repeats(arguments)
         status = app(arguments, prog_name="coterie", standalone_mode=False)
-        command = next((each for each in arguments if each in COMMANDS or each == "bench"), "")
-        if status == INTERRUPTED and command not in SELF_REPORTING:
-            resumes = "; the same command continues from what it has kept"
-            print_note(f"stopped{resumes if command in RESUMABLE else ''}")
+        command = next((each for each in arguments if each in COMMANDS), "")
+        if status == INTERRUPTED and command in STOP_NOTES:
+            print_note(STOP_NOTES[command])
         return status if isinstance(status, int) else 0
     except KeyboardInterrupt:  # before the command ran
         print_note("stopped")
