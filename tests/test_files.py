@@ -102,6 +102,21 @@ def test_a_locked_file_is_read_whole_though_the_system_reads_less(
         assert file.read() == b"one\ntwo\n"
 
 
+def test_a_read_that_ends_too_early_is_an_error_and_no_end_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pread, whole = os.pread, b"one\ntwo\n"
+    monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, size, at)[: 5 - at])
+    with LockedFile(tmp_path / "log") as file:
+        file.append(whole)
+        with pytest.raises(ConfigError, match=r"log: cannot be read"):
+            file.read()
+    assert (tmp_path / "log").read_bytes() == whole
+    monkeypatch.setattr(os, "fstat", lambda file: os.stat_result([0o100644, *[9] * 9]))
+    with pytest.raises(CheckpointError, match=r"log: cannot be read .8 of 9 bytes"):
+        read_file(tmp_path / "log", 1000)
+
+
 @pytest.mark.parametrize("name", ["pread", "ftruncate", "write", "fsync"])
 def test_a_locked_file_names_itself_where_the_system_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -98,6 +98,8 @@ def read_file(file: Path, limit: int) -> bytes:
         content = b"" if size > limit else source.read(size + 1)
         if max(size, len(content)) > limit:
             raise CheckpointError(f"too large: {size:,} bytes, at most {limit / MIB:g} MiB")
+        if len(content) < size:
+            raise CheckpointError(f"cannot be read ({len(content):,} of {size:,} bytes)")
     return content
 
 
@@ -179,11 +181,13 @@ class LockedFile:
         self.close()
 
     def read(self) -> bytes:
-        """The whole content."""
+        """The whole content: less than its size is an error, and no reason to write it anew."""
         content = b""
         with self._errors("read"):
             while piece := os.pread(self._descriptor, MAX_READ, len(content)):
                 content += piece
+            if len(content) < self.size:
+                raise OSError(errno.EIO, "its end is missing")
         return content
 
     @property

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from coterie.cli import entry
 from coterie.cli.entry import run
 from coterie.cli.live_view import CONFIDENCE_COLOURS, END_GLYPH, MASK_GLYPH, LiveView
 from coterie.decoding import Token
@@ -429,8 +430,19 @@ def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
         assert process.stderr is not None
         assert "no tokenizer" in process.stderr.readline()  # from here on it decodes
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60) == ("", "")
+        assert process.communicate(timeout=60) == ("", "coterie: stopped\n")
     assert process.returncode == 130
+
+
+def test_an_interrupt_before_the_command_runs_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry, "check_repeats", interrupt)
+    assert entry.run(["policies"]) == 130
+    assert capsys.readouterr().err == "coterie: stopped\n"
 
 
 def test_watch_shows_block_and_experts_on_a_terminal(

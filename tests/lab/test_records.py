@@ -14,6 +14,7 @@ from coterie.lab.machine import machine_info, quick_peak
 from coterie.lab.records import (
     Measurement,
     git_commit,
+    is_record,
     make_record,
     package_versions,
     write_record,
@@ -80,3 +81,15 @@ def test_a_record_that_is_not_json_is_never_written(tmp_path: Path) -> None:
 
 def test_a_folder_outside_git_has_no_commit(tmp_path: Path) -> None:
     assert git_commit(tmp_path) == "unknown"
+
+
+@given(st.data())
+def test_a_record_that_lacks_or_retypes_what_it_should_hold_is_none(data: st.DataObject) -> None:
+    record = make_record("title", ["command"], [])
+    assert is_record(record)
+    assert is_record({**record, "more": 1})
+    key = data.draw(st.sampled_from(sorted(record)))
+    value = data.draw(st.sampled_from([None, True, 7, -1.5]))
+    assert not is_record({**record, key: value})
+    del record[key]
+    assert not is_record(record)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -9,14 +10,17 @@ from contextlib import suppress
 import typer
 from typer.core import TyperOption
 
-from coterie.cli.app import app
+from coterie.cli.app import COMMANDS, app
 from coterie.cli.old_names import with_new_names
 from coterie.cli.output import OLD_NAMES, print_note
 from coterie.errors import ConfigError
 from coterie.loading.memory_errors import is_out_of_memory, out_of_memory_message
 
 BAD_INPUT, BROKEN_PIPE, INTERRUPTED = 2, 1, 130
-RESUMABLE = {"study", "quantize"}  # `eval` says itself what it has kept
+RESUMES = "stopped; the same command continues from what it has kept"
+STOP_NOTES = {"study": RESUMES, "quantize": RESUMES} | dict.fromkeys(
+    ("generate", "compare", "grade", "replay", "inspect"), "stopped"
+)  # others say themselves what they have kept
 FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
 
@@ -28,6 +32,8 @@ def main() -> None:
         # A reader that closes the pipe early made no mistake: no message.
         closed = isinstance(failure, BrokenPipeError)
         status = BROKEN_PIPE if closed else _print_error(_error_message(failure))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up: end without a traceback
     sys.exit(status)
 
 
@@ -39,9 +45,13 @@ def run(arguments: Sequence[str]) -> int:
         arguments = with_imports_first(with_new_names([utf8_text(each) for each in arguments]))
         check_repeats(arguments)
         status = app(arguments, prog_name="coterie", standalone_mode=False)
-        if status == INTERRUPTED and RESUMABLE.intersection(arguments[:1]):
-            print_note("stopped; the same command continues from what it has kept")
+        command = next((each for each in arguments if each in COMMANDS), "")
+        if status == INTERRUPTED and command in STOP_NOTES:
+            print_note(STOP_NOTES[command])
         return status if isinstance(status, int) else 0
+    except KeyboardInterrupt:  # before the command ran
+        print_note("stopped")
+        return INTERRUPTED
     except typer.TyperException as error:
         return _print_error(error.format_message())
     # The library raises a ValueError for wrong arguments; COTERIE_DEBUG shows its traceback.

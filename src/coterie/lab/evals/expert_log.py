@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +86,7 @@ def _encode_entry(entry: AnswerEntry) -> bytes:
 def _decode_entry(line: bytes, shape: tuple[int, int]) -> AnswerEntry | None:
     """The entry of a whole line; None for any other."""
     with suppress(ValueError, TypeError, AttributeError, KeyError, RecursionError, zlib.error):
-        fields = json.loads(line) if line.endswith(b"\n") else None
+        fields: dict[str, Any] = json.loads(line if line.endswith(b"\n") else b"")
         kinds, packed = fields.pop("kinds"), base64.b64decode(fields.pop("used"), validate=True)
         size = len(kinds) * prod(shape)
         mask = zlib.decompressobj().decompress(packed, -(-size // 8) + 1)

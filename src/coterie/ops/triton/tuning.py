@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import triton
@@ -193,7 +193,7 @@ def _tuned_configs() -> dict[str, TileConfig]:
     configs: dict[str, TileConfig] = {}
     for path in (BUNDLED_CONFIGS, cache_path()):
         try:
-            document = read_object(path)
+            document: dict[str, Any] = read_object(path)
             configs |= {key: from_json(TileConfig, options) for key, options in document.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             continue
