@@ -47,16 +47,20 @@ static INLINE void add_bf16_products(const uint8_t* w, const Activations& x, F (
       sum[p][m] = (F)_mm512_dpbf16_ps((__m512)sum[p][m], (__m512bh)words[p], pair);
   }
 #else
+  // Half of the weights at a time where registers are few; else all, so that each token's address
+  // is needed once.
+  constexpr int HALVES = REGISTERS == 16 ? 1 : 2;
   UNROLL
-  for (int odd = 0; odd < 2; odd++) {
-    F weights[N];
+  for (int begin = 0; begin < 2; begin += HALVES) {
+    F weights[HALVES][N];
     UNROLL
-    for (int p = 0; p < N; p++) weights[p] = half_of(words[p], odd);
+    for (int i = 0; i < HALVES * N; i++) weights[i / N][i % N] = half_of(words[i % N], begin + i / N);
     UNROLL
-    for (int m = 0; m < M; m++) {
-      auto one = x(m, odd);
+    for (int i = 0; i < HALVES * M; i++) {
+      int m = i / HALVES, half = i % HALVES;
+      auto one = x(m, begin + half);
       UNROLL
-      for (int p = 0; p < N; p++) sum[p][m] += weights[p] * one;
+      for (int p = 0; p < N; p++) sum[p][m] += weights[half][p] * one;
     }
   }
 #endif
