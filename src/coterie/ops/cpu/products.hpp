@@ -66,8 +66,8 @@ static INLINE void add_bf16_products(const uint8_t* w, const Activations& x, F (
 #endif
 }
 
-// The dot products of four bytes in each lane: unsigned weights and signed activations, of which
-// all lanes have the same four. A `Sum` starts at `offset`.
+// Dot products of four bytes in each lane: unsigned weights and signed activations, of which all
+// lanes have the same four. A sum goes from `start` over `add` to `total`, which includes `offset`.
 #if defined(__AVX512VNNI__)
 template <int BITS>
 struct ByteProducts {
@@ -113,15 +113,16 @@ struct ByteProducts {
   }
   static INLINE I start(int32_t offset) { return I{} + offset; }
   static INLINE void add(I& sum, const Weights& w, const uint8_t* x) {
-    sum += multiply_words(w.even, I{} + load<int32_t>(x)) + multiply_words(w.odd, I{} + load<int32_t>(x + 4));
+    I even = I{} + load<int32_t>(x), odd = I{} + load<int32_t>(x + 4);
+    sum += multiply_words(w.even, even) + multiply_words(w.odd, odd);
   }
   static INLINE I total(I sum, int32_t) { return sum; }
 };
 #endif
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// Two products of a number below 16 and one in [-127, 127] are at most 3810: sums of eight fit 16
-// bits.
+// Two products of a number below 16 and one in [-127, 127] are at most 3810. The eight that each
+// lane adds of 32 activations fit 16 bits.
 template <>
 struct ByteProducts<4> {
   static constexpr int X_BYTES = 4;
