@@ -79,6 +79,13 @@ def test_kernels_with_published_shapes(kind: str, isa: str):
     assert Case(kind, tokens=9, hidden=2048, width=512, experts=2, k=1).error(isa) < TIGHT
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_largest_sums_of_integers_do_not_overflow(kind: str, isa: str):
+    case = Case(kind, tokens=9, hidden=128, width=64, flat=True)
+    assert case.error(isa) < TIGHT
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_in_bf16_are_the_same_tokens(kind: str):
     case = Case(kind, tokens=5, hidden=77, width=40)
@@ -274,12 +281,16 @@ class Case:
         experts: int = 6,
         k: int = 3,
         seed: int = 0,
+        flat: bool = False,
     ) -> None:
+        """With ``flat`` all weights are one number, and so are all tokens."""
         draw = torch.Generator().manual_seed(seed)
         self.kind, self.activation = kind, activation
         self.x = torch.randn(tokens, hidden, generator=draw)
         gate_up = torch.randn(experts, 2 * width, hidden, generator=draw) * hidden**-0.5
         down = torch.randn(experts, hidden, width, generator=draw) * width**-0.5
+        if flat:
+            self.x, gate_up, down = (torch.ones_like(each) for each in (self.x, gate_up, down))
         ids = torch.rand(tokens, experts, generator=draw).argsort(dim=1)[:, :k]
         ids[-1, -1] = -1
         used = torch.zeros(experts, dtype=torch.bool)

@@ -21,7 +21,9 @@ static INLINE void multiply_step(const uint8_t* w, const uint8_t* x, size_t stri
 #ifdef __AVX512BF16__
   add_bf16_products(w, [=](int m) { return load<int32_t>(x + m * stride); }, sum);
 #else
-  auto number = [=](int m, int odd) INLINE_LAMBDA { return half_of(U{} + load<uint32_t>(x + m * stride), odd); };
+  auto number = [=](int m, int odd) INLINE_LAMBDA {
+    return half_of(U{} + load<uint32_t>(x + m * stride), odd);
+  };
   add_bf16_products(w, number, sum);
 #endif
 }

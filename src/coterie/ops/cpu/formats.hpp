@@ -59,8 +59,8 @@ struct Bf16 {
   }
 
   template <int, int M>
-  static void dot(const uint8_t* w, const uint8_t* const (&rows)[M], int k, PrefetchCursor cursor,
-                  F (&out)[2][M]) {
+  NOINLINE static void dot(const uint8_t* w, const uint8_t* const (&rows)[M], int k, PrefetchCursor cursor,
+                           F (&out)[2][M]) {
     constexpr int N = panels_of(M, WEIGHTS);
     for (int first = 0; first < 2; first += N) {
       F sum[N][M];
@@ -131,8 +131,8 @@ struct IntFormat {
   }
 
   template <int A, int M>
-  static void dot(const uint8_t* w, const uint8_t* const (&rows)[M], int k, PrefetchCursor cursor,
-                  F (&out)[2][M]) {
+  NOINLINE static void dot(const uint8_t* w, const uint8_t* const (&rows)[M], int k, PrefetchCursor cursor,
+                           F (&out)[2][M]) {
     constexpr int N = panels_of(M, WEIGHTS);
     for (int first = 0; first < 2; first += N) {
       F sum[N][M];

@@ -177,7 +177,8 @@ struct MatmulTile {
         MatrixFormat::step(panel, words, sum);
       }
       UNROLL
-      for (int i = 0; i < N * M; i++) write(sum[i / M][i % M], first + i % M, column + (first_panel + i / M) * LANES);
+      for (int i = 0; i < N * M; i++)
+        write(sum[i / M][i % M], first + i % M, column + (first_panel + i / M) * LANES);
     }
   }
 

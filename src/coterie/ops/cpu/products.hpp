@@ -47,23 +47,27 @@ static INLINE void add_bf16_products(const uint8_t* w, const Activations& x, F (
       sum[p][m] = (F)_mm512_dpbf16_ps((__m512)sum[p][m], (__m512bh)words[p], pair);
   }
 #else
+  // Half of the weights at a time where registers are few; else all, so that each token's address
+  // is needed once.
+  constexpr int HALVES = REGISTERS == 16 ? 1 : 2;
   UNROLL
-  for (int odd = 0; odd < 2; odd++) {
-    F weights[N];
+  for (int begin = 0; begin < 2; begin += HALVES) {
+    F weights[HALVES][N];
     UNROLL
-    for (int p = 0; p < N; p++) weights[p] = half_of(words[p], odd);
+    for (int i = 0; i < HALVES * N; i++) weights[i / N][i % N] = half_of(words[i % N], begin + i / N);
     UNROLL
-    for (int m = 0; m < M; m++) {
-      auto one = x(m, odd);
+    for (int i = 0; i < HALVES * M; i++) {
+      int m = i / HALVES, half = i % HALVES;
+      auto one = x(m, begin + half);
       UNROLL
-      for (int p = 0; p < N; p++) sum[p][m] += weights[p] * one;
+      for (int p = 0; p < N; p++) sum[p][m] += weights[half][p] * one;
     }
   }
 #endif
 }
 
-// The dot products of four bytes in each lane: unsigned weights and signed activations, of which
-// all lanes have the same four. A `Sum` starts at `offset`.
+// Dot products of four bytes in each lane: unsigned weights and signed activations, of which all
+// lanes have the same four. A sum goes from `start` over `add` to `total`, which includes `offset`.
 #if defined(__AVX512VNNI__)
 template <int BITS>
 struct ByteProducts {
@@ -109,15 +113,16 @@ struct ByteProducts {
   }
   static INLINE I start(int32_t offset) { return I{} + offset; }
   static INLINE void add(I& sum, const Weights& w, const uint8_t* x) {
-    sum += multiply_words(w.even, I{} + load<int32_t>(x)) + multiply_words(w.odd, I{} + load<int32_t>(x + 4));
+    I even = I{} + load<int32_t>(x), odd = I{} + load<int32_t>(x + 4);
+    sum += multiply_words(w.even, even) + multiply_words(w.odd, odd);
   }
   static INLINE I total(I sum, int32_t) { return sum; }
 };
 #endif
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// Two products of a number below 16 and one in [-127, 127] are at most 3810: sums of eight fit 16
-// bits.
+// Two products of a number below 16 and one in [-127, 127] are at most 3810. The eight that each
+// lane adds of 32 activations fit 16 bits.
 template <>
 struct ByteProducts<4> {
   static constexpr int X_BYTES = 4;

@@ -28,6 +28,7 @@
 
 #define INLINE_LAMBDA __attribute__((always_inline))
 #define INLINE inline INLINE_LAMBDA
+#define NOINLINE __attribute__((noinline))  // a loop in a function of its own has more registers
 
 namespace COTERIE_ISA {
 
