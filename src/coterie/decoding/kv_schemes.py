@@ -22,8 +22,8 @@ class ForwardPass:
 
     Positions ``voters[0] .. voters[1]`` vote on experts. ``causal_block`` > 0 makes attention
     block-causal inside the window. Without ``use_cache`` it attends only to the window, and its
-    keys are not stored. The first ``committed`` positions are the previous block, whose final keys
-    a denoising pass writes on the way.
+    keys are not stored. The first ``committed`` positions are the previous block; a denoising pass
+    writes its final keys on the way.
     """
 
     start: int

@@ -32,7 +32,7 @@ class ActiveSequence:
     expected: tuple[int, Tensor] | None = None  # block index, expected embeddings [width, H]
     streamed_text: str = ""  # the part of the answer that events carried
     coresets: tuple[int, Tensor] | None = None  # block index, its coresets [L, E] of the last step
-    exact_keys: int = 0  # positions from 0 on whose keys depend on nothing but their tokens
+    exact_keys: int = 0  # positions from 0 on: their keys depend on their tokens alone
     shared_keys: int = 0  # those that the prefix cache has, or had
     prefills: int = 0
     commits: int = 0

@@ -12,6 +12,7 @@ from torch import Tensor
 from coterie.decoding.kv_schemes import PassKind, parse_plan
 from coterie.engine.engine import Engine, Prompt
 from coterie.engine.events import Finished, Result
+from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import ConfigError, GenerationError
 from coterie.loading.load import Model
 from coterie.model.moe import MoE
@@ -71,8 +72,7 @@ def observe_forwards(
         return sequence.next_pass.start - sequence.canvas.prompt_length, sequence.next_pass.kind
 
     recorder = _ObservationRecorder(on_layer, start_and_kind, _routing_layers(engine.model, layers))
-    generation = engine.generation.replace(**options)
-    generation = generation.replace(plan=str(parse_plan(generation.plan).with_separate_commits()))
+    generation = _with_separate_commits(engine.generation.replace(**options))
     observer = Engine(
         engine.model, policy=policy, generation=generation, recorder=recorder, record_all=record_all
     )
@@ -180,6 +180,10 @@ class _ObservationRecorder(Recorder):
         starts, kinds = zip(*map(self.start_and_kind, self._rows), strict=True)
         x, scores = self._moe_inputs.pop(layer), replace(scores, vanilla_ids=vanilla_ids)
         self.on_layer(LayerObservation(layer, self._rows, starts, x, scores, routing, kinds[0]))
+
+
+def _with_separate_commits(generation: GenerationConfig) -> GenerationConfig:
+    return generation.replace(plan=str(parse_plan(generation.plan).with_separate_commits()))
 
 
 def _routing_layers(model: Model, layers: Collection[int] | None) -> frozenset[int]:
