@@ -40,8 +40,8 @@ class CudaGraphCapture:
     """Captures CUDA graphs in one memory pool: the next replay overwrites the last output.
 
     PyTorch cannot capture into a pool after all of its graphs are freed, so a trivial graph, the
-    anchor, lives as long as the pool. After a failed capture the pool is replaced: the allocator may still
-    record into it.
+    anchor, lives as long as the pool. After a failed capture the pool is replaced: the allocator
+    may still record into it.
     """
 
     def __init__(self) -> None:

@@ -81,7 +81,7 @@ class PlanRequest:
 
     def _options(self, model: PlannedModel) -> PlanOptions:
         chosen = set(self.formats or model.formats)
-        formats = tuple(filter(chosen.__contains__, model.formats))
+        formats = tuple(name for name in model.formats if name in chosen)
         if unknown := [name for name in self.formats if name not in model.formats]:
             known = ", ".join(model.formats)
             raise ConfigError(f"`expert_dtype={unknown[0]}` of {model.name}; known: {known}")
