@@ -326,7 +326,8 @@ def test_ablating_an_unused_expert_changes_nothing(family: str) -> None:
     idle = (~routing.used).nonzero()[:, 0].tolist()
     assert idle, "the tiny model uses every expert: nothing is tested"
     other = run_first_forward(host, ids, AblateExpert(layer, tuple(idle)), rows=len(idle))
-    torch.testing.assert_close(other.logits, plain.logits.expand(len(idle), -1, -1))
+    whole = plain.logits.expand(len(idle), -1, -1)
+    torch.testing.assert_close(other.logits, whole, rtol=1e-5, atol=5e-5)
     assert kl_divergence(plain.logits, other.logits).max() < 1e-9
 
 

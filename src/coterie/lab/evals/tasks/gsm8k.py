@@ -241,7 +241,9 @@ def _result_numbers(text: str) -> Numbers:
 def _first_numbers(text: str) -> Numbers:
     """The number at the start of an answer; several where it is part of a range or a date."""
     numbers = tuple(islice(find_numbers(text), 3))
-    gaps = (text[a.stop : b.start][: MAX_GAP + 1] for a, b in pairwise(numbers))
+    # A number may begin with a minus; here that stands between two.
+    starts = (number.start + text.startswith("-", number.start) for number in numbers[1:])
+    gaps = (text[a.stop : b][: MAX_GAP + 1] for a, b in zip(numbers, starts, strict=False))
     joined = sum(1 for _ in takewhile(JOIN.fullmatch, gaps))
     return numbers[: joined + 1] if joined else _alternatives(text, 0)
 
