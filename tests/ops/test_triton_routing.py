@@ -201,6 +201,7 @@ def agree(scores: Scores, rule: CoresetRule | None, vote_weight: Tensor | None) 
     torch.testing.assert_close(found.topk_weights, expected.topk_weights, rtol=2e-5, atol=1e-9)
 
 
+MORE_SHAPES = ((96, 8), (128, 1))
 LAW = settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -255,7 +256,10 @@ def voted_block(vote: Vote) -> tuple[Scores, Tensor]:
     return scores, vote_weight
 
 
-@pytest.mark.parametrize(("experts", "groups"), [(8, 1), (64, 1), (96, 8), (128, 1), (256, 8)])
+@pytest.mark.parametrize(
+    ("experts", "groups"),
+    [(8, 1), (64, 1), (256, 8), *(pytest.param(*s, marks=pytest.mark.slow) for s in MORE_SHAPES)],
+)
 @pytest.mark.parametrize("activation", ["softmax", pytest.param("sigmoid", marks=pytest.mark.slow)])
 def test_published_shapes(experts: int, groups: int, activation: Activation) -> None:
     """With 70 tokens, programs are of another shape and have a whole chunk of parts to add up."""
