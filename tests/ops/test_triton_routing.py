@@ -218,7 +218,13 @@ def test_kernels_route_as_torch_does_on_many_blocks(drawn: Block) -> None:
     agree(*drawn)
 
 
-@pytest.mark.parametrize("vote", VOTE_NAMES)
+@pytest.mark.parametrize(
+    "vote",
+    [
+        pytest.param(vote, marks=pytest.mark.slow) if vote in ("weight", "count") else vote
+        for vote in VOTE_NAMES
+    ],
+)
 def test_every_vote_and_what_goes_with_it(vote: Vote) -> None:
     scores, vote_weight = voted_block(vote)
     rule = CoresetRule(vote, count=5, protect=1, resident_bonus=2.0, max_vote_loss=0.02)
