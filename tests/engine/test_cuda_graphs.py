@@ -91,9 +91,9 @@ def told(engine: coterie.Engine, **options: Any) -> list[object]:
     [
         ("llada2", "vanilla", {}),
         ("llada2", "des-vote:beta=0.3", {"temperature": 0.7, "seed": 3}),
-        ("sdar-moe", "des-seq:k=2", {}),
+        pytest.param("sdar-moe", "des-seq:k=2", {}, marks=pytest.mark.slow),
         ("llada-moe", "des-vote:beta=0.3,voters=masked", {"plan": "dual:before=4,after=4"}),
-        ("llada-moe", "naee:beta=0.2", {"plan": "prefix"}),
+        pytest.param("llada-moe", "naee:beta=0.2", {"plan": "prefix"}, marks=pytest.mark.slow),
         ("llada-moe", "xshare:beta=0.3", {"plan": "uncached", "unmask": "entropy:bound=0.5"}),
     ],
 )

@@ -103,8 +103,10 @@ def test_kernels_equal_the_reference(
     agree(x, routed(tokens, k, 12, used, seed), slab, activation)
 
 
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("form", [None, *FORMATS.values()])
+@pytest.mark.parametrize(
+    ("form", "turned"),
+    [(None, False), (None, True), (FORMATS["int8"], True), (FORMATS["int4"], False)],
+)
 def test_every_tile_config_equals_the_reference(form: QuantFormat | None, turned: bool) -> None:
     from coterie.ops.triton.tuning import TileConfig
 

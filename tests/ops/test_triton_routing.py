@@ -45,6 +45,7 @@ def quick_interpreter() -> Iterator[None]:
 
 GROUPED = RouterSpec(64, 8, "sigmoid", True, 2.5, 8, 4, epsilon=1e-20)
 ADMITTING = RouterSpec(64, 8, "sigmoid", True, 2.5, epsilon=1e-20, capacity=12, block=4)
+MORE_SHAPES = ((96, 8), (128, 1))
 LAW = settings(max_examples=5, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -61,7 +62,13 @@ def test_kernels_route_as_torch_does_on_many_blocks(drawn: Block) -> None:
     agree(*drawn)
 
 
-@pytest.mark.parametrize("vote", VOTE_NAMES)
+@pytest.mark.parametrize(
+    "vote",
+    [
+        pytest.param(vote, marks=pytest.mark.slow) if vote in ("weight", "count") else vote
+        for vote in VOTE_NAMES
+    ],
+)
 def test_every_vote_and_what_goes_with_it(vote: Vote) -> None:
     scores, vote_weight = voted_block(vote)
     rule = CoresetRule(vote, count=5, protect=1, resident_bonus=2.0, max_vote_loss=0.02)
@@ -99,7 +106,10 @@ def voted_block(vote: Vote) -> tuple[Scores, Tensor]:
     return scores, vote_weight
 
 
-@pytest.mark.parametrize(("experts", "groups"), [(8, 1), (64, 1), (96, 8), (128, 1), (256, 8)])
+@pytest.mark.parametrize(
+    ("experts", "groups"),
+    [(8, 1), (64, 1), (256, 8), *(pytest.param(*s, marks=pytest.mark.slow) for s in MORE_SHAPES)],
+)
 @pytest.mark.parametrize("activation", ["softmax", pytest.param("sigmoid", marks=pytest.mark.slow)])
 def test_published_shapes(experts: int, groups: int, activation: Activation) -> None:
     """With 70 tokens, programs are of another shape and have a whole chunk of parts to add up."""

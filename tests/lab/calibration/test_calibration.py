@@ -368,7 +368,6 @@ def test_two_thresholds_are_searched_along_their_frontier(
 ):
     values = "coterie.lab.calibration.calibration.PROTECT_VALUES"
     monkeypatch.setattr(values, (0.0, 0.05, 0.3))
-    tiny = PolicyEvaluator(tiny.engine, PromptSet(tiny.prompt_set.prompts[:2]), batch_size=2)
     target, result = Target.parse("experts=8"), calibrate(tiny, "mc-moe", "experts=8")
     points = result.frontier_points
     assert len(points) >= 2

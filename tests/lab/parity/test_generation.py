@@ -216,7 +216,7 @@ def test_command_fails_if_a_set_fails(damaged, capsys: pytest.CaptureFixture[str
     assert "FAILED   static_b4" in told
     assert "DAMAGED" in told
     assert told.endswith("1 of 3 sets agree\n")
-    assert parity.main(["--device=cpu", str(whole)]) == 0
+    assert parity.main(["--device=cpu", str(broken / "none")]) == 1
     assert parity.main([]) == 2
     assert parity.main(["--device=abacus", str(whole)]) == 2
     assert "unknown device 'abacus'" in capsys.readouterr().err

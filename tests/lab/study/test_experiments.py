@@ -33,7 +33,11 @@ ROOT = Path(__file__).parents[3]
 
 
 MEASURED = (
-    *("accuracy", "beyond", "mass", "block-size", "experts-per-token", "table-1", "forwards"),
+    *("accuracy", "block-size", "table-1"),
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("beyond", "mass", "experts-per-token", "forwards")
+    ),
 )
 DRAWN = {  # a record's experiment -> one figure of each kind
     "accuracy": "accuracy-few",
