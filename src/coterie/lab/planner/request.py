@@ -30,6 +30,7 @@ from coterie.lab.planner.planned_model import PlannedModel
 from coterie.lab.planner.rates import MachineRates
 from coterie.lab.replay.replay import steps_per_block
 from coterie.lab.replay.trace_file import read_trace
+from coterie.lab.timing import load_warnings, timing_conditions
 from coterie.loading.expert_memory import AUTO_SPARE_SHARE
 from coterie.loading.free_memory import free_memory
 from coterie.routing import format_policy, parse_policy
@@ -77,7 +78,8 @@ class PlanRequest:
             gpu = gpu_rates(options.formats, self.given)
             devices.append(PlanDevice("cuda", gpu, self.gpu_memory, memory))
         configurations = make_plan(model, devices, sample.counter(), options)
-        return PlanResult(model, options, tuple(devices), configurations, sample)
+        warnings = tuple(load_warnings(timing_conditions(CPU)))
+        return PlanResult(model, options, tuple(devices), configurations, sample, warnings)
 
     def _options(self, model: PlannedModel) -> PlanOptions:
         chosen = set(self.formats or model.formats)
@@ -119,6 +121,7 @@ class PlanResult:
     devices: tuple[PlanDevice, ...]  # the CPU first
     configurations: tuple[Configuration, ...]
     sample: RoutingSample
+    warnings: tuple[str, ...] = ()  # about the measurement
 
     @property
     def rates(self) -> MachineRates:
@@ -146,6 +149,7 @@ class PlanResult:
             "steps_per_block": options.steps,
             "commit_routing": options.commit_routing,
             "assumptions": list(self.assumptions),
+            "warnings": list(self.warnings),
             "rates": to_json(self.rates),
             "configurations": [each.to_dict() for each in self.configurations],
         }
