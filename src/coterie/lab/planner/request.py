@@ -82,8 +82,7 @@ class PlanRequest:
         return PlanResult(model, options, tuple(devices), configurations, sample, warnings)
 
     def _options(self, model: PlannedModel) -> PlanOptions:
-        chosen = set(self.formats or model.formats)
-        formats = tuple(filter(chosen.__contains__, model.formats))
+        formats = tuple(each for each in model.formats if _is_in(each, self.formats))
         if unknown := [name for name in self.formats if name not in model.formats]:
             known = ", ".join(model.formats)
             raise ConfigError(f"`expert_dtype={unknown[0]}` of {model.name}; known: {known}")
@@ -198,6 +197,11 @@ def disk_folder(model: PlannedModel) -> Path:
         if folder.is_dir() and os.access(folder, os.W_OK):
             return folder
     return Path(tempfile.gettempdir())
+
+
+def _is_in(name: str, names: tuple[str, ...]) -> bool:
+    """Whether this is one of the names; no names stand for all."""
+    return not names or name in names
 
 
 def _recorded_steps(sample: RoutingSample) -> int:
