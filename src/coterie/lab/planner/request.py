@@ -10,6 +10,7 @@ from pathlib import Path
 
 from coterie.errors import ConfigError
 from coterie.keys import to_json
+from coterie.lab.bench.model import ExpertDtype
 from coterie.lab.machine import CPU
 from coterie.lab.planner.block_time import window_tokens
 from coterie.lab.planner.expert_counts import (
@@ -82,7 +83,8 @@ class PlanRequest:
         return PlanResult(model, options, tuple(devices), configurations, sample, warnings)
 
     def _options(self, model: PlannedModel) -> PlanOptions:
-        formats = tuple(each for each in model.formats if _is_in(each, self.formats))
+        chosen = self.formats or model.formats
+        formats: tuple[ExpertDtype, ...] = tuple(name for name in model.formats if name in chosen)
         if unknown := [name for name in self.formats if name not in model.formats]:
             known = ", ".join(model.formats)
             raise ConfigError(f"`expert_dtype={unknown[0]}` of {model.name}; known: {known}")
@@ -197,11 +199,6 @@ def disk_folder(model: PlannedModel) -> Path:
         if folder.is_dir() and os.access(folder, os.W_OK):
             return folder
     return Path(tempfile.gettempdir())
-
-
-def _is_in(name: str, names: tuple[str, ...]) -> bool:
-    """Whether this is one of the names; no names stand for all."""
-    return not names or name in names
 
 
 def _recorded_steps(sample: RoutingSample) -> int:
