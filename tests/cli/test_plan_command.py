@@ -32,7 +32,7 @@ KEYS = {
         "commit_routing",
         "assumptions",
     ),
-    *("rates", "configurations"),
+    *("warnings", "rates", "configurations"),
 }
 Capture = pytest.CaptureFixture[str]
 

@@ -80,6 +80,8 @@ def plan_command(
         if verify_first:
             progress.update(task, description="running the first configuration")
             check = verify(result)
+    for warning in result.warnings:
+        output.print_note(warning)
     document = result.to_dict() | ({} if check is None else {"verified": check.to_dict()})
     lines = [] if check is None else ["", check.describe()]
     output.print_result(document, *plan_lines(result), *lines, json=json)

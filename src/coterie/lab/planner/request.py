@@ -10,6 +10,7 @@ from pathlib import Path
 
 from coterie.errors import ConfigError
 from coterie.keys import to_json
+from coterie.lab.bench.model import ExpertDtype
 from coterie.lab.machine import CPU
 from coterie.lab.planner.block_time import window_tokens
 from coterie.lab.planner.expert_counts import (
@@ -30,6 +31,7 @@ from coterie.lab.planner.planned_model import PlannedModel
 from coterie.lab.planner.rates import MachineRates
 from coterie.lab.replay.replay import steps_per_block
 from coterie.lab.replay.trace_file import read_trace
+from coterie.lab.timing import load_warnings, timing_conditions
 from coterie.loading.expert_memory import AUTO_SPARE_SHARE
 from coterie.loading.free_memory import free_memory
 from coterie.routing import format_policy, parse_policy
@@ -77,11 +79,12 @@ class PlanRequest:
             gpu = gpu_rates(options.formats, self.given)
             devices.append(PlanDevice("cuda", gpu, self.gpu_memory, memory))
         configurations = make_plan(model, devices, sample.counter(), options)
-        return PlanResult(model, options, tuple(devices), configurations, sample)
+        warnings = tuple(load_warnings(timing_conditions(CPU)))
+        return PlanResult(model, options, tuple(devices), configurations, sample, warnings)
 
     def _options(self, model: PlannedModel) -> PlanOptions:
-        chosen = set(self.formats or model.formats)
-        formats = tuple(name for name in model.formats if name in chosen)
+        chosen = self.formats or model.formats
+        formats: tuple[ExpertDtype, ...] = tuple(name for name in model.formats if name in chosen)
         if unknown := [name for name in self.formats if name not in model.formats]:
             known = ", ".join(model.formats)
             raise ConfigError(f"`expert_dtype={unknown[0]}` of {model.name}; known: {known}")
@@ -119,6 +122,7 @@ class PlanResult:
     devices: tuple[PlanDevice, ...]  # the CPU first
     configurations: tuple[Configuration, ...]
     sample: RoutingSample
+    warnings: tuple[str, ...] = ()  # about the measurement
 
     @property
     def rates(self) -> MachineRates:
@@ -146,6 +150,7 @@ class PlanResult:
             "steps_per_block": options.steps,
             "commit_routing": options.commit_routing,
             "assumptions": list(self.assumptions),
+            "warnings": list(self.warnings),
             "rates": to_json(self.rates),
             "configurations": [each.to_dict() for each in self.configurations],
         }
