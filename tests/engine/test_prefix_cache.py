@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from coterie.decoding import parse_plan
-from coterie.engine.prefix_cache import PrefixCache, PrefixLayout
+from coterie.engine.prefix_cache import PrefixBlockCache, PrefixLayout
 from coterie.model.cache import KVCache
 from coterie.values import RouterSpec
 
@@ -35,7 +35,7 @@ uses = st.lists(st.tuples(st.booleans(), prefixes), max_size=20)
 def test_a_cache_keeps_whole_prefixes_of_the_latest_use(
     uses: list[tuple[bool, list[int]]], capacity: int
 ) -> None:
-    cache = PrefixCache(capacity)
+    cache = PrefixBlockCache(capacity)
     for stores, steps in uses:
         digests = path(steps)
         if stores:
@@ -54,7 +54,7 @@ def test_a_cache_keeps_whole_prefixes_of_the_latest_use(
 def test_the_least_recently_used_prefix_leaves(prefixes: list[list[int]]) -> None:
     heads = [[index, *steps] for index, steps in enumerate(prefixes)]  # no two share a block
     size = sum(map(len, heads)) * BLOCK_BYTES
-    cache = PrefixCache(size)
+    cache = PrefixBlockCache(size)
     for steps in heads:
         cache.store(path(steps), BLOCK_BYTES, block)
     cache.find(path(heads[0]))
@@ -64,7 +64,7 @@ def test_the_least_recently_used_prefix_leaves(prefixes: list[list[int]]) -> Non
 
 
 def test_hits_and_tokens_are_counted() -> None:
-    cache = PrefixCache(100 * BLOCK_BYTES)
+    cache = PrefixBlockCache(100 * BLOCK_BYTES)
     cache.find(path([1]))
     cache.store(path([1, 2]), BLOCK_BYTES, block)
     cache.find(path([1, 2, 3]))

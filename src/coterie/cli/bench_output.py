@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -107,7 +108,7 @@ def generation_table(timings: Sequence[GenerationTiming]) -> Table:
 
 
 def concurrency_table(
-    timings: Sequence[ConcurrencyTiming], facts: Sequence[output.Document]
+    timings: Sequence[ConcurrencyTiming], facts: Sequence[Mapping[str, Any]]
 ) -> Table:
     rows = []
     for timing, counts in zip(timings, facts, strict=True):

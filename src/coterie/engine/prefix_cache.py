@@ -68,7 +68,7 @@ class PrefixCacheStats:
     entries: int
 
 
-class PrefixCache:
+class PrefixBlockCache:
     """Blocks of keys by digest, within a number of bytes; the least recently used leave.
 
     A block is never cached without the blocks before it: each use of a block uses them after it.

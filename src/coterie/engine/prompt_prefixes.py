@@ -10,7 +10,7 @@ from coterie.decoding import DecodeRequest
 from coterie.decoding.kv_schemes import WHOLE_PROMPT, ForwardPass, Prefill
 from coterie.engine.active_sequence import ActiveSequence
 from coterie.engine.kv_pool import KVCachePool
-from coterie.engine.prefix_cache import PrefixCache, PrefixLayout
+from coterie.engine.prefix_cache import PrefixBlockCache, PrefixLayout
 from coterie.errors import ConfigError
 from coterie.model.cache import KVCache
 from coterie.routing import Vanilla
@@ -39,7 +39,7 @@ class PromptPrefixes:
             raise ConfigError(f"`prefill_chunk` must be at least 1, not {chunk}")
         if cache_bytes < 0:
             raise ConfigError(f"`prefix_cache_bytes` must be at least 0, not {cache_bytes}")
-        self.cache = PrefixCache(cache_bytes)
+        self.cache = PrefixBlockCache(cache_bytes)
         self._router, self._chunk = router, chunk
 
     def find(self, request: DecodeRequest, policy: Policy) -> PromptPrefix:
