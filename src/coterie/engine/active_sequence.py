@@ -32,7 +32,7 @@ class ActiveSequence:
     expected: tuple[int, Tensor] | None = None  # block index, expected embeddings [width, H]
     streamed_text: str = ""  # the part of the answer that events carried
     coresets: tuple[int, Tensor] | None = None  # block index, its coresets [L, E] of the last step
-    exact_keys: int = 0  # positions from 0 on: their keys depend on their tokens alone
+    exact_keys: int = 0  # positions from 0 on with keys that depend on nothing but their tokens
     shared_keys: int = 0  # those that the prefix cache has, or had
     prefills: int = 0
     commits: int = 0
@@ -102,13 +102,9 @@ def group_sequences(
         next_pass, scheme = active.next_pass, active.sequence.request.plan.scheme
         has_embeddings = active.embeddings is not None
         mixed = mix_commits and next_pass.kind == "commit" and not scheme.encodes
+        kind = "decode" if mixed else next_pass.kind
         key = (
-            *(
-                next_pass.width,
-                "decode" if mixed else next_pass.kind,
-                next_pass.causal_block,
-                next_pass.use_cache,
-            ),
+            *(next_pass.width, kind, next_pass.causal_block, next_pass.use_cache),
             *(active.next_policy(), active.reuse_tolerance(), has_embeddings),
             *(next_pass.committed, next_pass.committed and active.commit_policy()),
         )

@@ -197,7 +197,7 @@ class Engine:
         Returns the events of requests that no ``stream`` reads. A failed group does not stop the
         others: the error is raised after all groups have run, and the next call returns their
         events. The requests of a failed group have not advanced. Raises NonFiniteLogitsError with
-        the requests with logits that are not finite, and AnswerTextError for requests with
+        the requests that got logits that are not finite, and AnswerTextError for requests with
         text that cannot be decoded, which end. Every other error is raised as it is.
         """
         errors: list[Exception] = []
