@@ -25,9 +25,10 @@ import coterie
 from coterie.checkpoints.fingerprint import fingerprint
 from coterie.errors import CoterieError
 from coterie.keys import to_json
-from coterie.lab.evals.answer_log import Answer, AnswerLog
+from coterie.lab.evals.answer_log import Answer, AnswerLog, answer_from_dict
 from coterie.lab.evals.report import summarize
 from coterie.lab.evals.run import EvalResult, Variant, run_eval
+from coterie.lab.evals.traffic import AnswerTraffic
 from coterie.testing import write_checkpoint
 
 TESTS = Path(__file__).parents[2]
@@ -255,6 +256,20 @@ def test_a_damaged_file_is_refused_with_the_line(
     (tmp_path / "items.jsonl").write_bytes(b"\n".join(damage(items.splitlines())) + b"\n")
     with pytest.raises(CoterieError, match=message):
         run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_an_answer_with_a_value_of_another_type_is_none(data: st.DataObject) -> None:
+    traffic = AnswerTraffic(used=2, hits=1, bytes_moved=9, bytes_without_cache=9)
+    answer = Answer("vanilla", "quiz", "quiz/1", True, None, {}, traffic=traffic)
+    whole = to_json(answer)
+    assert answer_from_dict(whole) == answer
+    key = data.draw(st.sampled_from(sorted(whole)))
+    wrong: list[object] = [["x"], [[]], float("nan"), 10**400]
+    wrong += [{"used": "x"}] if key == "served" else [] if key == "also" else [{}]
+    with pytest.raises(TypeError):
+        answer_from_dict({**whole, key: data.draw(st.sampled_from(wrong))})
 
 
 @pytest.mark.parametrize("content", [None, b"", bytes(40), b"[]", b"{}", b"[" * 10**5, b"\xff"])

@@ -74,6 +74,9 @@ class Answer:
         return self.error is None or bool(ITEM_ERROR.search(self.error))
 
 
+EXAMPLE: Mapping[str, object] = to_json(Answer("", "", "", False, None, {}))
+
+
 class AnswerLog:
     """The answers of one run, in memory and, with a folder, on disk.
 
@@ -163,15 +166,29 @@ class AnswerLog:
 def answer_from_dict(values: Mapping[str, Any]) -> Answer:
     """An answer from its JSON values, with the policy in current spelling.
 
-    Raises TypeError for missing or unknown keys.
+    Raises TypeError for missing or unknown keys, and for values of other types.
     """
     values = {"served": None, **values}
-    if set(values) != set(names_of(Answer)):
+    if set(values) != set(names_of(Answer)) or not all(map(_has_type, values, values.values())):
         raise TypeError("not the values of an answer")
     values["arm"] = update_policy_text(values["arm"])
     if values["served"] is not None:
         values["served"] = from_json(AnswerTraffic, values["served"])
     return from_json(Answer, values)
+
+
+def _has_type(key: str, value: object) -> bool:
+    """Whether the value has the type of its field; numbers are finite."""
+    if key == "served" and isinstance(value, dict):
+        return all(map(_is_number, (value | {"vanilla": value.get("vanilla") or 0}).values()))
+    kind = type(EXAMPLE.get(key))
+    if kind in (int, float):
+        return _is_number(value)
+    return isinstance(value, str | None if kind is type(None) and key != "served" else kind)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _encode_answer(answer: Answer) -> bytes:
