@@ -314,15 +314,11 @@ def test_a_damaged_header_is_one_clear_line(tmp_path: Path, content: bytes, said
     assert len(str(raised.value)) < len(str(file)) + 300
 
 
+NON_FINITE = st.sampled_from([torch.nan, torch.inf, -torch.inf])
 ALL_NAMES = sorted(random_tensors(tiny_config("llada-moe"), 1))
 
 
-@given(
-    value=st.sampled_from([torch.nan, torch.inf, -torch.inf]),
-    name=st.sampled_from(ALL_NAMES),
-    index=st.integers(0, 10**6),
-    dtype=st.sampled_from(DTYPES),
-)
+@given(NON_FINITE, st.sampled_from(ALL_NAMES), st.integers(0, 10**6), st.sampled_from(DTYPES))
 def test_no_weight_may_be_nan_or_infinite(
     tmp_path_factory: pytest.TempPathFactory, value: float, name: str, index: int, dtype: str
 ) -> None:
