@@ -259,7 +259,7 @@ def test_a_damaged_file_is_refused_with_the_line(
 
 
 @given(st.data())
-@settings(max_examples=60)
+@law(30)
 def test_an_answer_with_a_value_of_another_type_is_none(data: st.DataObject) -> None:
     traffic = AnswerTraffic(used=2, hits=1, bytes_moved=9, bytes_without_cache=9)
     answer = Answer("vanilla", "quiz", "quiz/1", True, None, {}, traffic=traffic)
