@@ -29,6 +29,7 @@ from coterie.files import (
 OWN_READERS = {
     "files.py",
     "loading/free_memory.py",
+    "lab/machine.py",
     "lab/records.py",
     "lab/sandbox/backends.py",
     "lab/sandbox/namespaces.py",
@@ -39,8 +40,9 @@ OWN_READERS = {
     "offload/tiers.py",  # files that the loader has opened before
     "lab/evals/tasks/verifier.py",
     "cli/entry.py",
+    "server/demo.py",
 }
-READS = re.compile(r"\.read_(bytes|text)\(|(?<![\w.])(?<!def )(os\.)?open\(|\.open\(.(rb|r|a)")
+READS = re.compile(r"\.read_(bytes|text)\(|(?<![\w.])(?<!def )(os\.)?open\(|\.open\([\"'](rb|r|a)")
 PACKAGE_FILE = re.compile(r"__file__|tomllib")
 
 

@@ -35,7 +35,13 @@ def test_what_was_finished_is_known_again(tmp_path: Path) -> None:
     assert resumed(tmp_path) == (FILES, [])
 
 
-@given(start=st.integers(0, 400), damage=st.binary(min_size=1, max_size=40))
+# Without digits: one could turn the name of a file into that of another.
+damages = st.lists(
+    st.sampled_from(sorted({*range(256)} - {*b"0123456789"})), min_size=1, max_size=40
+)
+
+
+@given(start=st.integers(0, 400), damage=damages.map(bytes))
 def test_after_any_damage_a_prefix_of_the_files_is_finished(
     tmp_path_factory: pytest.TempPathFactory, start: int, damage: bytes
 ) -> None:

@@ -122,7 +122,7 @@ def test_other_sizes_have_other_record_names(tmp_path: Path) -> None:
         (["generate", "--shape", "tiny", "--dtype", "fp8"], "known: fp32, bf16, int8, int4"),
         (["generate", "--prompt", "a", "--num-prompts", "3"], "--num-prompts has no effect"),
         (["generate", "--model", "some/where"], "--model needs --prompt"),
-        (["plot", "pyproject.toml"], "not a benchmark record"),
+        (["plot", "pyproject.toml"], "not a JSON file"),
     ],
 )
 def test_a_refusal_is_one_line(

@@ -136,7 +136,7 @@ def test_an_option_without_effect_is_refused_with_a_remedy(
         (["--warm-start", folder], "--warm-start has no effect"),
         (["--expert-memory", "3", "--host-memory", "1GiB"], "no effect on a CPU"),
         (["--expert-memory", "3", "--eviction", "fifo"], "known: lfu, lru, votes"),
-        (["--expert-memory", "3", "--warm-start", folder], "not a file"),
+        (["--expert-memory", "3", "--warm-start", folder], "not a regular file"),
         (["--expert-memory", "3", "--warm-start", __file__], "`coterie trace` saves votes"),
         (
             ["--expert-memory", "nonsense"],

@@ -137,7 +137,7 @@ def test_only_decode_forwards_are_observed() -> None:
     (result,) = observe_forwards(engine(), [[*range(3, 20)]], seen.append)
     assert result.prefills > 0
     assert result.commits > 0
-    assert len(seen) == result.forwards * len(tiny_model().spec.moe_layers)
+    assert len(seen) == result.forwards * len(tiny_model("llada2").spec.moe_layers)
     assert {look.x.shape[1] for look in seen} == {8}
 
 
@@ -178,7 +178,7 @@ def test_layer_without_experts_raises() -> None:
         collect_observations(engine(), PROMPTS, layers=[0, 1, 9])
     (seen, *_) = collect_observations(engine(), PROMPTS[:1])
     with pytest.raises(CoterieError, match="layer 0 has no experts"):
-        moe_output(tiny_model(), replace(seen, layer=0), seen.routing)
+        moe_output(tiny_model("llada2"), replace(seen, layer=0), seen.routing)
 
 
 def test_recorder_group_calls_each_recorder() -> None:

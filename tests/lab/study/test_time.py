@@ -25,6 +25,7 @@ from coterie.lab.bench import routings
 from coterie.lab.bench.profiler import OTHER, PARTS, Stopwatch, timed_model
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
 from coterie.lab.plotting import ColourScheme, render_svg
+from coterie.lab.records import make_record
 from coterie.lab.study import layers, roofline, selection
 from coterie.lab.study.breakdown import BreakdownExperiment
 from coterie.lab.study.charts import pareto_front
@@ -86,10 +87,11 @@ def lab(
     )
 
 
-def leave(folder: Path, chapter: str, facts: object) -> None:
+def leave(folder: Path, chapter: str, facts: dict[str, object]) -> None:
     """A record such as another chapter leaves."""
     (folder / "records").mkdir(exist_ok=True)
-    content = json.dumps({"facts": facts, "when": "today"}, allow_nan=False)
+    record = make_record(chapter, [], [], facts=facts)
+    content = json.dumps(record, allow_nan=False)
     (folder / "records" / f"{chapter}.json").write_text(content, encoding="utf-8")
 
 
