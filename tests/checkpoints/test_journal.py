@@ -36,9 +36,8 @@ def test_what_was_finished_is_known_again(tmp_path: Path) -> None:
 
 
 # Without digits: one could turn the name of a file into that of another.
-damages = st.lists(
-    st.sampled_from(sorted({*range(256)} - {*b"0123456789"})), min_size=1, max_size=40
-)
+DAMAGE = sorted({*range(256)} - {*b"0123456789"})
+damages = st.lists(st.sampled_from(DAMAGE), min_size=1, max_size=40)
 
 
 @given(start=st.integers(0, 400), damage=damages.map(bytes))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from offload_cases import load_engine, needs_kernels, packed_checkpoint
 from policy_strategies import coresets, law
 from score_strategies import blocks
-from test_observation import PROMPTS, engine, tiny, untimed
+from test_observation import PROMPTS, engine, tiny_model, untimed
 from torch import Tensor
 
 from coterie import ops
@@ -145,7 +145,7 @@ def test_batched_reuse_equals_reuse_alone(scores: Scores, drift: float, seed: in
 def test_empty_vote_adds_no_experts() -> None:
     """Probabilities may all be nothing; a row without a coreset elects one all the same."""
     logits = torch.full((2, 3, 8), -200.0)
-    router = replace(tiny().spec.router, experts=8, k=2, groups=1, topk_groups=1)
+    router = replace(tiny_model("llada2").spec.router, experts=8, k=2, groups=1, topk_groups=1)
     had = torch.zeros(2, 8, dtype=torch.bool)
     had[1, 3:5] = True
     scores = Scores(logits, router, previous_coresets=PreviousCoresets(0.5, had))
@@ -161,7 +161,7 @@ def test_empty_vote_adds_no_experts() -> None:
 def test_non_finite_scores_raise() -> None:
     scores = Scores(
         torch.full((1, 2, 16), math.nan),
-        replace(tiny().spec.router, experts=16),
+        replace(tiny_model("llada2").spec.router, experts=16),
         previous_coresets=PreviousCoresets(0.5, torch.ones(1, 16, dtype=torch.bool)),
     )
     with pytest.raises(CoterieError, match="router logits are NaN"):
@@ -171,7 +171,7 @@ def test_non_finite_scores_raise() -> None:
 def test_policy_without_coreset_cannot_reuse() -> None:
     scores = Scores(
         torch.zeros(1, 2, 16),
-        replace(tiny().spec.router, experts=16),
+        replace(tiny_model("llada2").spec.router, experts=16),
         previous_coresets=PreviousCoresets(0.5, torch.ones(1, 16, dtype=torch.bool)),
     )
     with pytest.raises(CoterieError, match=r"layer 0.*elects none"):
@@ -337,7 +337,9 @@ def test_tolerance_is_below_one(drift: float) -> None:
 
 def test_failed_forward_keeps_previous_coresets() -> None:
     own_engine = Engine(
-        tiny(), policy="des-vote:beta=0.3", generation=engine(**STEPS, drift=0.5).generation
+        tiny_model("llada2"),
+        policy="des-vote:beta=0.3",
+        generation=engine(**STEPS, drift=0.5).generation,
     )
     number = own_engine.submit(PROMPTS[0])
     while own_engine.sequence(number).steps.in_block < 2:

@@ -64,7 +64,7 @@ def made(
     family: str = "llada2", policy: str = "vanilla"
 ) -> tuple[Trace, tuple[LayerObservation, ...]]:
     """A trace through a file, and the same run watched."""
-    own = engine(family, unmask="fixed:steps=4")
+    own = engine(family, unmask=f"{'renoise' if family == 'diffusion-gemma' else 'fixed'}:steps=4")
     path = Path(mkdtemp()) / "made.trace"
     said = trace_header(own, policy=policy, generation=own.generation, prompts={}, provenance={})
     with TraceWriter(path, said, bias_of(own.model)) as writer:
