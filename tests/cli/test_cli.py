@@ -20,9 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from coterie.cli import entry
 from coterie.cli.entry import run
-from coterie.cli.live_view import CONFIDENCE_COLOURS, END_GLYPH, MASK_GLYPH, LiveView
-from coterie.decoding import Token
-from coterie.engine.events import Denoised
 from coterie.offload.capacity import format_bytes
 from coterie.routing import POLICIES
 from coterie.routing.descriptions import split_source
@@ -470,24 +467,6 @@ def read_all(descriptor: int) -> str:
         except OSError:
             break
     return result.decode("utf-8", "replace")
-
-
-def test_the_live_view_shows_the_last_tokens() -> None:
-    view = LiveView(
-        title="vanilla", decode_token=str, num_experts=8, moe_layers=(1, 2), eos_ids=(9,)
-    )
-    guessed = (Token(2, 7, 0.1),)
-    view.update(Denoised(0, 1, committed=(Token(0, 5, 0.95),), provisional=guessed, experts=(4, 8)))
-    assert view.answer_text().plain == f"5{MASK_GLYPH}7"
-    assert [str(span.style) for span in view.answer_text().spans] == [
-        CONFIDENCE_COLOURS[-1],
-        "dim",
-        f"dim italic {CONFIDENCE_COLOURS[0]}",
-    ]
-    view.update(Denoised(0, 2, committed=(Token(2, 9, 1.0),), edited=(Token(0, 6, 0.5),)))
-    assert view.answer_text().plain == f"6{MASK_GLYPH}{END_GLYPH}"
-    assert str(view.answer_text().spans[0].style) == f"underline {CONFIDENCE_COLOURS[2]}"
-    assert (view.forwards, view.blocks, view.experts) == (2, 1, (4, 8))
 
 
 def test_bytes_are_readable() -> None:
