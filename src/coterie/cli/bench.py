@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import typer
@@ -20,43 +20,16 @@ from coterie.errors import ConfigError
 from coterie.lab.bench import concurrency
 from coterie.lab.bench import forward as forwards
 from coterie.lab.bench import generate as answers
-from coterie.lab.bench.baselines import BASELINES, ResolvedBaseline, resolve_baselines
+from coterie.lab.bench.baselines import ResolvedBaseline, resolve_baselines
 from coterie.lab.bench.layer import time_layer
 from coterie.lab.bench.model import random_engine, random_model
 from coterie.lab.bench.session import BenchConfig, free_budget
-from coterie.lab.bench.shapes import SHAPES, find_shape
+from coterie.lab.bench.shapes import find_shape
 from coterie.model.weights import weight_bytes
 
 NO_BASELINE = "none"
 DEFAULT_TOKENS = 32  # tokens of a block, which the titles of records leave out
-measuring = o.panel("How to measure")
-LOGITS_HELP = "Logits per forward: a number, or block for the mean over a block of 8 steps."
 
-ShapeName = Annotated[str, o.runtime(f"Shape of a published model. {o.one_of(SHAPES)}")]
-FORMAT_HELP = "Format of the experts."
-ExpertFormat = Annotated[Literal["fp32", "bf16", "int8", "int4"], o.runtime(FORMAT_HELP)]
-BenchPolicies = Annotated[list[str] | None, o.decoding(
-    "Expert-routing policy; may be repeated (default: vanilla, and des-vote at the sizes of the "
-    "paper).", "--policy", "-p",
-)]  # fmt: skip
-Repeats = Annotated[int, measuring("Samples of each measurement.", min=1)]
-Threads = Annotated[int | None, measuring("Threads of each program (default: PyTorch's).", min=1)]
-Tokens = Annotated[int, measuring("Tokens of the block.", min=1)]
-LAYERS_HELP = "Number of layers to keep, from the first (default: all)."
-Layers = Annotated[int | None, measuring(LAYERS_HELP, min=1)]
-BASELINE_HELP = f"Baseline to time, or {NO_BASELINE}; may be repeated (default: installed ones). "
-BASELINE_HELP += o.one_of(BASELINES)
-PYTHON_HELP = "Python of a baseline (default: .peers/NAME, from scripts/peers)."
-UNIFORM_HELP = "Use all experts equally often."
-SLOW_HELP = "Time kernels that take about a second, too."
-MEMORY_HELP = "GiB for the baselines that run together (default: what is free)."
-MODEL_SHAPE_HELP = f"Shape of a random model to use for --model. {o.one_of(SHAPES)}"
-BENCH_PROMPT_HELP = "Prompt; may be repeated (default: held-out problems)."
-CONTEXT_HELP = "Positions before the block (default: 512, or as many as the model has)."
-ROWS_HELP = "Requests in progress together; may be repeated (default: 1, 2, 4, 8)."
-LENGTH_HELP = "Tokens of a random model's prompts (default 64)."
-OutputFolder = Annotated[Path, measuring("Folder for the record and its figures.", "--out", "-o")]
-Overwrite = Annotated[bool, measuring("Replace a record that exists.", "--overwrite")]
 RECORDS = Path("runs/bench")
 
 bench = typer.Typer(rich_markup_mode="rich", context_settings=o.HELP_NAMES)
@@ -82,10 +55,10 @@ def bench_command(context: typer.Context) -> None:
 class BaselineOptions:
     """The other programs to time."""
 
-    baseline: Annotated[list[str] | None, measuring(BASELINE_HELP)] = None
-    baseline_python: Annotated[list[str] | None, measuring(PYTHON_HELP, metavar="NAME=PATH")] = None
-    include_slow: Annotated[bool, measuring(SLOW_HELP, "--include-slow")] = False
-    baseline_memory: Annotated[float | None, measuring(MEMORY_HELP, min=0.1)] = None
+    baseline: list[str] | None = None
+    baseline_python: list[str] | None = None
+    include_slow: bool = False
+    baseline_memory: float | None = None
 
     def resolve(self, dtype: str) -> tuple[list[ResolvedBaseline], dict[str, str]]:
         """The baselines, and why others are skipped; raises for options without effect."""
@@ -112,15 +85,11 @@ class BaselineOptions:
         return free_budget(config.shape)
 
 
-@bench.command("layer")
-@o.with_option_groups
 def layer_command(
-    *, shape: ShapeName = "llada2-mini", expert_dtype: ExpertFormat = "bf16",
-    policies: BenchPolicies = None, tokens: Tokens = DEFAULT_TOKENS, repeats: Repeats = 40,
-    threads: Threads = None,
-    uniform_routing: Annotated[bool, measuring(UNIFORM_HELP, "--uniform-routing")] = False,
-    baselines: BaselineOptions, out: OutputFolder = RECORDS, overwrite: Overwrite = False,
-    json: o.Json = False,
+    *, shape: str = "llada2-mini", expert_dtype: Literal["fp32", "bf16", "int8", "int4"] = "bf16",
+    policies: list[str] | None = None, tokens: int = DEFAULT_TOKENS, repeats: int = 40,
+    threads: int | None = None, uniform_routing: bool = False, baselines: BaselineOptions,
+    out: Path = RECORDS, overwrite: bool = False, json: bool = False,
 ) -> None:  # fmt: skip
     """Time one layer of experts of a published shape, a read of its bytes, and the baselines.
 
@@ -164,15 +133,11 @@ def layer_command(
         output.report(table, out, title, measures=measures, facts=facts, json=json)
 
 
-@bench.command("forward")
 def forward_command(
-    *, shape: ShapeName = "llada2-mini", expert_dtype: ExpertFormat = "int8",
-    policies: BenchPolicies = None, tokens: Tokens = DEFAULT_TOKENS,
-    context: Annotated[int | None, measuring(CONTEXT_HELP, min=0)] = None,
-    logits: Annotated[str, measuring(LOGITS_HELP, metavar="N|block")] = "block",
-    layers: Layers = None, repeats: Repeats = 10, threads: Threads = None,
-    seed: Annotated[int, measuring("Seed of weights and tokens.", min=0)] = 0,
-    out: OutputFolder = RECORDS, overwrite: Overwrite = False, json: o.Json = False,
+    *, shape: str = "llada2-mini", expert_dtype: Literal["fp32", "bf16", "int8", "int4"] = "int8",
+    policies: list[str] | None = None, tokens: int = DEFAULT_TOKENS, context: int | None = None,
+    logits: str = "block", layers: int | None = None, repeats: int = 10, threads: int | None = None,
+    seed: int = 0, out: Path = RECORDS, overwrite: bool = False, json: bool = False,
 ) -> None:  # fmt: skip
     """Time whole forwards of a random model of a published shape, and a read of their bytes.
 
@@ -242,11 +207,11 @@ class Workload:
 class WorkloadOptions:
     """The model's shape and the prompts of ``bench generate``."""
 
-    shape: Annotated[str | None, o.runtime(MODEL_SHAPE_HELP)] = None
-    layers: Layers = None
-    prompt: Annotated[list[str] | None, measuring(BENCH_PROMPT_HELP)] = None
-    num_prompts: Annotated[int | None, measuring("Number of prompts (default 8).", min=1)] = None
-    length: Annotated[int | None, measuring(LENGTH_HELP, min=1)] = None
+    shape: str | None = None
+    layers: int | None = None
+    prompt: list[str] | None = None
+    num_prompts: int | None = None
+    length: int | None = None
 
     def check(self, engine_options: engines.EngineOptions) -> None:
         """Raises for options that would have no effect."""
@@ -286,14 +251,11 @@ class WorkloadOptions:
         return Workload(engine, prompts, " ".join(filter(None, parts)))
 
 
-@bench.command("generate")
-@o.with_option_groups
 def generate_command(
     *, engine_options: engines.EngineOptions, workload: WorkloadOptions,
-    policies: o.PolicySpecs = None, coreset_reuse: o.CoresetReuse = None,
-    tokens: Annotated[int, measuring("Maximum of new tokens of a prompt.", min=1)] = 256,
-    repeats: Repeats = 5, threads: Threads = None, out: OutputFolder = RECORDS,
-    overwrite: Overwrite = False, json: o.Json = False,
+    policies: list[str] | None = None, coreset_reuse: float | None = None, tokens: int = 256,
+    repeats: int = 5, threads: int | None = None, out: Path = RECORDS, overwrite: bool = False,
+    json: bool = False,
 ) -> None:  # fmt: skip
     """Time whole answers under several policies: tokens a second, forwards, forwards a block.
 
@@ -328,15 +290,11 @@ def generate_command(
         )  # fmt: skip
 
 
-@bench.command("serve")
-@o.with_option_groups
 def serve_command(
     *, engine_options: engines.EngineOptions, workload: WorkloadOptions,
-    policies: BenchPolicies = None,
-    rows: Annotated[list[int] | None, measuring(ROWS_HELP, "--batch-size", min=1)] = None,
-    tokens: Annotated[int, measuring("Maximum of new tokens of a prompt.", min=1)] = 256,
-    repeats: Repeats = 5, threads: Threads = None, out: OutputFolder = RECORDS,
-    overwrite: Overwrite = False, json: o.Json = False,
+    policies: list[str] | None = None, rows: list[int] | None = None, tokens: int = 256,
+    repeats: int = 5, threads: int | None = None, out: Path = RECORDS, overwrite: bool = False,
+    json: bool = False,
 ) -> None:  # fmt: skip
     """Time requests in progress together: tokens a second, and the experts that all rows read.
 
@@ -369,10 +327,7 @@ def serve_command(
         )  # fmt: skip
 
 
-@bench.command("plot")
-def plot_command(
-    records: Annotated[list[Path], typer.Argument(help="Records of `coterie bench`.")],
-) -> None:
+def plot_command(records: list[Path]) -> None:
     """Draw records again, as RECORD-light.svg and RECORD-dark.svg.
 
     \b
@@ -408,3 +363,11 @@ def _progress_callback() -> Iterator[Callable[[float, str], None]]:
     with progress_bar(TimeElapsedColumn()) as progress:
         task = progress.add_task("", total=1.0)
         yield lambda share, doing: progress.update(task, completed=share, description=doing)
+
+
+COMMANDS = {
+    "layer": layer_command, "forward": forward_command, "generate": generate_command,
+    "serve": serve_command, "plot": plot_command,
+}  # fmt: skip
+for name, command in COMMANDS.items():
+    o.add_command(bench, name, command, "bench")

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
 
 from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 
@@ -21,23 +20,14 @@ from coterie.offload.capacity import format_bytes
 
 COLUMNS = (MofNCompleteColumn(), TimeElapsedColumn())
 DEFAULT_PROBLEMS = 20  # of each task
-FORWARDS_HELP = "Maximum of denoising forwards of each prompt (default: no limit)."
-BATCH_HELP = "Prompts decoded together (default 1)."
-OVERWRITE_HELP = "Replace a trace that exists."
-VOTES_HELP = "File for the mean votes, which --warm-start reads."
 
 
-@o.with_option_groups
 def trace(
-    *, out: Annotated[Path, o.output("File of the trace.", "--out", "-o")],
-    prompts: o.PromptOptions, policy: o.PolicySpec = engines.VANILLA,
-    max_forwards: Annotated[int | None, o.decoding(FORWARDS_HELP, min=1)] = None,
-    decode: engines.DecodeOptions, engine_options: engines.EngineOptions,
-    coreset_reuse: o.CoresetReuse = None,
-    batch_size: Annotated[int | None, o.runtime(BATCH_HELP, min=1)] = None,
-    save_votes: Annotated[Path | None, o.output(VOTES_HELP)] = None,
-    overwrite: Annotated[bool, o.output(OVERWRITE_HELP, "--overwrite")] = False,
-    json: o.Json = False,
+    *, out: Path, prompts: o.PromptOptions, policy: str = engines.VANILLA,
+    max_forwards: int | None = None, decode: engines.DecodeOptions,
+    engine_options: engines.EngineOptions, coreset_reuse: float | None = None,
+    batch_size: int | None = None, save_votes: Path | None = None, overwrite: bool = False,
+    json: bool = False,
 ) -> None:  # fmt: skip
     """Record votes, routing and steps of real runs, for `coterie replay`.
 
