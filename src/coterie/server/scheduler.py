@@ -85,6 +85,7 @@ class Scheduler:
             ticket.is_cancelled = True
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
+                self.metrics.on_cancelled()
             self._condition.notify()
 
     async def drain(self, timeout: float) -> bool:
