@@ -30,8 +30,6 @@ from coterie.model.weights import weight_bytes
 NO_BASELINE = "none"
 DEFAULT_TOKENS = 32  # tokens of a block, which the titles of records leave out
 
-RECORDS = Path("runs/bench")
-
 bench = typer.Typer(rich_markup_mode="rich", context_settings=o.HELP_NAMES)
 
 
@@ -89,7 +87,7 @@ def layer_command(
     *, shape: str = "llada2-mini", expert_dtype: Literal["fp32", "bf16", "int8", "int4"] = "bf16",
     policies: list[str] | None = None, tokens: int = DEFAULT_TOKENS, repeats: int = 40,
     threads: int | None = None, uniform_routing: bool = False, baselines: BaselineOptions,
-    out: Path = RECORDS, overwrite: bool = False, json: bool = False,
+    record: output.RecordOptions,
 ) -> None:  # fmt: skip
     """Time one layer of experts of a published shape, a read of its bytes, and the baselines.
 
@@ -116,7 +114,7 @@ def layer_command(
     }  # fmt: skip
     programs = [str(each.python) for each in resolved]
     same = {**facts, "policies": specs, "programs": programs, "slow": baselines.include_slow}
-    with output.open_journal(out, title, same, overwrite=overwrite) as journal:
+    with record.journal(title, same) as journal:
         with _progress_callback() as on_progress:
             result = time_layer(
                 config, resolved, include_slow=baselines.include_slow,
@@ -129,15 +127,14 @@ def layer_command(
         facts |= {"policies": [timing.facts() for timing in result.timings]}
         facts |= {"peers": peers, "sittings": result.sessions}
         measures = [measure for timing in result.timings for measure in timing.measures()]
-        table = output.layer_table(result)
-        output.report(table, out, title, measures=measures, facts=facts, json=json)
+        record.report(output.layer_table(result), title, measures, facts)
 
 
 def forward_command(
     *, shape: str = "llada2-mini", expert_dtype: Literal["fp32", "bf16", "int8", "int4"] = "int8",
     policies: list[str] | None = None, tokens: int = DEFAULT_TOKENS, context: int | None = None,
     logits: str = "block", layers: int | None = None, repeats: int = 10, threads: int | None = None,
-    seed: int = 0, out: Path = RECORDS, overwrite: bool = False, json: bool = False,
+    seed: int = 0, record: output.RecordOptions,
 ) -> None:  # fmt: skip
     """Time whole forwards of a random model of a published shape, and a read of their bytes.
 
@@ -159,7 +156,7 @@ def forward_command(
         "context": context, "wanted": num_logits, "threads": num_threads,
     }  # fmt: skip
     same = {**facts, "policies": specs, "seed": seed}
-    with output.open_journal(out, title, same, overwrite=overwrite) as journal:
+    with record.journal(title, same) as journal:
         with _progress_callback() as on_progress:
             on_progress(0.0, "making weights")
             model = random_model(truncated, expert_dtype, seed=seed)
@@ -175,8 +172,8 @@ def forward_command(
             "peak_times_weights": None if peak is None else peak / size,
             "policies": [timing.facts() for timing in result.timings],
         }  # fmt: skip
-        table, measures = output.forward_table(result.timings), result.measures()
-        output.report(table, out, title, measures=measures, facts=facts, json=json)
+        table = output.forward_table(result.timings)
+        record.report(table, title, result.measures(), facts)
 
 
 @dataclass(frozen=True)
@@ -254,8 +251,7 @@ class WorkloadOptions:
 def generate_command(
     *, engine_options: engines.EngineOptions, workload: WorkloadOptions,
     policies: list[str] | None = None, coreset_reuse: float | None = None, tokens: int = 256,
-    repeats: int = 5, threads: int | None = None, out: Path = RECORDS, overwrite: bool = False,
-    json: bool = False,
+    repeats: int = 5, threads: int | None = None, record: output.RecordOptions,
 ) -> None:  # fmt: skip
     """Time whole answers under several policies: tokens a second, forwards, forwards a block.
 
@@ -276,7 +272,7 @@ def generate_command(
     opened = workload.open(engine_options, workload.num_prompts or 8)
     title, facts = f"generate {opened.title}", opened.facts()
     same = {**facts, **opened.identity(engine_options), "policies": reuse_by_policy}
-    with output.open_journal(out, title, same | {"tokens": tokens}, overwrite=overwrite) as journal:
+    with record.journal(title, same | {"tokens": tokens}) as journal:
         with _progress_callback() as on_progress:
             timings = answers.time_generation(
                 opened.engine, opened.prompts, specs, num_repeats=repeats,
@@ -284,17 +280,15 @@ def generate_command(
                 journal=journal, on_progress=on_progress,
             )  # fmt: skip
         facts["policies"] = {timing.policy: timing.facts(timings[0]) for timing in timings}
-        output.report(
-            output.generation_table(timings), out, title, facts=facts, json=json,
-            measures=[timing.measure() for timing in timings], device=opened.device_name,
-        )  # fmt: skip
+        measures = [timing.measure() for timing in timings]
+        table = output.generation_table(timings)
+        record.report(table, title, measures, facts, opened.device_name)
 
 
 def serve_command(
     *, engine_options: engines.EngineOptions, workload: WorkloadOptions,
     policies: list[str] | None = None, rows: list[int] | None = None, tokens: int = 256,
-    repeats: int = 5, threads: int | None = None, out: Path = RECORDS, overwrite: bool = False,
-    json: bool = False,
+    repeats: int = 5, threads: int | None = None, record: output.RecordOptions,
 ) -> None:  # fmt: skip
     """Time requests in progress together: tokens a second, and the experts that all rows read.
 
@@ -312,7 +306,7 @@ def serve_command(
     opened = workload.open(engine_options, workload.num_prompts or max(counts))
     title, facts = f"bench serve {opened.title}", opened.facts()
     same = {**facts, **opened.identity(engine_options), "policies": specs, "rows": counts}
-    with output.open_journal(out, title, same | {"tokens": tokens}, overwrite=overwrite) as journal:
+    with record.journal(title, same | {"tokens": tokens}) as journal:
         with _progress_callback() as on_progress:
             timings = concurrency.time_concurrency(
                 opened.engine, opened.prompts, specs, counts, num_repeats=repeats,
@@ -320,11 +314,9 @@ def serve_command(
             )  # fmt: skip
         fewest = {timing.policy: timing for timing in reversed(timings)}
         settings = [timing.facts(fewest[timing.policy]) for timing in timings]
-        output.report(
-            output.concurrency_table(timings, settings), out, title,
-            facts=facts | {"settings": settings}, json=json,
-            measures=[timing.measure() for timing in timings], device=opened.device_name,
-        )  # fmt: skip
+        measures = [timing.measure() for timing in timings]
+        table, facts = output.concurrency_table(timings, settings), facts | {"settings": settings}
+        record.report(table, title, measures, facts, opened.device_name)
 
 
 def plot_command(records: list[Path]) -> None:

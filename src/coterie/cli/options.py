@@ -126,10 +126,7 @@ class PromptOptions:
         options = TaskOptions(family, self.data, self.shots, count, self.seed, trust_code)
         if self.prompt_file is not None:
             return prompts_from_file(self.prompt_file)
-        if not self.task and model not in (None, EMBEDDED):
-            known = f"tasks: {', '.join(TASKS)}"
-            raise ConfigError(f"--task or --prompt-file is needed with --model; {known}")
-        names = list(dict.fromkeys(self.task or PROBLEM_MAKERS))
+        names = task_names(self.task, model, self.data, flags="--task or --prompt-file")
         prompts = prompts_from_tasks(names, count, options)
         if prompts.includes_test_items:
             print_note(
@@ -140,11 +137,16 @@ class PromptOptions:
 
 
 def task_names(
-    requested: Sequence[str] | None, model: str | None, data: Path | None, count: int | None = None
+    requested: Sequence[str] | None,
+    model: str | None,
+    data: Path | None,
+    count: int | None = None,
+    *,
+    flags: str = "--task",
 ) -> list[str]:
     """The tasks, by default those of the package; raises for an option that none of them uses."""
     if not requested and model not in (None, EMBEDDED):
-        raise ConfigError(f"--task is needed with a model; tasks: {', '.join(TASKS)}")
+        raise ConfigError(f"{flags} is needed with a model; tasks: {', '.join(TASKS)}")
     names = list(dict.fromkeys(requested or PROBLEM_MAKERS))
     for name in names:
         check_task_name(name)

@@ -154,8 +154,8 @@ class Scheduler:
         """Free the rows of requests that were cancelled."""
         for number, ticket in list(self._rows.items()):
             if ticket.is_cancelled:
-                self._remove(number)
                 self.metrics.on_cancelled()
+                self._remove(number)
 
     def _admit(self) -> None:
         """Give free rows to the requests that have waited longest."""
