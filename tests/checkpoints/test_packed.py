@@ -374,7 +374,7 @@ def test_packed_experts_cannot_be_converted(tmp_path: Path) -> None:
     with pytest.raises(
         CoterieError, match="are bf16, packed already; int8 in groups of 64 can only"
     ):
-        load_model(folder, experts="int8")
+        load_model(folder, expert_dtype="int8")
     for aim in (
         ConversionTarget.parse("int8"),
         ConversionTarget.parse("bf16"),
@@ -382,7 +382,9 @@ def test_packed_experts_cannot_be_converted(tmp_path: Path) -> None:
     ):
         with pytest.raises(CoterieError, match=r"are bf16, packed already; .* from the original"):
             convert(folder, tmp_path / "other", aim)
-    assert load_model(packed(tmp_path / "int8"), experts="int8").spec.panels == cpu.is_available()
+    assert (
+        load_model(packed(tmp_path / "int8"), expert_dtype="int8").spec.panels == cpu.is_available()
+    )
 
 
 def test_the_command_complains_in_one_line(

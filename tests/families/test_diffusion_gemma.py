@@ -143,9 +143,9 @@ def test_a_policy_that_keeps_all_experts_is_the_model(tmp_path: Path, policy: st
     ("family", "options"),
     [
         (FAMILY, {"unmask": "threshold"}),
-        (FAMILY, {"plan": "block-causal"}),
+        (FAMILY, {"kv_cache": "block-causal"}),
         ("llada2", {"unmask": "renoise"}),
-        ("llada2", {"plan": "encoder"}),
+        ("llada2", {"kv_cache": "encoder"}),
     ],
 )
 def test_masks_and_noise_do_not_mix(tmp_path: Path, family: str, options: dict[str, str]) -> None:

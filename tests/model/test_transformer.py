@@ -13,7 +13,7 @@ from coterie.model.cache import KVCache
 from coterie.model.forward_context import ForwardContext
 from coterie.model.transformer import Transformer
 from coterie.routing import Vanilla, parse_policy
-from coterie.telemetry import NullRecorder, TensorRecorder
+from coterie.telemetry import Recorder, TensorRecorder
 from coterie.testing import FAMILY_CONFIGS, random_transformer, read_spec, tiny_config
 from coterie.values import Policy, Window
 
@@ -51,7 +51,7 @@ def run(
     cache: KVCache | None = None,
     *,
     policy: Policy | None = None,
-    recorder: NullRecorder | TensorRecorder | None = None,
+    recorder: TensorRecorder | None = None,
     wanted: Tensor | None = None,
     embeddings: Tensor | None = None,
 ) -> Tensor:
@@ -60,7 +60,7 @@ def run(
         view,
         cache,
         policy or Vanilla(),
-        recorder or NullRecorder(),
+        recorder or Recorder(),
         logits_indices=wanted,
         embeddings=embeddings,
     )
@@ -277,11 +277,11 @@ def test_an_encoder_replaces_the_keys_that_a_decoder_wrote(prompt: int, width: i
     spans = [[(0, prompt + width)], [(0, prompt), (prompt, prompt + width)]]
     decoded = window(prompt, width=width, visible=prompt + width)
     with torch.inference_mode():
-        transformer(ids[:, prompt:], ForwardContext(decoded, caches[1], Vanilla(), NullRecorder()))
+        transformer(ids[:, prompt:], ForwardContext(decoded, caches[1], Vanilla()))
         for cache, parts in zip(caches, spans, strict=True):
             for start, stop in parts:
                 view = window(start, width=stop - start, visible=stop, block=1)
-                context = ForwardContext(view, cache, Vanilla(), NullRecorder(), encodes=True)
+                context = ForwardContext(view, cache, Vanilla(), encodes=True)
                 transformer(ids[:, start:stop], context)
     for kept in ("keys", "values"):
         for left, right in zip(*(getattr(cache, kept) for cache in caches), strict=True):

@@ -15,10 +15,8 @@ from coterie.decoding.sequence import first_index_of
 from coterie.engine.active_sequence import ActiveSequence
 from coterie.model.forward_context import CoresetState, ForwardContext
 from coterie.model.transformer import Transformer
-from coterie.telemetry import NullRecorder
 from coterie.values import DecodeProgress, Window
 
-NULL_RECORDER = NullRecorder()
 PROGRESS_FIELDS = tuple(vars(DecodeProgress()))
 
 
@@ -47,7 +45,6 @@ class ForwardBatch:
             policy=group[0].next_policy(),
             committed=group[0].next_pass.committed,
             commit_policy=group[0].commit_policy(),
-            recorder=NULL_RECORDER,
             logits_indices=_logits_indices(group, positions),
             voters=_voters(group),
             progress=_progress(group),

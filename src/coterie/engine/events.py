@@ -70,7 +70,7 @@ class Result:
     blocks: int
     seconds: float
     policy: str
-    plan: str
+    kv_cache: str
     unmask: str
     model: str
     dtype: str

@@ -183,7 +183,7 @@ class _ObservationRecorder(Recorder):
 
 
 def _with_separate_commits(generation: GenerationConfig) -> GenerationConfig:
-    return generation.replace(plan=str(parse_plan(generation.plan).with_separate_commits()))
+    return generation.replace(kv_cache=str(parse_plan(generation.kv_cache).with_separate_commits()))
 
 
 def _routing_layers(model: Model, layers: Collection[int] | None) -> frozenset[int]:

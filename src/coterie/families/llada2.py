@@ -172,7 +172,7 @@ FAMILY = Family(
     defaults=FamilyDefaults(
         block=BLOCK,
         block_causal=True,
-        plan="block-causal",
+        kv_cache="block-causal",
         unmask="threshold:p=0.9",
         mask_id=156895,
         eos_ids=(156892,),

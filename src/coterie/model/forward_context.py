@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class ForwardContext:
     window: Window
     cache: KVCache | None
     policy: Policy
-    recorder: Recorder
+    recorder: Recorder = field(default_factory=Recorder)
     committed: int = 0  # the first positions of each row: a finished block
     commit_policy: Policy | None = None  # routes these
     logits_indices: Tensor | None = None  # [P] int64 into B * width: where to compute logits

@@ -85,8 +85,6 @@ def _options(fields: GenerationFields) -> dict[str, object]:
     names = (*SAMPLING, *RESTRICTED_OPTIONS)
     options = {name: getattr(fields, name) for name in names if getattr(fields, name) is not None}
     options.pop("policy", None)
-    if "kv_cache" in options:
-        options["plan"] = options.pop("kv_cache")
     if options.get("top_k") == -1:
         options["top_k"] = 0
     if fields.ignore_eos:

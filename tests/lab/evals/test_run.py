@@ -414,7 +414,7 @@ def test_batched_answers_equal_single_ones() -> None:
 
 
 def test_only_counted_forwards_have_weight() -> None:
-    dual = coterie.load(model("llada-moe"), plan="dual", **STEPS)
+    dual = coterie.load(model("llada-moe"), kv_cache="dual", **STEPS)
     (result,) = run_eval(dual, [Quiz(tokens=16)], [VOTE], None, batch_size=4)
     answers = result.answers
     assert all(0 < a.expert_forwards < a.forwards for a in answers)  # a re-forward at each block

@@ -248,7 +248,7 @@ def test_every_parameter_of_dinfer_is_used() -> None:
         "inclusionAI/dInfer@fce4e32", ReferenceParameters("here", DINFER), mask_id=511, eos_id=508
     )
     (generation,) = loop.configs
-    plan, unmask = parse_plan(generation.plan), parse_unmask(generation.unmask)
+    plan, unmask = parse_plan(generation.kv_cache), parse_unmask(generation.unmask)
     assert plan.scheme == DualCache(before=16, after=8, warmup=4, aligned=True)
     assert plan.unroll == Unroll(4, 8)
     assert str(unmask) == (
@@ -292,7 +292,7 @@ def test_dinfer_fills_after_a_stop_with_early_stop() -> None:
 def test_llada_takes_every_step_of_its_schedule() -> None:
     values = {"steps": 24, "gen_length": 16, "block_length": 8, "remasking": "low_confidence"}
     loop = make_loop("ML-GSAI/LLaDA", ReferenceParameters("here", values), mask_id=511, eos_id=508)
-    plan = parse_plan(loop.configs[0].plan)
+    plan = parse_plan(loop.configs[0].kv_cache)
     block = plan.blocks(3, 16, 8)[0]
     assert plan.steps_until_check(block, 19, StepCounter(), num_masked=8) == 12
     with pytest.raises(CoterieError, match="do not divide evenly"):

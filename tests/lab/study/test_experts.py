@@ -295,7 +295,7 @@ def test_committed_record_renders() -> None:
 
 
 def test_quantised_experts_keep_their_precision(tmp_path: Path) -> None:
-    engine = tiny(tmp_path, experts="int8")
+    engine = tiny(tmp_path, expert_dtype="int8")
     assert precision_names(engine) == ["int8"]
     assert engine_with_precision(engine, "int8") is engine
 

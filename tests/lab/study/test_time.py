@@ -243,7 +243,11 @@ def test_roofline_counts(tmp_path: Path) -> None:
 def test_quantised_layer_is_timed_with_model_dtype(tmp_path: Path, experts: str) -> None:
     tiny(tmp_path)
     engine = coterie.load(
-        tmp_path / "model", max_new_tokens=20, unmask="fixed:steps=2", device="cpu", experts=experts
+        tmp_path / "model",
+        max_new_tokens=20,
+        unmask="fixed:steps=2",
+        device="cpu",
+        expert_dtype=experts,
     )
     bench = model_bench_layer(engine)
     assert bench.inputs(3, torch.Generator().manual_seed(0)).dtype == torch.float32

@@ -33,7 +33,7 @@ from coterie.model.cache import KVCache
 from coterie.model.forward_context import ForwardContext
 from coterie.model.transformer import Transformer
 from coterie.routing import check_layers, parse_policy
-from coterie.telemetry import NullRecorder, TensorRecorder
+from coterie.telemetry import TensorRecorder
 from coterie.values import Window
 
 NUM_BLOCKS = 4  # blocks in rotation
@@ -230,7 +230,7 @@ def _run_block(
     """Runs a block once, which is also the warm-up."""
     parsed = parse_policy(policy)
     check_layers(parsed, len(transformer.spec.moe_layers))
-    context = ForwardContext(blocks.window, blocks.cache, parsed, NullRecorder(), forward=(0,))
+    context = ForwardContext(blocks.window, blocks.cache, parsed, forward=(0,))
     recorder = TensorRecorder()
     transformer(blocks.tokens[number], replace(context, recorder=recorder))
     used = {layer: routing.used.cpu() for layer, _, routing in recorder.routings}

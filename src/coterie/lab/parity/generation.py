@@ -126,7 +126,7 @@ def _compare_generation(
     if len(generated.forwards) != expected:
         problems.append(f"{len(generated.forwards)} forwards, not {expected}")
     problems += _trace_problems(run, config, generated)
-    name = f"{run.tag} [{config.plan.partition(':')[0]}]"
+    name = f"{run.tag} [{config.kv_cache.partition(':')[0]}]"
     return ParityResult(
         name, tuple(problems), len(generated.forwards), generated.extra_forwards, run.excuse
     )

@@ -53,7 +53,7 @@ def predict_block(
 
 
 def decode_plan(model: PlannedModel) -> DecodePlan:
-    return parse_plan(model.shape.family.defaults.plan)
+    return parse_plan(model.shape.family.defaults.kv_cache)
 
 
 def middle_block(model: PlannedModel) -> Block:

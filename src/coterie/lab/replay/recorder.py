@@ -88,7 +88,7 @@ def trace_header(
     """The header of a trace of this engine."""
     model, spec, router = engine.model, engine.model.spec, engine.model.spec.router
     return TraceHeader(
-        *(model.name, policy, generation.plan, generation.unmask),
+        *(model.name, policy, generation.kv_cache, generation.unmask),
         *(spec.moe_layers, router.experts, router.k, bytes_by_precision(spec)),
         biased_weight=router.biased_weight,
         commit_routing=generation.commit_routing,

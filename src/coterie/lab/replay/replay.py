@@ -117,7 +117,7 @@ class ReplayResult:
         header = trace.header
         return {
             "trace": str(path), "torn": trace.truncated, "model": header.model,
-            "traced_under": header.policy, "plan": header.plan, "unmask": header.unmask,
+            "traced_under": header.policy, "plan": header.kv_cache, "unmask": header.unmask,
             "layers": list(header.layers), "experts": header.experts,
             "prompts": dict(header.prompts), "made": dict(header.provenance),
             "forwards": trace.kinds, "steps_per_block": self.steps_per_block,

@@ -57,7 +57,7 @@ class TraceHeader:
 
     model: Annotated[str, Key("model")]
     policy: Annotated[str, Key("policy")]
-    plan: Annotated[str, Key("plan")]
+    kv_cache: Annotated[str, Key("plan")]
     unmask: Annotated[str, Key("unmask")]
     layers: Annotated[tuple[int, ...], Key("layers")]  # the layers with a router
     experts: Annotated[int, Key("experts")]

@@ -153,7 +153,7 @@ def _parse_header(fields: Mapping[str, object], path: Path) -> TraceHeader:
         header = from_json(TraceHeader, {**fields, "layers": tuple(layers)})  # type: ignore[arg-type]
     except (TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: header: {error} is missing or wrong") from None
-    texts = (header.model, header.policy, header.plan, header.unmask, header.commit_routing)
+    texts = (header.model, header.policy, header.kv_cache, header.unmask, header.commit_routing)
     sizes = header.expert_bytes if isinstance(header.expert_bytes, dict) else {"": None}
     valid = {
         "a name": all(isinstance(text, str) for text in texts),

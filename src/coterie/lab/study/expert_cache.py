@@ -68,7 +68,7 @@ def measure_expert_cache(context: StudyContext) -> Entry:
     """Measure policies in every precision that loads, and simulate caches of every size."""
     spec, generation = context.engine.model.spec, context.engine.generation
     # A separate forward may write the keys of a finished block.
-    commits = parse_plan(generation.plan).scheme.writes_kv
+    commits = parse_plan(generation.kv_cache).scheme.writes_kv
     names, slots = precision_names(context.engine), slots_by_share(spec.router.experts)
     precisions: list[Entry] = []
     left_out: list[dict[str, str]] = []
@@ -132,7 +132,7 @@ def engine_with_precision(engine: Engine, name: str) -> Engine:
         model.folder,
         dtype=dtype if dtype in SIXTEEN_BIT_NAMES else torch.bfloat16,
         device=model.transformer.device,
-        experts=name if name in LOW_PRECISIONS else None,
+        expert_dtype=name if name in LOW_PRECISIONS else None,
     )
     return Engine(loaded, generation=engine.generation)
 

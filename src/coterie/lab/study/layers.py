@@ -26,7 +26,6 @@ from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import MoE
 from coterie.model.transformer import Transformer
 from coterie.routing import parse_policy
-from coterie.telemetry import NullRecorder
 from coterie.values import ExpertRequest, PackedExperts, Policy, Routing, Scores, Slab, Window
 
 Key = TypeVar("Key", bound=Hashable)
@@ -215,7 +214,6 @@ def layer_runner(moe: MoE, observation: LayerObservation, policy: Policy) -> Cal
         window=Window(torch.zeros_like(span), tokens, span),
         cache=None,
         policy=policy,
-        recorder=NullRecorder(),
         voters=scores.voters,
         progress=scores.progress,
         forward=scores.forward_indices,
