@@ -6,9 +6,10 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 
 import typer
-from typer.core import TyperOption
+from typer.core import TyperGroup, TyperOption
 
 from coterie.cli.app import COMMANDS, app
 from coterie.cli.old_names import with_new_names
@@ -44,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         arguments = with_imports_first(with_new_names([utf8_text(each) for each in arguments]))
         check_repeats(arguments)
-        status = app(arguments, prog_name="coterie", standalone_mode=False)
+        status = root_command()(arguments, prog_name="coterie", standalone_mode=False)
         command = next((each for each in arguments if each in COMMANDS), "")
         if status == INTERRUPTED and command in STOP_NOTES:
             print_note(STOP_NOTES[command])
@@ -125,7 +126,7 @@ def command_flags(arguments: Sequence[str]) -> dict[str, str]:
 
 def command_options(arguments: Sequence[str]) -> dict[str, TyperOption]:
     """The options of the command on this command line, by flag."""
-    command = root = typer.main.get_command(app)
+    command = root = root_command()
     for name in arguments:
         subcommand = getattr(command, "commands", {}).get(name)
         if subcommand is None and command is not root:
@@ -133,6 +134,14 @@ def command_options(arguments: Sequence[str]) -> dict[str, TyperOption]:
         command = subcommand or command
     options = (each for each in command.params if isinstance(each, TyperOption))
     return {flag: option for option in options for flag in option.opts}
+
+
+@cache
+def root_command() -> TyperGroup:
+    """The tree of all commands and options; making it takes longer than many a command."""
+    root = typer.main.get_command(app)
+    assert isinstance(root, TyperGroup)
+    return root
 
 
 def _error_message(error: Exception) -> str:
