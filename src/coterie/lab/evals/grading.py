@@ -61,7 +61,7 @@ class GradingJob:
         try:
             yield from pool.map(self._grade, self.outputs)
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _grade(self, output: OutputToGrade) -> Grade:
         if self.gold_grader is not None and output.gold is not None:

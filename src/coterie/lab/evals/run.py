@@ -100,7 +100,7 @@ def run_eval(
         engine, tasks, limit=limit, shuffle_seed=shuffle_seed, reset_every=reset_every,
         options=options,
     )  # fmt: skip
-    with AnswerLog(folder, run_config, on_remark) as log, _grader_pool() as graders:
+    with AnswerLog(folder, run_config, on_remark) as log, grader_pool() as graders:
         for key in (_answer_key(name, request) for name in by_name for request in requests):
             if key in log.answers:
                 on_answer(log.answers[key])
@@ -389,7 +389,7 @@ def _hash_items(task: Task, items: Iterable[Item]) -> str:
 
 
 @contextmanager
-def _grader_pool() -> Iterator[ThreadPoolExecutor]:
+def grader_pool() -> Iterator[ThreadPoolExecutor]:
     """Threads, since graders mostly wait for child processes; an interrupt does not wait."""
     pool = ThreadPoolExecutor(min(MAX_GRADERS, os.cpu_count() or 1), thread_name_prefix="grader")
     try:

@@ -7,7 +7,6 @@ in which an interrupted run continues.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from coterie.errors import TaskError
 from coterie.lab.evals.expert_log import AnswerEntry, AnswerTraceLog
 from coterie.lab.evals.generation import EvalRequest, generate_outcomes
 from coterie.lab.evals.results import Variant
-from coterie.lab.evals.run import MAX_GRADERS, grade_outcome, make_answer
+from coterie.lab.evals.run import grade_outcome, grader_pool, make_answer
 from coterie.lab.evals.task import Task
 from coterie.lab.study.context import BATCH_SIZE, interleave
 from coterie.loading.load import Model
@@ -154,7 +153,7 @@ def _generate_entries(
         model, generation=engine.generation, recorder=recorder, record_all=True
     )
     variant = request.variant
-    with ThreadPoolExecutor(MAX_GRADERS) as graders:
+    with grader_pool() as graders:
         for outcomes in generate_outcomes(
             recording_engine, questions, variant.policy, batch_size=batch_size
         ):
