@@ -22,7 +22,6 @@ from torch import Tensor
 from coterie.errors import CoterieError
 from coterie.files import LockedFile
 from coterie.lab.training import export
-from coterie.lab.training.attend import masked_attention
 from coterie.lab.training.batch import TrainingBatch
 from coterie.lab.training.embedded import write_training_record
 from coterie.lab.training.experts import run_experts, sort_by_expert
@@ -30,7 +29,6 @@ from coterie.lab.training.loop import TrainingConfig, TrainingState, saved_step,
 from coterie.lab.training.network import (
     NetworkShape,
     TrainingNetwork,
-    additive_mask,
     select_experts,
 )
 from coterie.lab.training.optim import orthogonalize
@@ -167,17 +165,6 @@ def test_expert_order_is_invertible() -> None:
         torch.searchsorted(rows.expert_ends, rows.row_index.int(), right=True).tolist()
         == ids.tolist()
     )
-
-
-def test_attention_and_its_gradients_equal_the_library() -> None:
-    draw = torch.Generator().manual_seed(2)
-    q, k, v = (torch.randn(3, 2, 8, 4, generator=draw, requires_grad=True) for _ in range(3))
-    mask = additive_mask(torch.ones(3, 2, 2).tril().bool(), 4)
-    mine = masked_attention(q, k, v, mask)
-    plain = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(mine, plain)
-    for found, wanted in zip(gradients(mine, [q, k, v]), gradients(plain, [q, k, v]), strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_weights_ignore_the_selection_bias() -> None:

@@ -343,17 +343,15 @@ def _parameter_groups(
     network: TrainingNetwork, options: OptimizerOptions
 ) -> list[list[tuple[torch.nn.Parameter, float]]]:
     """Parameters with their learning rates: those for AdamW, then matrices for Muon by size."""
-    matrices = network.matrices()
     hidden = network.shape.hidden_size
-    matrix_ids = {id(p) for p in matrices}
     rates_by_name = {"embeddings": options.embedding, "head": options.head, "gate": options.router}
     other_parameters = [
         (p, rates_by_name.get(name.rpartition(".")[2], options.norm))
         for name, p in network.named_parameters()
-        if id(p) not in matrix_ids
+        if p.ndim <= 2
     ]
     by_size: dict[torch.Size, list[tuple[torch.nn.Parameter, float]]] = {}
-    for p in matrices:
+    for p in network.matrices():
         # The entries of an orthogonal r x c step are of size 1 / sqrt(max(r, c)).
         rate = options.matrix * math.sqrt(max(p.shape[-2:]) / hidden)
         by_size.setdefault(p.shape[-2:], []).append((p, rate))

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coterie.keys import Key
-from coterie.lab.training.attend import masked_attention
 from coterie.lab.training.experts import run_experts
 from coterie.model.attention import rotate
 
@@ -97,7 +96,7 @@ class TrainingNetwork(nn.Module):
 
     def matrices(self) -> list[nn.Parameter]:
         """The parameters [..., rows, columns] that Muon updates, as batches of matrices."""
-        return [p for layer in self._layers for p in layer.matrices()]
+        return [parameter for parameter in self.parameters() if parameter.ndim > 2]
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Writable views of all weights, by their names in the checkpoint."""
@@ -145,11 +144,8 @@ class _TrainingLayer(nn.Module):
         q = rotate(_norm(q.float(), self.norm_query, shape.epsilon), *rope)
         k = rotate(_norm(k.float(), self.norm_key, shape.epsilon), *rope)
         k, v = (t.repeat_interleave(shape.heads // shape.kv_heads, 1) for t in (k, v))
-        output = masked_attention(q.to(x.dtype), k.to(x.dtype), v.contiguous(), mask)
+        output = F.scaled_dot_product_attention(q.to(x.dtype), k.to(x.dtype), v, mask.to(x.dtype))
         return output.transpose(1, 2).reshape(len(x), -1) @ self.out.to(x.dtype).flatten(0, 1)
-
-    def matrices(self) -> list[nn.Parameter]:
-        return [self.qkv, self.out, *self.mlp.matrices()]
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         return {
@@ -170,9 +166,6 @@ class _Dense(nn.Module):
 
     def forward(self, x: Tensor, precision: torch.dtype) -> tuple[Tensor, None]:
         return _swiglu(x.to(precision), self.weight), None
-
-    def matrices(self) -> list[nn.Parameter]:
-        return [self.weight]
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         return _projection_tensors("", self.weight.data)
@@ -197,9 +190,6 @@ class _MoE(nn.Module):
         typed = x.to(precision)
         output, load = run_experts(typed, weights, ids, self.experts)
         return output + _swiglu(typed, self.shared) if self.shape.shared_experts else output, load
-
-    def matrices(self) -> list[nn.Parameter]:
-        return [self.experts, self.shared]
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         names = {"gate.weight": self.gate.data, "gate.expert_bias": self.bias}
