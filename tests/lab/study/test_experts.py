@@ -30,8 +30,7 @@ from coterie.lab.study.cache_simulation import (
     simulate_cache,
     with_store,
 )
-from coterie.lab.study.context import StudyContext, read_record
-from coterie.lab.study.experiment import Finding, Verdict
+from coterie.lab.study.experiment import Finding, StudyContext, Verdict, read_record
 from coterie.lab.study.expert_cache import (
     MEMORY_SHARES,
     REDUCED_ITEMS_DIVISOR,

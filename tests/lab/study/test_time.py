@@ -29,8 +29,7 @@ from coterie.lab.records import make_record
 from coterie.lab.study import layers, roofline, selection
 from coterie.lab.study.breakdown import BreakdownExperiment
 from coterie.lab.study.charts import pareto_front
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Experiment, Finding
+from coterie.lab.study.experiment import Experiment, Finding, StudyContext
 from coterie.lab.study.explosion import (
     ExplosionExperiment,
     bin_by_masked,

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coterie.lab.study.charts import pareto_front
-from coterie.lab.study.comparison import PolicyComparison, variant_rows
+from coterie.lab.study.comparison import PolicyComparison, compare_pairs, variant_rows
 from coterie.lab.study.experiment import ExperimentText, Finding, Table, judge
-from coterie.lab.study.paired import compare_pairs
 from coterie.lab.study.results import VariantResult, VariantResults
 
 DES_VOTE, DES_SEQ, TOP_K = "DES-Vote", "DES-Seq", "top-k"  # groups of comparisons.toml

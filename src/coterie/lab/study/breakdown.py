@@ -25,8 +25,7 @@ from coterie.lab.bench.profiler import (
 )
 from coterie.lab.plotting import SERIES_COLOURS, new_axes
 from coterie.lab.study.charts import milliseconds, quartiles_text
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
 
 POLICIES = ("vanilla", "des-seq:k=3", "des-vote:beta=0.3")
 ROUNDS = 5
@@ -37,10 +36,8 @@ Laps = tuple[dict[str, float], float]  # seconds by part, and unique experts of 
 
 
 @dataclass(frozen=True)
-class BreakdownExperiment(Experiment):
+class BreakdownExperiment(Experiment, name="breakdown"):
     """One row at a time; prompts and policies take turns, and every part of the model is timed."""
-
-    text = ExperimentText.load("breakdown")
 
     rounds: int = ROUNDS
 

@@ -23,7 +23,7 @@ from coterie.lab.evals.generation import EvalRequest, generate_outcomes
 from coterie.lab.evals.results import Variant
 from coterie.lab.evals.run import MAX_GRADERS, grade_outcome, make_answer
 from coterie.lab.evals.task import Task
-from coterie.lab.study.context import BATCH_SIZE, interleave
+from coterie.lab.study.experiment import BATCH_SIZE, interleave
 from coterie.loading.load import Model
 from coterie.model.moe import MoE
 from coterie.offload.eviction import Mask

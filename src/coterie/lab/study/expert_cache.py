@@ -22,8 +22,7 @@ from coterie.lab.study.cache_simulation import (
     answer_questions,
     simulate_cache,
 )
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Entry
+from coterie.lab.study.experiment import Entry, StudyContext
 from coterie.lab.study.results import VariantResult
 from coterie.loading.load import load_model
 from coterie.model.weights import expert_bytes

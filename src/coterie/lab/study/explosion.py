@@ -14,8 +14,7 @@ from torch import Tensor
 from coterie.engine.observation import LayerObservation, observe_forwards
 from coterie.errors import CoterieError, TaskError
 from coterie.lab.study.charts import dash_repeats, guide_series, line_chart, policy_series
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
 from coterie.telemetry import routing_stats
 
 BLOCK_SIZES = (8, 16, 24, 32, 48, 64)
@@ -24,14 +23,12 @@ SLOW_UNMASK = "fixed:steps=32"  # it passes every number of masks
 
 
 @dataclass(frozen=True)
-class ExplosionExperiment(Experiment):
+class ExplosionExperiment(Experiment, name="explosion"):
     """Unique experts of every decoding forward on real prompts, by block size and policy.
 
     The ``budget`` of a curve is the size of the policy's coreset where that is fixed. ``masked``
     has vanilla forwards of the ``usual`` block by positions still masked.
     """
-
-    text = ExperimentText.load("explosion")
 
     blocks: Sequence[int] = BLOCK_SIZES
 

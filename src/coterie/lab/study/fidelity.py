@@ -22,8 +22,7 @@ from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation, moe_output, observe_forwards
 from coterie.errors import CoterieError
 from coterie.lab.evals.rank_stats import central_interval
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Entry
+from coterie.lab.study.experiment import Entry, StudyContext
 from coterie.routing import needs_importance, parse_policy, route
 from coterie.telemetry import routing_stats
 from coterie.values import Routing, expert_mask

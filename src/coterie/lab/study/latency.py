@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,8 +15,7 @@ from coterie.lab.bench.routings import BLOCK_LENGTH, balanced_routing
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
 from coterie.lab.plotting import SeriesStyle, indexed_style
 from coterie.lab.study.charts import Series, line_chart, timing_series
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
 from coterie.lab.study.layers import (
     INPUTS_PER_WIDTH,
     BenchLayer,
@@ -38,7 +37,7 @@ MIN_R2 = 0.95  # least R^2 at which Equation 2 holds
 
 
 @dataclass(frozen=True)
-class LatencyExperiment(Experiment):
+class LatencyExperiment(Experiment, name="latency"):
     """Layers timed in turns over a grid of tokens and experts, and a plane fitted to the times.
 
     Each entry of ``lines`` in the record is a layer: ``bench``, ``points`` of the grid, their
@@ -46,32 +45,30 @@ class LatencyExperiment(Experiment):
     ``checks``, blocks routed by a policy with the seconds that the fit ``predicted``.
     """
 
-    text = ExperimentText.load("latency")
-
     shapes: Sequence[LayerShape] = PAPER_LAYERS
     pace: timing.TimingBudget = timing.FULL_BUDGET
 
-    def measure(self, context: StudyContext) -> Mapping[str, object]:
+    def measure(self, context: StudyContext) -> Entry:
         layers, machine = measure_layers(
             context, self.shapes, _measure_layer, budget=self.pace, rounds=ROUNDS
         )
         return {**machine, "lines": layers}
 
-    def drawings(self, record: Any) -> Sequence[Drawing]:
+    def drawings(self, record: Entry) -> Sequence[Drawing]:
         layers = enumerate(map(_with_units, record["lines"]))
         return [
             Drawing(f"{self.name}-{n}", self.text.caption("figure", **layer), partial(_draw, layer))
             for n, layer in layers
         ]
 
-    def tables(self, record: Any) -> Sequence[Table]:
+    def tables(self, record: Entry) -> Sequence[Table]:
         layers = [_with_units(layer) for layer in record["lines"]]
         return [
             self.text.table("fit", layers, **machine_values(record)),
             *(self.text.table("checks", one["checks"], **one) for one in layers if one["checks"]),
         ]
 
-    def findings(self, record: Any) -> Sequence[Finding | str]:
+    def findings(self, record: Entry) -> Sequence[Finding | str]:
         bandwidth = record["limits"]["bytes_per_second"]
         layers = [_with_units(layer) for layer in record["lines"]]
         return [

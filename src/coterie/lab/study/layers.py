@@ -19,8 +19,7 @@ from coterie.errors import CoterieError, TaskError
 from coterie.lab import timing
 from coterie.lab.bench.routings import find_skew, route_on_device, skewed_scores
 from coterie.lab.bench.shapes import LayerShape, random_slab
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Entry
+from coterie.lab.study.experiment import Entry, StudyContext
 from coterie.loading.free_memory import free_memory
 from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import MoE

@@ -8,13 +8,12 @@ from functools import partial
 from matplotlib.figure import Figure
 
 from coterie.lab.study.charts import line_chart, policy_series
-from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
     Entry,
     Experiment,
-    ExperimentText,
     Finding,
+    StudyContext,
     Table,
     judge,
 )
@@ -50,15 +49,13 @@ DRAWN_METRICS: dict[str, Metric] = {  # by figure
 }
 
 
-class ReconstructionExperiment(Experiment):
+class ReconstructionExperiment(Experiment, name="reconstruction"):
     """Every policy routes the inputs of vanilla's layers, so errors do not accumulate.
 
     The record has gaps to DES-Vote's curve at the same size, by metric: ``against`` is for DES-Seq,
     ``guarded`` for the guarded vote, ``ours`` for the proportional vote and ``control`` for random
     coresets.
     """
-
-    text = ExperimentText.load("reconstruction")
 
     def measure(self, context: StudyContext) -> Entry:
         spec = context.engine.model.spec

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -13,8 +12,7 @@ from coterie.lab import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
 from coterie.lab.study.charts import guide_series, line_chart, policy_series
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
 from coterie.lab.study.layers import (
     BenchLayer,
     RunTimer,
@@ -34,7 +32,7 @@ MIN_READING_SHARE = 2 / 3  # of the time: below it, memory does not bound the la
 
 
 @dataclass(frozen=True)
-class RooflineExperiment(Experiment):
+class RooflineExperiment(Experiment, name="roofline"):
     """Bytes from the experts in use, operations from token-expert pairs, both roofs measured.
 
     Each entry of ``roofs`` in the record is a layer with its ``peak`` operations per second. Its
@@ -42,18 +40,16 @@ class RooflineExperiment(Experiment):
     token-expert ``pairs`` and operations (``flops``), and the ``intensity`` in operations per byte.
     """
 
-    text = ExperimentText.load("roofline")
-
     shapes: Sequence[LayerShape] = PAPER_LAYERS
     pace: timing.TimingBudget = timing.FULL_BUDGET
 
-    def measure(self, context: StudyContext) -> Mapping[str, object]:
+    def measure(self, context: StudyContext) -> Entry:
         layers, machine = measure_layers(
             context, self.shapes, _measure_layer, budget=self.pace, rounds=ROUNDS
         )
         return {**machine, "roofs": layers}
 
-    def drawings(self, record: Any) -> Sequence[Drawing]:
+    def drawings(self, record: Entry) -> Sequence[Drawing]:
         drawings = []
         for number, layer in enumerate(record["roofs"]):
             tokens = ", ".join(map(str, sorted({point["tokens"] for point in layer["points"]})))
@@ -62,7 +58,7 @@ class RooflineExperiment(Experiment):
             drawings.append(Drawing(f"{self.name}-{number}", caption, draw))
         return drawings
 
-    def tables(self, record: Any) -> Sequence[Table]:
+    def tables(self, record: Entry) -> Sequence[Table]:
         limits = record["limits"]
         peaks = sorted(limits["flops_per_second"].items())
         rows = [
@@ -75,7 +71,7 @@ class RooflineExperiment(Experiment):
         machine = machine_values(record)
         return [self.text.table("points", rows, block=BLOCK_LENGTH, peaks=rates, **machine)]
 
-    def findings(self, record: Any) -> Sequence[Finding | str]:
+    def findings(self, record: Entry) -> Sequence[Finding | str]:
         limits = record["limits"]
         return [
             *(finding for layer in record["roofs"] for finding in self._findings(layer, limits)),

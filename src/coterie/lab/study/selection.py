@@ -17,13 +17,12 @@ from coterie.lab import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH, find_skew, skewed_scores
 from coterie.lab.plotting import policy_style
 from coterie.lab.study.charts import line_chart, milliseconds, timing_series
-from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
     Entry,
     Experiment,
-    ExperimentText,
     Finding,
+    StudyContext,
     Table,
     judge,
 )
@@ -54,15 +53,13 @@ VERSIONS: dict[str, SelectFunction] = {"eager": route_by_mask, "fused": route}
 
 
 @dataclass(frozen=True)
-class SelectionExperiment(Experiment):
+class SelectionExperiment(Experiment, name="selection"):
     """Random scores for several numbers of experts, then the model's own layers, in turns.
 
     In the record, ``points`` are selections for a block of ``tokens`` among ``experts``, ``layers``
     are the model's own MoE layers on real blocks, and ``large`` has the random layers of the record
     ``latency`` with a number of experts that is timed here.
     """
-
-    text = ExperimentText.load("selection")
 
     rounds: int = ROUNDS
 

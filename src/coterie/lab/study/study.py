@@ -22,8 +22,7 @@ from coterie.lab.study.accuracy import ACCURACY, BEYOND, CORESET_SIZE, TABLE_ONE
 from coterie.lab.study.blocks import BlockSizeExperiment
 from coterie.lab.study.breakdown import BreakdownExperiment
 from coterie.lab.study.comparison import PolicyComparison
-from coterie.lab.study.context import StudyContext, read_record
-from coterie.lab.study.experiment import Experiment
+from coterie.lab.study.experiment import Experiment, StudyContext, read_record
 from coterie.lab.study.expert_cache_report import ExpertCacheExperiment
 from coterie.lab.study.experts_per_token import ExpertsPerTokenExperiment
 from coterie.lab.study.explosion import ExplosionExperiment

@@ -15,18 +15,17 @@ from coterie.lab import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH
 from coterie.lab.plotting import policy_style
 from coterie.lab.study.charts import guide_series, line_chart, pareto_front, policy_series
-from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
     Entry,
     Experiment,
-    ExperimentText,
     Finding,
+    StudyContext,
     Table,
     judge,
 )
 from coterie.lab.study.layers import FORWARDS_PER_PROMPT, NUM_PROMPTS, layer_runner, moe_layers
-from coterie.lab.study.results import JsonObject, VariantResults
+from coterie.lab.study.results import VariantResults
 from coterie.routing import parse_policy, route
 
 # Routes as vanilla does, and computes the importance of tokens, which mc-moe needs.
@@ -36,17 +35,15 @@ INDISTINGUISHABLE_P = 0.05  # least p at which an accuracy counts as that of van
 
 
 @dataclass(frozen=True)
-class TradeoffExperiment(Experiment):
+class TradeoffExperiment(Experiment, name="latency-accuracy"):
     """Accuracy from the record ``accuracy``; latency of the whole layer on the same real forwards.
 
     The latency includes gate, selection and experts. Large layers are predicted from their fits.
     """
 
-    text = ExperimentText.load("latency-accuracy")
-
     rounds: int = ROUNDS
 
-    def measure(self, context: StudyContext) -> JsonObject:
+    def measure(self, context: StudyContext) -> Entry:
         accuracy = context.record("accuracy")
         if accuracy is None:
             raise TaskError("the record of `accuracy` is missing; run both experiments")
