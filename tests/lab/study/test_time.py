@@ -37,10 +37,9 @@ from coterie.lab.study.explosion import (
     expected_uniform,
     summarize_block_size,
 )
-from coterie.lab.study.latency import LatencyExperiment
+from coterie.lab.study.latency import LatencyExperiment, RooflineExperiment
 from coterie.lab.study.layers import FORWARDS_PER_PROMPT, model_bench_layer
 from coterie.lab.study.results import VariantResult
-from coterie.lab.study.roofline import RooflineExperiment
 from coterie.lab.study.selection import VERSIONS, SelectionExperiment
 from coterie.lab.study.study import EXPERIMENTS
 from coterie.lab.study.tradeoff import OBSERVED_POLICY, TradeoffExperiment

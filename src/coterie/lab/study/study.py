@@ -27,11 +27,10 @@ from coterie.lab.study.expert_cache_report import ExpertCacheExperiment
 from coterie.lab.study.experts_per_token import ExpertsPerTokenExperiment
 from coterie.lab.study.explosion import ExplosionExperiment
 from coterie.lab.study.importance import ImportanceExperiment
-from coterie.lab.study.latency import LatencyExperiment
+from coterie.lab.study.latency import LatencyExperiment, RooflineExperiment
 from coterie.lab.study.maps import MapsExperiment
 from coterie.lab.study.reconstruction import ReconstructionExperiment
 from coterie.lab.study.report import ReportSection, make_section, render_page
-from coterie.lab.study.roofline import RooflineExperiment
 from coterie.lab.study.selection import SelectionExperiment
 from coterie.lab.study.speed import FORWARDS, SpeedExperiment
 from coterie.lab.study.tradeoff import TradeoffExperiment
