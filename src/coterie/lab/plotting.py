@@ -1,7 +1,7 @@
 """One style for all figures: a colour and a marker per policy family, light and dark schemes.
 
 A drawing function takes its axes from ``new_axes`` or ``new_panels`` and its colours from
-``policy_colour`` and ``SERIES_COLOURS``. It runs once per scheme, inside ``style_context``. The
+``policy_style`` and ``SERIES_COLOURS``. It runs once per scheme, inside ``style_context``. The
 scheme is held in matplotlib's settings during the drawing.
 """
 
@@ -79,14 +79,6 @@ def policy_style(policy: str) -> SeriesStyle:
     return POLICY_STYLES.get(policy.partition(":")[0], OTHER_STYLE)
 
 
-def policy_colour(policy: str) -> str:
-    return policy_style(policy).colour
-
-
-def policy_marker(policy: str) -> str:
-    return policy_style(policy).marker
-
-
 def foreground() -> str:
     """The current scheme's colour of text and of lines that belong to no policy."""
     return str(mpl.rcParams["text.color"])
@@ -95,10 +87,6 @@ def foreground() -> str:
 def grid_colour() -> str:
     """The current scheme's colour of grids and guide lines."""
     return str(mpl.rcParams["grid.color"])
-
-
-def background() -> str:
-    return str(mpl.rcParams["figure.facecolor"])
 
 
 def new_axes(
