@@ -34,18 +34,16 @@ from coterie.lab.study.fidelity import (
     answer_mask,
     compare_policies,
     compare_to_curve,
+    content_mask,
     fidelity_scores,
     gaps_to_curve,
+    kl_divergence,
     measure_layer,
     observe_vanilla,
-    sample_layers,
-)
-from coterie.lab.study.first_forwards import (
-    content_mask,
-    kl_divergence,
     prompts_at_block_start,
     relative_squared_error,
     run_first_forward,
+    sample_layers,
 )
 from coterie.lab.study.importance import (
     AblateExpert,

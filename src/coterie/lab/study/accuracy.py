@@ -36,7 +36,7 @@ def headline_finding(text: ExperimentText, results: VariantResults) -> Finding:
     if not vanilla.accuracy:
         return judge(NO_ACCURACY, text.claim("headline"), None)
     if best is None:
-        return judge(text.sentence("none-accurate", kept=kept), text.claim("headline"), False)
+        return text.finding("none-accurate", False, claim="headline", kept=kept)
     saved = 1 - best.experts / vanilla.experts
     values = {"kept": kept, "best": best, "saved": saved, "vanilla": vanilla}
     return text.finding("headline", saved > MIN_EXPERT_REDUCTION, **values)

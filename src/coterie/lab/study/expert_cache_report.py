@@ -22,7 +22,6 @@ from coterie.lab.study.experiment import (
     Table,
     decimal_bytes,
     format_p,
-    judge,
 )
 from coterie.lab.study.expert_cache import MEMORY_SHARES, measure_expert_cache
 from coterie.lab.study.results import VariantResult
@@ -271,7 +270,7 @@ class ExpertCacheExperiment(Experiment, name="experts"):
             for name in grid.precisions[1:]:
                 findings += self._low_findings(grid, name)
         else:
-            findings.append(judge(text.sentence("no_accuracy"), text.claim("caching"), None))
+            findings.append(text.finding("no_accuracy", None, claim="caching"))
         for name in grid.precisions[1:]:
             same_memory = grid.select(grid.precisions[0], "25%")[:1], grid.select(name, "50%")[:1]
             findings += [

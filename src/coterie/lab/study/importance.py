@@ -17,14 +17,14 @@ from coterie.lab.evals.rank_stats import mean_interval, spearman
 from coterie.lab.plotting import FIGURE_WIDTH, foreground, grid_colour, policy_style
 from coterie.lab.study.charts import guide_series, line_chart, policy_series
 from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
-from coterie.lab.study.fidelity import sample_layers
-from coterie.lab.study.first_forwards import (
+from coterie.lab.study.fidelity import (
     Prompt,
     content_mask,
     kl_divergence,
     prompts_at_block_start,
     relative_squared_error,
     run_first_forward,
+    sample_layers,
 )
 from coterie.lab.study.variants import GUARD_OPTIONS
 from coterie.routing import parse_policy

@@ -20,15 +20,17 @@ from coterie.engine.observation import LayerObservation
 from coterie.lab.plotting import indexed_style, new_panels
 from coterie.lab.study.charts import Series, dash_repeats, guide_series, line_chart, policy_series
 from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
-from coterie.lab.study.fidelity import count_kept_experts, observe_vanilla, sample_layers
-from coterie.lab.study.first_forwards import (
+from coterie.lab.study.fidelity import (
     BlockForward,
     Prompt,
     content_mask,
+    count_kept_experts,
+    observe_vanilla,
     prompts_at_block_start,
     run_first_forward,
+    sample_layers,
 )
-from coterie.lab.study.variants import GUARD_OPTIONS
+from coterie.lab.study.variants import GUARD_OPTIONS, short_name
 from coterie.routing import parse_policy, route
 from coterie.values import Routing
 
@@ -267,7 +269,7 @@ def _draw_maps(record: Entry, key: str, label: str) -> Figure:
     for entry, ax in zip(maps, subplots, strict=True):
         rates = np.array(entry[key])
         images.append(ax.imshow(rates, aspect="auto", vmin=low, vmax=1))
-        ax.set_title(_short_name(entry["policy"]), fontsize=9)
+        ax.set_title(short_name(entry["policy"]).replace(":", " "), fontsize=9)
         ax.set(yticks=range(len(layers)), yticklabels=layers, ylabel="layer")
         ax.grid(visible=False)
         if key == "steps":
@@ -282,9 +284,10 @@ def _draw_maps(record: Entry, key: str, label: str) -> Figure:
 def _draw_depths(record: Entry) -> Figure:
     depths, policies = record["depths"], [entry["policy"] for entry in record["depths"]]
     size = len(depths[0]["cosine"])
+    labels = [short_name(policy).replace(":", " ") for policy in policies]
     series = [
-        policy_series(policy, range(size), entry["cosine"], label=_short_name(policy), line=line)
-        for policy, entry, line in zip(policies, depths, dash_repeats(policies), strict=True)
+        policy_series(entry["policy"], range(size), entry["cosine"], label=label, line=line)
+        for entry, label, line in zip(depths, labels, dash_repeats(policies), strict=True)
     ]
     y = "cosine to vanilla's hidden state"
     figure = line_chart(series, "after layer", y, ylim=(None, 1.01), height=3.8)
@@ -304,7 +307,3 @@ def _draw_activation(record: Entry) -> Figure:
     figure = line_chart(series, x, y, xlim=(0, experts + 1), ylim=(0, None), columns=4)
     figure.axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     return figure
-
-
-def _short_name(policy: str) -> str:
-    return policy.replace(f",{GUARD_OPTIONS}", ", guarded").replace(":", " ")

@@ -8,15 +8,7 @@ from functools import partial
 from matplotlib.figure import Figure
 
 from coterie.lab.study.charts import line_chart, policy_series
-from coterie.lab.study.experiment import (
-    Drawing,
-    Entry,
-    Experiment,
-    Finding,
-    StudyContext,
-    Table,
-    judge,
-)
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
 from coterie.lab.study.fidelity import (
     Metric,
     compare_policies,
@@ -133,17 +125,18 @@ class ReconstructionExperiment(Experiment, name="reconstruction"):
         return self.text.finding("control", holds, worse=worse, sizes=sizes, nearest=text)
 
     def _seq_finding(self, gaps: Sequence[Entry], metric: Metric) -> Finding:
-        claim, counts = self.text.claim(metric), count_outcomes(gaps, metric)
         if not gaps:
-            return judge(self.text.sentence("no_sizes"), claim, None)
-        text = self.text.sentence(
+            return self.text.finding("no_sizes", None, claim=metric)
+        counts = count_outcomes(gaps, metric)
+        return self.text.finding(
             "versus_seq",
+            counts["worse"] > len(gaps) / 2 and not counts["better"],
+            claim=metric,
             metric=METRIC_NAMES[metric],
             largest=max(gaps, key=lambda gap: abs(gap["gap"])),
             remark=self.text.sentence("maximal") if metric == "recall" else "",
             **counts,
         )
-        return judge(text, claim, counts["worse"] > len(gaps) / 2 and not counts["better"])
 
     def _vote_sentence(self, key: str, gaps_by_metric: GapsByMetric) -> str:
         """A vote of another kind against DES-Vote, metric by metric."""
