@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from policy_strategies import law, spellings
 from scipy import stats
 from tiny_models import family_generation, tiny_model
-from tiny_task import Prompts
+from tiny_task import make_prompts
 
 import coterie
 from coterie.engine.engine import Engine
@@ -91,7 +91,7 @@ def lab(family: str = "llada2", shares: list[float] | None = None) -> StudyConte
     heard: list[float] = [] if shares is None else shares
     return StudyContext(
         engine=engine(family),
-        tasks=[Prompts("asking", PROMPTS)],
+        tasks=[make_prompts("asking", PROMPTS)],
         folder=Path("nowhere"),
         num_problems=3,
         num_prompts=3,
