@@ -13,6 +13,7 @@ def make_quiz(
     name: str = "quiz",
     count: int = 6,
     tokens: int = 12,
+    *,
     odd: Mapping[int, str] | None = None,
     note: str = "",
     pause: float = 0.0,  # seconds that grading takes

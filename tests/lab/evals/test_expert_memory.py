@@ -25,9 +25,10 @@ from coterie.cli.entry import run as command
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError
 from coterie.keys import to_json
+from coterie.lab.evals.answer_log import AnswerTraffic
+from coterie.lab.evals.report import TrafficSavings, traffic_savings
 from coterie.lab.evals.results import EvalResult
 from coterie.lab.evals.run import Variant, run_eval
-from coterie.lab.evals.traffic import AnswerTraffic, TrafficSavings, traffic_savings
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.testing import write_checkpoint
 

@@ -25,11 +25,10 @@ import coterie
 from coterie.checkpoints.fingerprint import fingerprint
 from coterie.errors import CoterieError
 from coterie.keys import to_json
-from coterie.lab.evals.answer_log import Answer, AnswerLog, answer_from_dict
+from coterie.lab.evals.answer_log import Answer, AnswerLog, AnswerTraffic, answer_from_dict
 from coterie.lab.evals.report import summarize
 from coterie.lab.evals.run import EvalResult, Variant, run_eval
 from coterie.lab.evals.task import Task
-from coterie.lab.evals.traffic import AnswerTraffic
 from coterie.testing import write_checkpoint
 
 TESTS = Path(__file__).parents[2]

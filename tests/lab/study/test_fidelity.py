@@ -23,7 +23,7 @@ import coterie
 from coterie.engine.engine import Engine
 from coterie.engine.observation import LayerObservation, collect_observations, moe_output
 from coterie.errors import CoterieError
-from coterie.lab.evals.rank_stats import mean_interval, ranks, spearman
+from coterie.lab.evals.stats import mean_interval, ranks, spearman
 from coterie.lab.plotting import render_svg
 from coterie.lab.study import reconstruction
 from coterie.lab.study.context import StudyContext

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from coterie.errors import TaskError
 from coterie.lab.evals.expert_log import AnswerEntry, AnswerTraceLog
 from coterie.lab.evals.generation import EvalRequest, generate_outcomes
 from coterie.lab.evals.results import Variant
-from coterie.lab.evals.run import MAX_GRADERS, grade_outcome, make_answer
+from coterie.lab.evals.run import MAX_GRADERS, make_answer
 from coterie.lab.evals.task import Task
 from coterie.lab.study.context import BATCH_SIZE, interleave
 from coterie.loading.load import Model
@@ -158,10 +159,10 @@ def _generate_entries(
         for outcomes in generate_outcomes(
             recording_engine, questions, variant.policy, batch_size=batch_size
         ):
-            grades = graders.map(grade_outcome, outcomes)
+            answers = graders.map(partial(make_answer, variant.name), outcomes)
             yield [
-                AnswerEntry(make_answer(variant.name, outcome, grade), *recorder.pop(outcome.row))
-                for outcome, grade in zip(outcomes, grades, strict=True)
+                AnswerEntry(answer, *recorder.pop(outcome.row))
+                for outcome, answer in zip(outcomes, answers, strict=True)
             ]
 
 

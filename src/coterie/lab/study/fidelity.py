@@ -21,7 +21,7 @@ from torch import Tensor
 from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation, moe_output, observe_forwards
 from coterie.errors import CoterieError
-from coterie.lab.evals.rank_stats import central_interval
+from coterie.lab.evals.stats import central_interval
 from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import Entry
 from coterie.routing import needs_importance, parse_policy, route
