@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from tiny_task import Quiz
+from tiny_task import make_quiz
 
 import coterie
 from coterie.engine.engine import Engine
@@ -27,7 +27,7 @@ from coterie.testing import write_checkpoint
 
 ROOT = Path(__file__).parents[3]
 SMALL = StudyConfig(items=6, prompts=2, seed=1)
-QUIZ = Quiz(count=6, tokens=8)
+QUIZ = make_quiz(count=6, tokens=8)
 HOSTILE = '<script src="http://evil.example/x.js"></script> & "quotes"'
 
 

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_study import QUIZ, lab, tally
 
-from coterie.lab.evals.cached_grading import CachedGradesTask
 from coterie.lab.evals.run import Variant
 from coterie.lab.study.charts import pareto_front
 from coterie.lab.study.comparison import claim_finding, compare_pairs, is_better
@@ -113,7 +112,7 @@ def test_comparison_uses_the_same_items(tmp_path: Path) -> None:
 
 
 def test_grades_are_cached_by_item_and_output() -> None:
-    task = CachedGradesTask(QUIZ)
+    task = QUIZ.with_cached_grades()
     first, second = task.items()[:2]
     outputs = ["1 2", "3 4", "1 2"]
     told = [task.grade(output, item) for item in (first, second) for output in outputs]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_task import Quiz
+from tiny_task import make_quiz
 
 import coterie
 from coterie.engine.engine import Engine
@@ -45,7 +45,7 @@ from coterie.offload.resident_store import ResidentExpertStore
 from coterie.offload.simulated_store import CacheSimulator, SimulatedCacheStore
 from coterie.testing import write_checkpoint
 
-TASKS = (Quiz(count=4, tokens=8), Quiz(name="other", count=3, tokens=8))
+TASKS = (make_quiz(count=4, tokens=8), make_quiz(name="other", count=3, tokens=8))
 CLOSE = "uniform-vote:beta=0.3,resident_bonus=8,max_vote_loss=0.5"
 LOOKING = ReplayRequest(Variant(CLOSE, {"commit": "policy"}), 6, 5)
 
@@ -174,13 +174,13 @@ def test_failed_item_affects_only_itself(tmp_path: Path) -> None:
     engine = tiny(tmp_path)
     odd = {2: " ".join(["3"] * 600)}
     found = answer_questions(
-        engine, [Quiz(odd=odd, tokens=8)], LOOKING, tmp_path, lambda share: None
+        engine, [make_quiz(odd=odd, tokens=8)], LOOKING, tmp_path, lambda share: None
     )
     assert [bool(entry.answer.output) for entry in found] == [True, True, False, True, True, True]
     assert found[2].answer.finish_reason == "length"
     assert len(found[2].kinds) == 0 == len(found[2].used)
     again = answer_questions(
-        engine, [Quiz(odd=odd, tokens=8)], LOOKING, tmp_path, lambda share: None
+        engine, [make_quiz(odd=odd, tokens=8)], LOOKING, tmp_path, lambda share: None
     )
     assert without_seconds(again) == without_seconds(found)
 

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from policy_strategies import law, spellings
 from scipy import stats
 from tiny_models import family_generation, tiny_model
-from tiny_task import Prompts
+from tiny_task import make_prompts
 
 import coterie
 from coterie.engine.engine import Engine
 from coterie.engine.observation import LayerObservation, collect_observations, moe_output
 from coterie.errors import CoterieError
-from coterie.lab.evals.rank_stats import mean_interval, ranks, spearman
+from coterie.lab.evals.stats import mean_interval, ranks, spearman
 from coterie.lab.plotting import render_svg
 from coterie.lab.study import reconstruction
 from coterie.lab.study.experiment import Experiment, Finding, StudyContext
@@ -85,7 +85,7 @@ def lab(family: str = "llada2", shares: list[float] | None = None) -> StudyConte
     heard: list[float] = [] if shares is None else shares
     return StudyContext(
         engine=engine(family),
-        tasks=[Prompts("asking", PROMPTS)],
+        tasks=[make_prompts("asking", PROMPTS)],
         folder=Path("nowhere"),
         num_problems=3,
         num_prompts=3,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_task import Prompts
+from tiny_task import make_prompts
 
 import coterie
 from coterie.engine.engine import Engine
@@ -75,7 +75,7 @@ def lab(
 ) -> StudyContext:
     return StudyContext(
         engine=engine or tiny(folder),
-        tasks=[Prompts("numbers", QUESTIONS)],
+        tasks=[make_prompts("numbers", QUESTIONS)],
         folder=folder,
         num_problems=4,
         num_prompts=3,

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +14,8 @@ from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import CheckpointError, ConfigError, TaskError
 from coterie.files import atomic_write
 from coterie.keys import Key, from_json, keys_of, names_of, to_json
-from coterie.lab.evals.traffic import AnswerTraffic
 from coterie.lab.journal import LockedFile
+from coterie.offload.traffic import Traffic
 from coterie.routing import update_policy_text
 from coterie.strict_json import read_object
 
@@ -31,6 +31,42 @@ FIELDS = {  # of options, by key of ``run.json``
 ITEM_ERROR = re.compile(
     r"\b(?:NaN|infinite|not finite)\b|^the (?:prompt cannot be read|answer has no text): "
 )
+
+
+@dataclass(frozen=True)
+class AnswerTraffic:
+    """Experts used and bytes moved over one or more answers, passes that write keys included.
+
+    ``bytes_vanilla`` is what the unmodified model would move on the same forwards with an LRU cache
+    of the same size; None if it was not counted.
+    """
+
+    used: Annotated[int, Key("used")]
+    hits: Annotated[int, Key("hits")]
+    bytes_moved: Annotated[int, Key("moved")]
+    bytes_without_cache: Annotated[int, Key("without_cache")]
+    bytes_vanilla: Annotated[int | None, Key("vanilla")] = None
+    wait_seconds: Annotated[float, Key("waited")] = 0.0
+
+    @staticmethod
+    def from_traffic(traffic: Traffic) -> AnswerTraffic:
+        return AnswerTraffic(
+            traffic.experts_used, traffic.hits, traffic.bytes_moved, traffic.bytes_without_cache,
+            traffic.vanilla_bytes, traffic.stall_seconds,
+        )  # fmt: skip
+
+    def __add__(self, other: AnswerTraffic) -> AnswerTraffic:
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return AnswerTraffic(*(None if None in pair else sum(pair) for pair in pairs))
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / self.used if self.used else 1.0
+
+    @property
+    def saved_vs_vanilla(self) -> float | None:
+        """Fraction of vanilla's bytes on the same forwards that were not moved."""
+        return 1 - self.bytes_moved / self.bytes_vanilla if self.bytes_vanilla else None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from coterie.errors import ConfigError
 from coterie.keys import to_json
 from coterie.lab.bench.model import ExpertDtype
 from coterie.lab.machine import CPU
-from coterie.lab.planner.block_time import window_tokens
 from coterie.lab.planner.expert_counts import (
     RoutingSample,
     assumed_sample,
@@ -70,7 +69,7 @@ class PlanRequest:
         fetches = any(memory_bytes(c, c.spec.router.experts) > memory for c in resident)
         rates = measure_rates(
             model.shape, options.formats, self.given,
-            tokens=window_tokens(model, options.steps),
+            tokens=model.window_tokens(options.steps),
             folder=disk_folder(model) if fetches else None, on_progress=on_progress,
         )  # fmt: skip
         on_progress("predicting")
@@ -109,7 +108,7 @@ class PlanRequest:
         unique, source = float(model.shape.unique_experts), model.source
         if self.unique_experts is not None:
             unique, source = check_experts(self.unique_experts, model.spec.router), "given"
-        tokens = window_tokens(model, steps)
+        tokens = model.window_tokens(steps)
         return assumed_sample(model.spec.router, unique, tokens=tokens, steps=steps, source=source)
 
 

@@ -16,7 +16,6 @@ from coterie.lab.bench.forward import FORWARD, time_forward
 from coterie.lab.bench.model import random_model
 from coterie.lab.bench.shapes import ModelShape
 from coterie.lab.machine import CPU
-from coterie.lab.planner.block_time import middle_block, window_tokens
 from coterie.lab.planner.expert_counts import BlockCounts
 from coterie.lab.planner.measurement import cached_store, cost_of, random_tier
 from coterie.lab.planner.plan import Configuration
@@ -74,8 +73,8 @@ def verify(result: PlanResult) -> Verification:
 
 def _verify_forward(result: PlanResult, first: Configuration, counts: BlockCounts) -> Verification:
     shape = fitting_shape(result.model.shape, first)
-    tokens = window_tokens(result.model, result.options.steps)
-    context = min(middle_block(result.model).start, shape.spec.max_length - tokens)
+    tokens = result.model.window_tokens(result.options.steps)
+    context = min(result.model.middle_block.start, shape.spec.max_length - tokens)
     model = random_model(shape, first.format_name)
     logits = (tokens + 1) // 2
     (timing,) = time_forward(

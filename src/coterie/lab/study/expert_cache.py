@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from coterie.keys import to_json
 from coterie.lab.evals.expert_log import AnswerEntry, AnswerTraceLog
 from coterie.lab.evals.generation import EvalRequest, generate_outcomes
 from coterie.lab.evals.results import EvalResult, Variant
-from coterie.lab.evals.run import grade_outcome, grader_pool, make_answer
+from coterie.lab.evals.run import grader_pool, make_answer
 from coterie.lab.evals.stats import ratio_interval
 from coterie.lab.evals.task import Task
 from coterie.lab.replay.hardware_model import parse_bandwidth
@@ -397,10 +398,10 @@ def _generate_entries(
         for outcomes in generate_outcomes(
             recording_engine, questions, variant.policy, batch_size=batch_size
         ):
-            grades = graders.map(grade_outcome, outcomes)
+            answers = graders.map(partial(make_answer, variant.name), outcomes)
             yield [
-                AnswerEntry(make_answer(variant.name, outcome, grade), *recorder.pop(outcome.row))
-                for outcome, grade in zip(outcomes, grades, strict=True)
+                AnswerEntry(answer, *recorder.pop(outcome.row))
+                for outcome, answer in zip(outcomes, answers, strict=True)
             ]
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from coterie.lab.evals.generation import EvalRequest, generate_outcomes
-from coterie.lab.evals.run import EvalResult, Variant, grade_outcome, make_answer
+from coterie.lab.evals.run import EvalResult, Variant, make_answer
 from coterie.lab.study.comparison import claim_finding, draw_comparison, variant_table
 from coterie.lab.study.experiment import (
     BATCH_SIZE,
@@ -88,8 +88,7 @@ def evaluate_policy(
     for outcomes in generate_outcomes(context.engine, requests, policy, batch_size=BATCH_SIZE):
         for outcome in outcomes:
             request = outcome.request
-            answer = make_answer(name, outcome, grade_outcome(outcome))
-            answers[request.task.name, request.item.id] = answer
+            answers[request.task.name, request.item.id] = make_answer(name, outcome)
     in_order = tuple(answers[request.task.name, request.item.id] for request in requests)
     eval_result = EvalResult(Variant(policy_spec), in_order)
     return replace(VariantResult.from_eval_result(eval_result), name=name)

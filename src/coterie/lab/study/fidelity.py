@@ -24,7 +24,7 @@ from coterie.engine.engine import Engine
 from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation, first_forward, moe_output, observe_forwards
 from coterie.errors import CoterieError, TaskError
-from coterie.lab.evals.rank_stats import central_interval
+from coterie.lab.evals.stats import central_interval
 from coterie.lab.study.experiment import Entry, StudyContext
 from coterie.routing import needs_importance, parse_policy, route
 from coterie.telemetry import TensorRecorder, routing_stats

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coterie.engine.engine import Engine
-from coterie.lab.evals.rank_stats import mean_interval, spearman
+from coterie.lab.evals.stats import mean_interval, spearman
 from coterie.lab.plotting import FIGURE_WIDTH, foreground, grid_colour, policy_style
 from coterie.lab.study.charts import guide_series, line_chart, policy_series
 from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table

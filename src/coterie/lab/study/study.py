@@ -15,7 +15,6 @@ from coterie.engine.engine import Engine
 from coterie.errors import ConfigError, CoterieError
 from coterie.files import atomic_write
 from coterie.keys import Key, to_json
-from coterie.lab.evals.cached_grading import CachedGradesTask
 from coterie.lab.evals.task import Task
 from coterie.lab.records import make_record, write_record
 from coterie.lab.study.accuracy import ACCURACY, BEYOND, CORESET_SIZE, TABLE_ONE
@@ -94,7 +93,7 @@ def run_study(
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     context = StudyContext(
         engine=engine,
-        tasks=[CachedGradesTask(task) for task in tasks],
+        tasks=[task.with_cached_grades() for task in tasks],
         folder=folder,
         num_problems=config.items,
         num_prompts=config.prompts,
