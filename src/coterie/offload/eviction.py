@@ -1,7 +1,7 @@
 """Eviction rules: each gives every expert of a layer a score; the lowest is evicted first.
 
 Ties evict the higher index. A rule updates its scores with what each forward uses and votes for,
-exactly in float64. Slots are kept by ``slot_table``.
+exactly in float64. ``slot_table`` assigns the slots.
 """
 
 from __future__ import annotations
