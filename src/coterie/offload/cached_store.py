@@ -179,7 +179,7 @@ class CachedExpertStore:
 
     @contextmanager
     def rollback_on_error(self, layer: int, cache: LayerCache) -> Iterator[None]:
-        """On any error empty the layer's cache, since its slot table may list missing experts."""
+        """Empty the layer's cache on any error, since its slot table may list missing experts."""
         try:
             yield
         except BaseException as error:
@@ -246,7 +246,7 @@ def allocate_slots(allocate: SlotAllocator, slots: int, expert_bytes: int) -> Te
 
 
 def _prefetchable_loads(waves: Sequence[Wave]) -> list[tuple[int, int]]:
-    """Of the next wave with loads, those into slots that no wave before it reads."""
+    """Those loads of the next wave with loads that go into slots no wave before it reads."""
     read_slots: set[int] = set()
     for previous, wave in pairwise(waves):
         read_slots |= set(previous.slots)

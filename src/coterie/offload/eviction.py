@@ -101,7 +101,7 @@ class Belady:
 
     @staticmethod
     def from_uses(used: Sequence[Mask]) -> Belady:
-        """From the experts [E] that each forward of the layer uses, in order."""
+        """The rule for the experts [E] that each forward of the layer uses, in order."""
         next_uses = np.full((len(used), len(used[0])), NEVER_USED)
         for clock in range(len(used) - 1, 0, -1):
             next_uses[clock - 1] = np.where(used[clock], float(clock), next_uses[clock])
