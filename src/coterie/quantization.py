@@ -56,7 +56,7 @@ class QuantFormat:
         return torch.int8 if self.bits == 8 else torch.uint8
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON values."""
+        """The format as JSON values."""
         return {"format": self.name, "group": self.group}
 
     def storage_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -200,9 +200,10 @@ class CoresetReuse:
 class Scores:
     """The router's logits [S, N, E] in fp32, and what policies need besides.
 
-    The engine sets ``voters``: the positions of the live block, and its look-around, of unfinished
-    rows. A policy's ``voters=`` option narrows them by ``progress``. A row without a voter elects
-    with all of its tokens: its results are never read, and it must not fail.
+    The engine sets ``voters``: in unfinished rows the positions of the current block, and those
+    around it that ``dual`` computes too. A policy's ``voters=`` option narrows them by
+    ``progress``. A row without a voter elects with all of its tokens: its results are never read,
+    and it must not fail.
     """
 
     logits: Tensor

@@ -42,7 +42,7 @@ class ModelInfo:
     fits: tuple[MemoryFit, ...]
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON; sizes in bytes."""
+        """The description as JSON; sizes are in bytes."""
         spec, size = self.spec, self.size
         return {
             "model": self.name,

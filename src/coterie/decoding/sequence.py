@@ -123,7 +123,7 @@ class SequenceState:
         return masked.nonzero()[:, 0]
 
     def input_tokens(self, window: ForwardPass) -> Tensor:
-        """The tokens [width] that a pass computes: noise in place of masks if the rule wants it."""
+        """The tokens [width] that a pass computes: noise in place of masks if the rule renoises."""
         tokens = self.canvas.tokens[window.start : window.stop]
         if self._noise is None or not window.is_denoising:
             return tokens

@@ -25,7 +25,8 @@ class LayerObservation:
     """One MoE layer in one forward of S sequences.
 
     ``rows`` are the indices of their prompts. Sequence s computed N positions from ``starts[s]``
-    on, counted from its first new token. ``scores.forward`` numbers its denoising forwards.
+    on, counted from its first new token. ``scores.forward_indices`` numbers its denoising
+    forwards.
     """
 
     layer: int

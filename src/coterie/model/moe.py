@@ -102,7 +102,7 @@ class MoE:
     def _router_scores(
         self, x: Tensor, context: ForwardContext, importance: Tensor | None
     ) -> Scores:
-        ordinal, coresets = sum(self.spec.moe[: self.layer]), context.coresets
+        moe_index, coresets = sum(self.spec.moe[: self.layer]), context.coresets
         return Scores(
             logits=ops.linear(x, self.gate, dtype=torch.float32),
             router=self.spec.router,
@@ -113,9 +113,9 @@ class MoE:
             importance=importance,
             resident=self.store.resident(self.layer),
             slots=self.store.slots(self.layer),
-            previous_coresets=None if coresets is None else coresets.previous_coresets(ordinal),
+            previous_coresets=None if coresets is None else coresets.previous_coresets(moe_index),
             layer=self.layer,
-            moe_index=ordinal,
+            moe_index=moe_index,
             forward_indices=context.forward,
             starts=context.window.start.to(x.device) if self.spec.router.capacity else None,
         )

@@ -162,7 +162,7 @@ class Transformer:
 
     @cached_property
     def _multiplications(self) -> int:
-        """Of a token in one layer, on average, without attention to other tokens."""
+        """Multiplications of a token in a layer, on average, without attention to other tokens."""
         return model_size(self.spec, self.dtype).active_parameters // max(1, self.spec.layers)
 
     @property

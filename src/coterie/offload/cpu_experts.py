@@ -79,7 +79,7 @@ class BreakEven:
         experts: int,
         tokens: int,
     ) -> BreakEven:
-        """From the seconds of a copy and of three layers on the CPU.
+        """The split that follows from the seconds of a copy and of three layers on the CPU.
 
         The layers compute one expert of one token, ``experts`` of one token each, and ``experts``
         of ``tokens`` each. Results are clipped at 0, since timings are noisy.

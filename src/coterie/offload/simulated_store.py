@@ -21,8 +21,8 @@ SIMULATED_TIER = "imagined"  # the tier that simulated loads are logged under
 class CacheSimulator:
     """The slots of a cache with ``capacity`` experts per layer, without weights.
 
-    If a policy does not ask what is cached, simulators of several capacities may count the loads of
-    the same forwards.
+    If routing does not depend on what is cached, simulators of several capacities may count the
+    loads of the same forwards.
     """
 
     experts: int

@@ -25,7 +25,7 @@ class TrackedExpertStore(ExpertStore, Protocol):
 
     @property
     def precision_stats(self) -> PrecisionStats | None:
-        """None where all experts have one precision."""
+        """The use of each precision; None where all experts have one precision."""
         ...
 
     def reset(self) -> None:

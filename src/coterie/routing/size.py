@@ -20,7 +20,7 @@ class CoresetSize(Protocol):
         ...
 
     def search_limits(self, experts: int) -> tuple[int, float]:
-        """The most experts that can be taken, and the fewest votes of one worth taking."""
+        """The most experts that a coreset can have, and the fewest votes that it takes one for."""
         ...
 
 
