@@ -367,7 +367,7 @@ def test_answers_are_timed_with_vanilla_first() -> None:
         prompts,
         ["des-vote:beta=0.25", "vanilla"],
         num_repeats=2,
-        options={"max_new_tokens": 27, "unmask": "fixed:steps=8"},
+        options={"max_new_tokens": 27, "unmask": "fixed:steps=4"},
     )
     assert [timing.policy for timing in timings] == ["vanilla", "des-vote:beta=0.25"]
     counts = timings[1].facts(timings[0])
@@ -390,7 +390,7 @@ def test_rows_share_the_experts_that_are_read() -> None:
         policies,
         (4, 1),
         num_repeats=1,
-        options={"max_new_tokens": 27, "unmask": "fixed:steps=8"},
+        options={"max_new_tokens": 27, "unmask": "fixed:steps=4"},
     )
     assert [(each.policy, each.rows) for each in timings] == [
         (policy, rows) for policy in policies for rows in (1, 4)

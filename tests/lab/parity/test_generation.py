@@ -29,11 +29,10 @@ Held = dict[str, np.ndarray]
 
 FEW = {  # some generations of each published loop: the shorter ones
     "llada2": ("thr50", "steps4", "eos_early_stop"),
-    "llada21": ("off_default", "bc_default", "bc_eosstop"),
+    "llada21": ("off_default", "bc_eosstop"),
     "lladamoe": (
-        *("llada_s8_b8", "llada_batch2", "fastdllm_nocache_t50", "fastdllm_dual_t50"),
-        *("fastdllm_prefix_t50", "dinfer_threshold_dual", "dinfer_threshold_itersmooth_vicinity"),
-        *("dinfer_hierarchy_dual", "dinfer_credit_nocache"),
+        *("llada_s8_b8", "llada_batch2", "fastdllm_dual_t50", "dinfer_credit_nocache"),
+        *("dinfer_threshold_itersmooth_vicinity", "dinfer_hierarchy_dual"),
     ),
     "sdar_moe": ("dyn50_b8", "dyn50_b16_s4", "static_stop"),
 }
