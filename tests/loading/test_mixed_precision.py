@@ -108,12 +108,17 @@ def drawn_votes(layers: Sequence[int]) -> SavedVotes:
     ("family", "kinds", "memory", "placement"),
     [
         ("llada2", ("int8", "int4"), "35%", PromoteUsed(1)),
-        ("llada2", ("bf16", "int4"), "20%", PromoteUsed(3)),
-        ("llada-moe", ("int8", "int4"), "70%", PromoteUsed()),
         ("llada-moe", ("int8", "int4"), "40%", VoteMassPrecision()),
-        ("llada2", ("bf16", "int4"), "25%", VoteMassPrecision(0.4)),
         ("sdar-moe", ("bf16", "int4"), "35%", StaticVotes()),
-        ("llada2", ("int8", "int4"), "75%", StaticVotes()),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("llada2", ("bf16", "int4"), "20%", PromoteUsed(3)),
+                ("llada-moe", ("int8", "int4"), "70%", PromoteUsed()),
+                ("llada2", ("bf16", "int4"), "25%", VoteMassPrecision(0.4)),
+                ("llada2", ("int8", "int4"), "75%", StaticVotes()),
+            )
+        ),
     ],
 )
 def test_model_matches_the_precision_reference(
