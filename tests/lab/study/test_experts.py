@@ -22,7 +22,7 @@ from coterie.keys import to_json
 from coterie.lab import plotting
 from coterie.lab.evals.expert_log import AnswerEntry, AnswerTraceLog
 from coterie.lab.evals.run import Answer, Variant
-from coterie.lab.study import cache_simulation
+from coterie.lab.study import expert_cache
 from coterie.lab.study.experiment import Finding, StudyContext, Verdict, read_record
 from coterie.lab.study.expert_cache import (
     MEMORY_SHARES,
@@ -259,7 +259,7 @@ def test_expert_cache_renders_from_its_record(
     assert set(resident) == {6, 6 // REDUCED_ITEMS_DIVISOR}
     check_rendering(record)
     monkeypatch.setattr(
-        cache_simulation, "generate_outcomes", lambda *_, **__: pytest.fail("asked again")
+        expert_cache, "generate_outcomes", lambda *_, **__: pytest.fail("asked again")
     )
     assert json.loads(json.dumps(experiment.measure(context))) == record
 
