@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_study import drawings_of, findings_of, tables_of
 from tiny_task import Prompts
 
 import coterie
@@ -205,7 +206,7 @@ def test_block_size_that_does_not_fit_is_skipped(tmp_path: Path) -> None:
     engine = tiny(tmp_path, longest=60)
     found = ExplosionExperiment(blocks=(8, 64))
     facts = found.measure(lab(tmp_path, engine))
-    told = [each for each in found.findings(facts) if isinstance(each, str)]
+    told = [each for each in findings_of(found, facts) if isinstance(each, str)]
     assert [each.split(" are not")[0] for each in told] == ["Blocks of 64"]
     assert "the model has 60" in told[0]
 
@@ -388,16 +389,16 @@ def test_timing_experiments_render_from_records(
     for experiment in chapters():
         path = tmp_path / "records" / f"{experiment.name}.json"
         record = json.loads(path.read_text(encoding="utf-8"))["facts"]
-        drawings = experiment.drawings(record)
+        drawings = drawings_of(experiment, record)
         names += [drawing.name for drawing in drawings]
         for drawing in drawings[:figures]:
             svgs = [render_svg(drawing.draw, name=drawing.name, scheme=s) for s in schemes]
             assert all("<svg" in svg for svg in svgs)
             assert len(set(svgs)) == len(schemes)
-        for table in experiment.tables(record):
+        for table in tables_of(experiment, record):
             assert table.rows
             assert {len(row) for row in table.rows} == {len(table.heads)}
-        findings = experiment.findings(record)
+        findings = findings_of(experiment, record)
         assert findings
         judged = [finding for finding in findings if isinstance(finding, Finding)]
         assert all(finding.verdict is not None for finding in judged if finding.claim)

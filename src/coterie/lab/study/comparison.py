@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from coterie.lab.study.experiment import (
     Experiment,
     ExperimentText,
     Finding,
+    Part,
     StudyContext,
     Table,
     decimal_bytes,
@@ -119,8 +120,8 @@ class PolicyComparison(Experiment):
     charts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     style: Mapping[str, bool] = field(default_factory=dict)  # options of ``draw``
     draw: Callable[..., Figure] | None = draw_comparison
-    make_tables: Callable[[ExperimentText, VariantResults], Sequence[Table]] | None = None
-    findings_after: Callable[[ExperimentText, VariantResults], Sequence[Finding | str]] = (
+    make_tables: Callable[[ExperimentText, VariantResults], Iterable[Table]] | None = None
+    findings_after: Callable[[ExperimentText, VariantResults], Iterable[Finding | str]] = (
         lambda *_: ()
     )
 
@@ -133,34 +134,23 @@ class PolicyComparison(Experiment):
     def measure(self, context: StudyContext) -> Entry:
         return run_comparison(context, self.groups, self.rivals).to_record()
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
-        results = self._results(record)
-        if self.draw is None:
-            return []
-        caption, charts = self.text.caption("figure"), self.charts or {self.name: ()}
-        return [
-            Drawing(name, caption, partial(self.draw, results, labels, **self.style))
-            for name, labels in charts.items()
-        ]
+    def report(self, record: Entry) -> Iterator[Part]:
+        results = VariantResults.from_record(record, list(self.groups))
+        charts = {} if self.draw is None else self.charts or {self.name: ()}
+        for name, labels in charts.items():
+            draw = partial(self.draw or draw_comparison, results, labels, **self.style)
+            yield Drawing(name, self.text.caption("figure"), draw)
+        yield from (self.make_tables or self._variant_tables)(self.text, results)
+        yield from (comparison.finding(self.text, results) for comparison in self.comparisons)
+        yield from self.findings_after(self.text, results)
 
-    def tables(self, record: Entry) -> Sequence[Table]:
+    def _variant_tables(self, text: ExperimentText, results: VariantResults) -> Iterator[Table]:
         """Every policy, and every matched pair where the text has a caption for them."""
-        results = self._results(record)
-        if self.make_tables:
-            return self.make_tables(self.text, results)
+        yield variant_table(results)
         oriented = [pair for each in self.comparisons for pair in each.pairs(results)]
         pairs = [(a, b) if (a, b) in oriented else (b, a) for a, b in results.pairs]
-        has_pairs = pairs and "pairs" in self.text.captions
-        pair_tables = [comparison_table(pairs, self.text.caption("pairs"))] if has_pairs else []
-        return [variant_table(results), *pair_tables]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
-        results = self._results(record)
-        compared = (comparison.finding(self.text, results) for comparison in self.comparisons)
-        return [*compared, *self.findings_after(self.text, results)]
-
-    def _results(self, record: Entry) -> VariantResults:
-        return VariantResults.from_record(record, list(self.groups))
+        if pairs and "pairs" in text.captions:
+            yield comparison_table(pairs, text.caption("pairs"))
 
 
 def group_series(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,8 +27,8 @@ from coterie.lab.study.experiment import (
     Experiment,
     ExperimentText,
     Finding,
+    Part,
     StudyContext,
-    Table,
 )
 from coterie.lab.study.results import VariantResults
 from coterie.lab.study.variants import GUARD_OPTIONS, short_name
@@ -97,23 +97,18 @@ class SpeedExperiment(Experiment, name="speed"):
                 }
         return {"timed": list(timed.values()), "prompts": len(prompts)}
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
+    def report(self, record: Entry) -> Iterator[Part]:
+        timed, best, cut = timed_policies(record), fastest_des(record), PAPER_LATENCY_CUT
         rows = {
             short_name(entry["policy"]): (entry["slowest"], entry["speed"], entry["fastest"])
-            for entry in timed_policies(record)
+            for entry in timed
         }
         series = [IntervalSeries("", indexed_style(0), rows)]
         draw = partial(interval_chart, list(rows), series, "tokens per second")
-        return [Drawing(self.name, self.text.caption("figure"), draw)]
-
-    def tables(self, record: Entry) -> Sequence[Table]:
-        rows, prompts = timed_policies(record), record["prompts"]
-        return [self.text.table("speed", rows, prompts=prompts, rounds=ROUNDS)]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
-        vanilla, best, cut = timed_policies(record)[0], fastest_des(record), PAPER_LATENCY_CUT
-        holds = best["slowest"] > vanilla["fastest"] and 1 - 1 / best["ratio"] >= cut
-        return [self.text.finding("fastest", holds, best=best, vanilla=vanilla, cut=cut)]
+        yield Drawing(self.name, self.text.caption("figure"), draw)
+        yield self.text.table("speed", timed, prompts=record["prompts"], rounds=ROUNDS)
+        holds = best["slowest"] > timed[0]["fastest"] and 1 - 1 / best["ratio"] >= cut
+        yield self.text.finding("fastest", holds, best=best, vanilla=timed[0], cut=cut)
 
 
 def timed_policies(record: Entry) -> list[Entry]:
