@@ -69,9 +69,10 @@ def test_speed_renders_from_its_record(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_each_kind_of_figure_is_drawn(name: str) -> None:
-    record = json.loads(study_record(name).read_text(encoding="utf-8"))["facts"]
-    drawings = {drawing.name: drawing for drawing in drawings_of(EXPERIMENTS[name], record)}
-    svg = plotting.render_svg(drawings[DRAWN[name]].draw, name=name, scheme="light")
+    record = read_record(study_record(name).parent, name)
+    assert record is not None
+    named = {each.name: each for each in drawings_of(EXPERIMENTS[name], record["facts"])}
+    svg = plotting.render_svg(named[DRAWN[name]].draw, name=name, scheme="light")
     assert svg.startswith("<svg")
 
 
@@ -134,7 +135,8 @@ def test_every_text_has_an_experiment_and_every_key_a_user() -> None:
     assert {name for name in TEXTS if "title" in TEXTS[name]} == set(EXPERIMENTS)
     trees = [ast.parse(path.read_text("utf-8")) for path in STUDY.glob("*.py")]
     compared = [each for one in DEFINITIONS.values() for each in one.get("comparisons", ())]
-    strings = set().union(*map(strings_of, trees), (each.get("claim") for each in compared))
+    notes = [note for one in DEFINITIONS.values() for note in one.get("notes", ())]
+    strings = set().union(*map(strings_of, trees), (each.get("claim") for each in compared), notes)
     assert {name: unused for name in TEXTS if (unused := text_keys(name) - strings)} == {}
 
 

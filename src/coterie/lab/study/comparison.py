@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -109,8 +110,8 @@ def draw_comparison(
 class PolicyComparison(Experiment):
     """Groups of policies on the same problems, as defined in comparisons.toml.
 
-    ``findings_after`` those of the comparisons, ``make_tables`` and ``draw`` are for what an
-    experiment has of its own. Without ``draw`` it has no figure.
+    ``own_parts`` come after the findings of the comparisons. Without ``has_usual_parts``, they
+    take the place of the figures and tables of all policies too.
     """
 
     text: ExperimentText
@@ -118,39 +119,38 @@ class PolicyComparison(Experiment):
     rivals: Mapping[str, Templates] = field(default_factory=dict)
     comparisons: Sequence[GroupComparison] = ()
     charts: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    style: Mapping[str, bool] = field(default_factory=dict)  # options of ``draw``
-    draw: Callable[..., Figure] | None = draw_comparison
-    make_tables: Callable[[ExperimentText, VariantResults], Iterable[Table]] | None = None
-    findings_after: Callable[[ExperimentText, VariantResults], Iterable[Finding | str]] = (
-        lambda *_: ()
-    )
+    style: Mapping[str, bool] = field(default_factory=dict)  # options of ``draw_comparison``
+    notes: Sequence[str] = ()  # keys of sentences
+    own_parts: Callable[[ExperimentText, VariantResults], Iterable[Part]] = lambda *_: ()
+    has_usual_parts: bool = True
 
     @staticmethod
-    def load(name: str) -> PolicyComparison:
-        definition = dict(DEFINITIONS[name])
-        comparisons = [GroupComparison(**entry) for entry in definition.pop("comparisons", ())]
-        return PolicyComparison(ExperimentText.load(name), **definition, comparisons=comparisons)
+    def load(name: str, **own: Any) -> PolicyComparison:
+        values = {**DEFINITIONS[name], **own}
+        comparisons = [GroupComparison(**entry) for entry in values.pop("comparisons", ())]
+        return PolicyComparison(ExperimentText.load(name), comparisons=comparisons, **values)
 
     def measure(self, context: StudyContext) -> Entry:
         return run_comparison(context, self.groups, self.rivals).to_record()
 
     def report(self, record: Entry) -> Iterator[Part]:
         results = VariantResults.from_record(record, list(self.groups))
-        charts = {} if self.draw is None else self.charts or {self.name: ()}
-        for name, labels in charts.items():
-            draw = partial(self.draw or draw_comparison, results, labels, **self.style)
-            yield Drawing(name, self.text.caption("figure"), draw)
-        yield from (self.make_tables or self._variant_tables)(self.text, results)
+        if self.has_usual_parts:
+            yield from self._usual_parts(results)
         yield from (comparison.finding(self.text, results) for comparison in self.comparisons)
-        yield from self.findings_after(self.text, results)
+        yield from self.own_parts(self.text, results)
+        yield from map(self.text.sentence, self.notes)
 
-    def _variant_tables(self, text: ExperimentText, results: VariantResults) -> Iterator[Table]:
-        """Every policy, and every matched pair where the text has a caption for them."""
+    def _usual_parts(self, results: VariantResults) -> Iterator[Part]:
+        """Figures and tables of every policy and, with a caption for them, every matched pair."""
+        for name, labels in (self.charts or {self.name: ()}).items():
+            draw = partial(draw_comparison, results, labels, **self.style)
+            yield Drawing(name, self.text.caption("figure"), draw)
         yield variant_table(results)
         oriented = [pair for each in self.comparisons for pair in each.pairs(results)]
         pairs = [(a, b) if (a, b) in oriented else (b, a) for a, b in results.pairs]
-        if pairs and "pairs" in text.captions:
-            yield comparison_table(pairs, text.caption("pairs"))
+        if pairs and "pairs" in self.text.captions:
+            yield comparison_table(pairs, self.text.caption("pairs"))
 
 
 def group_series(
