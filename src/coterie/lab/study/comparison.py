@@ -33,6 +33,7 @@ from coterie.lab.study.variants import Templates, beta_text, run_comparison
 TEXT = ExperimentText.load("comparison")
 DEFINITIONS = tomllib.loads(Path(__file__).with_name("comparisons.toml").read_text("utf-8"))
 CONDITION = {"size": "at the same size", "beta": "at the same beta", "experts": "at equal experts"}
+SIGNIFICANCE_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -198,9 +199,6 @@ def variant_rows(results: VariantResults) -> list[dict[str, object]]:
         }
         for result, change in zip(results.all, changes, strict=True)
     ]
-
-
-SIGNIFICANCE_LEVEL = 0.05
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from coterie.lab.study.results import VariantResult
 from coterie.routing import update_policies_in_json
 from coterie.strict_json import LISTING_FILE, read_object
 
+BATCH_SIZE = 64  # decoded together in accuracy runs
 Verdict = Literal["holds", "does not hold", "inconclusive"]
 T = TypeVar("T")
 Entry = Mapping[str, Any]  # a JSON object in a record
@@ -164,10 +165,6 @@ def decimal_bytes(size: float) -> str:
     while size >= 1000 and unit < len(units) - 1:
         size, unit = size / 1000, unit + 1
     return f"{size:.{0 if size >= 100 else 1}f} {units[unit]}"
-
-
-T = TypeVar("T")
-BATCH_SIZE = 64  # decoded together in accuracy runs
 
 
 def interleave(lists: Iterable[Sequence[T]]) -> list[T]:
