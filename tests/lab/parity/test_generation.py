@@ -19,8 +19,8 @@ from coterie.decoding.refinements import parse_unmask
 from coterie.errors import CoterieError
 from coterie.lab.parity import __main__ as parity
 from coterie.lab.parity.generation import OUTPUT_IDS, generate_run, generation_results
-from coterie.lab.parity.parameters import ReferenceParameters
 from coterie.lab.parity.published import LOOP_BUILDERS, make_loop
+from coterie.lab.parity.recorded import ReferenceParameters
 from coterie.loading.load import load_model
 
 Meta = dict
@@ -127,7 +127,7 @@ CALLS = "gen_static_b4_calls_len_pos_store"
         (ask("threshold", math.nan), "threshold is nan"),
         (ask("remasking", "random"), "remasking is 'random'; known: low_confidence"),
         (ask("stopping_criteria_idx", ["x"]), "not token ids"),
-        (put("params", None), "params is None"),
+        (put("params", None), "params is missing"),
         (put("nfe", "39"), "nfe is '39', not a whole number"),
         (put("nfe", 40), "nfe is 40, but 39 calls are recorded"),
         (put("tag", 3), "without a tag"),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from coterie.errors import CoterieError
 from coterie.files import LockedFile
+from coterie.keys import from_json, keys_of
 from coterie.lab.training import export
 from coterie.lab.training.embedded import write_training_record
 from coterie.lab.training.feed import TrainingBatch
@@ -63,25 +64,8 @@ CONFIG = TrainingConfig(
 
 def golden_shape(config: dict) -> NetworkShape:
     """The shape that an official configuration describes."""
-    return NetworkShape(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        rotary_fraction=config["partial_rotary_factor"],
-        rope_theta=config["rope_theta"],
-        dense_layers=config["first_k_dense_replace"],
-        dense_width=config["intermediate_size"],
-        experts=config["num_experts"],
-        k=config["num_experts_per_tok"],
-        groups=config["n_group"],
-        topk_groups=config["topk_group"],
-        expert_width=config["moe_intermediate_size"],
-        shared_experts=config["num_shared_experts"],
-        routed_scale=config["routed_scaling_factor"],
-    )
+    names = {name for key in keys_of(NetworkShape).values() for name in key.aliases}
+    return from_json(NetworkShape, {name: config[name] for name in names & config.keys()})
 
 
 def counting(step: int) -> TrainingBatch:

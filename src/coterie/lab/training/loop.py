@@ -35,13 +35,7 @@ from coterie.lab.training.feed import (
     start_process,
 )
 from coterie.lab.training.network import NetworkShape, TrainingNetwork, additive_mask
-from coterie.lab.training.optim import (
-    OptimizerOptions,
-    adamw_step,
-    attach_gradients,
-    build_buffer,
-    muon_step,
-)
+from coterie.lab.training.optim import OptimizerOptions, adamw_step, build_buffer, muon_step
 from coterie.lab.training.signals import StopSignals
 from coterie.strict_json import parse_object
 
@@ -103,9 +97,9 @@ class TrainingState:
         self.step = 0
         self.run_config = json.dumps(to_json(config), sort_keys=True)
         workers, network = config.workers, self.network
-        self.groups = _parameter_groups(network, config.optimizer)
+        groups = _parameter_groups(network, config.optimizer)
         self.buffers = [
-            build_buffer(pairs, workers, matrices=i > 0) for i, pairs in enumerate(self.groups)
+            build_buffer(pairs, workers, matrices=i > 0) for i, pairs in enumerate(groups)
         ]
         for bias in network.biases():
             bias.share_memory_()
@@ -252,8 +246,8 @@ class _TrainingWorker:
 
     def attach_gradients(self) -> None:
         """Make backward write this worker's gradients into the shared buffers."""
-        for buffer, pairs in zip(self.state.buffers, self.state.groups, strict=True):
-            attach_gradients(buffer, [p for p, _ in pairs], self.index)
+        for buffer in self.state.buffers:
+            buffer.attach_gradients(self.index)
 
     def step(self) -> None:
         """Compute the gradients of this worker's rows, then update its part of the weights."""
