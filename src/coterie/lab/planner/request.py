@@ -15,8 +15,6 @@ from coterie.lab.machine import CPU
 from coterie.lab.planner.expert_counts import (
     RoutingSample,
     assumed_sample,
-    check_experts,
-    sample_of_trace,
 )
 from coterie.lab.planner.measurement import GivenRates, cost_of, gpu_rates, measure_rates
 from coterie.lab.planner.plan import (
@@ -61,7 +59,8 @@ class PlanRequest:
         options = self._options(model)
         if self.trace is not None:
             sample = self._recorded_sample(model)
-            options = replace(options, steps=self.steps or _recorded_steps(sample))
+            recorded = max(1, round(steps_per_block(sample.trace)))
+            options = replace(options, steps=self.steps or recorded)
         on_progress("counting experts")
         sample = sample or self._assumed_sample(model, options.steps)
         memory = usable_memory() if self.memory is None else self.memory
@@ -102,12 +101,12 @@ class PlanRequest:
                 f"{self.trace}: of {trace.header.k} of {trace.header.experts} experts; "
                 f"{model.name} has {router.k} of {router.experts}"
             )
-        return sample_of_trace(trace)
+        return RoutingSample(trace, f"experts as recorded from {trace.header.model}")
 
     def _assumed_sample(self, model: PlannedModel, steps: int) -> RoutingSample:
         unique, source = float(model.shape.unique_experts), model.source
         if self.unique_experts is not None:
-            unique, source = check_experts(self.unique_experts, model.spec.router), "given"
+            unique, source = self.unique_experts, "given"
         tokens = model.window_tokens(steps)
         return assumed_sample(model.spec.router, unique, tokens=tokens, steps=steps, source=source)
 
@@ -127,11 +126,6 @@ class PlanResult:
     def rates(self) -> MachineRates:
         """Those of the CPU."""
         return self.devices[0].rates
-
-    @property
-    def first(self) -> Configuration:
-        """The fastest configuration."""
-        return self.configurations[0]
 
     @property
     def assumptions(self) -> tuple[str, ...]:
@@ -198,7 +192,3 @@ def disk_folder(model: PlannedModel) -> Path:
         if folder.is_dir() and os.access(folder, os.W_OK):
             return folder
     return Path(tempfile.gettempdir())
-
-
-def _recorded_steps(sample: RoutingSample) -> int:
-    return max(1, round(steps_per_block(sample.trace)))
