@@ -12,17 +12,15 @@ from tiny_task import make_quiz
 import coterie
 from coterie.engine.engine import Engine
 from coterie.lab import plotting
-from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
     Experiment,
     ExperimentText,
     Finding,
+    StudyContext,
     Table,
 )
-from coterie.lab.study.report import (
-    ReportSection,
-)
+from coterie.lab.study.report import ReportSection
 from coterie.lab.study.results import JsonObject, VariantResult
 from coterie.lab.study.study import ExperimentOutcome, StudyConfig, run_study
 from coterie.testing import write_checkpoint

@@ -66,7 +66,7 @@ class LimitOptions:
 def serve(
     name: o.ModelArgument = None, *, policy: o.PolicySpec = engines.VANILLA,
     network: NetworkOptions, limits: LimitOptions, decode: engines.DecodeOptions,
-    engine_options: engines.EngineOptions,
+    engine_options: engines.EngineOptions, auto: o.Auto = False,
 ) -> None:  # fmt: skip
     """Serve a model to OpenAI clients, with a page that shows which experts are elected.
 
@@ -74,6 +74,7 @@ def serve(
     coterie serve                       the model in the package, on http://127.0.0.1:8000
     coterie serve ./LLaDA2.0-mini-int8 --policy des-vote:beta=0.15
     coterie serve ./model --expert-memory 35% --policy resident-vote:beta=0.3
+    coterie serve ./model --auto        choose the experts' format and memory
     coterie serve ./model --policy des-vote:beta=0.15,scope=batch --max-batch-size 8
     coterie serve ./model --host 0.0.0.0 --allow-policy 'des-vote:*'
 
@@ -99,14 +100,17 @@ def serve(
     settings = _settings(network, limits, engine_options.model)
     options, spec = decode.to_fields(), engines.canonical_policy(policy)
     cache = 0 if limits.prefix_cache == "0" else parse_bytes(limits.prefix_cache, "`prefix_cache`")
-    opened = engine_options.open()
-    engines.check_engine(opened, [policy], options)
-    engine = Engine(
-        opened.model, policy=spec,
-        generation=opened.generation.replace(**options),
-        prefill_chunk=limits.prefill_chunk, prefix_cache_bytes=cache,
-    )  # fmt: skip
-    http_server.serve(engine, settings, lambda port: _greet(settings, port))
+    with http_server.bind(settings) as listener:
+        if auto:
+            engine_options = engines.planned_options(engine_options, spec)
+        opened = engine_options.open()
+        engines.check_engine(opened, [policy], options)
+        engine = Engine(
+            opened.model, policy=spec,
+            generation=opened.generation.replace(**options),
+            prefill_chunk=limits.prefill_chunk, prefix_cache_bytes=cache,
+        )  # fmt: skip
+        http_server.serve(engine, settings, listener, lambda port: _greet(settings, port))
 
 
 def _settings(network: NetworkOptions, limits: LimitOptions, model: str | None) -> ServerSettings:

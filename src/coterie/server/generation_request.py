@@ -61,7 +61,10 @@ def make_generation_request(
         _checked("reuse_tolerance", lambda: check_coreset_reuse(policy))
     generation = _checked(None, lambda: engine.generation.replace(**_options(fields)))
     generation = _fitted(fields, len(prompt_ids), generation, engine, settings)
-    _checked("prompt", lambda: _check_prompt(prompt_ids, generation, engine, settings))
+    _checked(
+        fields.prompt_field,
+        lambda: _check_prompt(fields, prompt_ids, generation, engine, settings),
+    )
     frames = fields.stream_options.coterie if fields.stream_options else False
     return GenerationRequest(
         id=request_id,
@@ -128,11 +131,15 @@ def _fitted(
         return generation.replace(max_new_tokens=fields.limit)
     fitted = generation.fit(prompt_tokens, room) if 0 < prompt_tokens < room else generation
     if fitted is None:
-        raise _too_long(f"a prompt of {prompt_tokens} tokens leaves no room in {room} positions")
+        raise _too_long(
+            f"a prompt of {prompt_tokens} tokens leaves no room in {room} positions",
+            fields.prompt_field,
+        )
     return fitted
 
 
 def _check_prompt(
+    fields: GenerationFields,
     prompt_ids: Sequence[int],
     generation: GenerationConfig,
     engine: Engine,
@@ -140,7 +147,8 @@ def _check_prompt(
 ) -> None:
     model, room = engine.model, max_model_len(engine, settings)
     if len(prompt_ids) >= room:
-        raise _too_long(f"the prompt has {len(prompt_ids)} tokens; this server takes {room - 1}")
+        message = f"the prompt has {len(prompt_ids)} tokens; this server takes {room - 1}"
+        raise _too_long(message, fields.prompt_field)
     try:
         make_request(
             prompt_ids,
@@ -153,12 +161,13 @@ def _check_prompt(
         )
     except CoterieError as error:
         if len(prompt_ids) + generation.max_new_tokens > room - generation.block:
-            raise _too_long(str(error)) from None
+            limit = fields.limit_field
+            raise _too_long(str(error).replace("max_new_tokens", limit), limit) from None
         raise
 
 
-def _too_long(message: str) -> ApiError:
-    return ApiError(400, message, param="prompt", code="context_length_exceeded")
+def _too_long(message: str, param: str) -> ApiError:
+    return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 def _checked(param: str | None, check: Callable[[], T]) -> T:

@@ -26,9 +26,8 @@ from coterie.lab.calibration import (
     prompts_from_file,
     prompts_from_tasks,
 )
-from coterie.lab.calibration.calibration import best_point, measure_policies
+from coterie.lab.calibration.calibration import BoundarySearch, best_point, measure_policies
 from coterie.lab.calibration.measurement import VANILLA, PolicyRun
-from coterie.lab.calibration.search import BoundarySearch
 from coterie.lab.calibration.search_space import (
     SearchFamily,
     allocation_order,

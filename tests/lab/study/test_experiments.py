@@ -15,19 +15,11 @@ from coterie.lab import plotting
 from coterie.lab.study import speed
 from coterie.lab.study.accuracy import ACCURACY, MIN_RELATIVE_ACCURACY, accuracy_findings
 from coterie.lab.study.comparison import DEFINITIONS, PolicyComparison
-from coterie.lab.study.context import read_record
-from coterie.lab.study.experiment import (
-    Finding,
-    decimal_bytes,
-)
-from coterie.lab.study.report import (
-    make_section,
-)
+from coterie.lab.study.experiment import Finding, decimal_bytes, read_record
+from coterie.lab.study.report import make_section
 from coterie.lab.study.results import VariantResults
 from coterie.lab.study.study import EXPERIMENTS
-from coterie.lab.study.variants import (
-    expand_policies,
-)
+from coterie.lab.study.variants import expand_policies
 
 ROOT = Path(__file__).parents[3]
 

@@ -23,22 +23,19 @@ from coterie.lab import plotting
 from coterie.lab.evals.expert_log import AnswerEntry, AnswerTraceLog
 from coterie.lab.evals.run import Answer, Variant
 from coterie.lab.study import cache_simulation
-from coterie.lab.study.cache_simulation import (
-    ReplayRequest,
-    answer_questions,
-    interleave_questions,
-    simulate_cache,
-    with_store,
-)
-from coterie.lab.study.context import StudyContext, read_record
-from coterie.lab.study.experiment import Finding, Verdict
+from coterie.lab.study.experiment import Finding, StudyContext, Verdict, read_record
 from coterie.lab.study.expert_cache import (
     MEMORY_SHARES,
     REDUCED_ITEMS_DIVISOR,
+    ReplayRequest,
+    answer_questions,
     engine_with_precision,
+    interleave_questions,
     precision_names,
     run_requests,
+    simulate_cache,
     slots_by_share,
+    with_store,
 )
 from coterie.lab.study.expert_cache_report import ExpertCacheExperiment, ResultGrid
 from coterie.lab.study.results import JsonObject, VariantResult

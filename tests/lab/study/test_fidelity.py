@@ -26,8 +26,7 @@ from coterie.errors import CoterieError
 from coterie.lab.evals.stats import mean_interval, ranks, spearman
 from coterie.lab.plotting import render_svg
 from coterie.lab.study import reconstruction
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Experiment, Finding
+from coterie.lab.study.experiment import Experiment, Finding, StudyContext
 from coterie.lab.study.fidelity import (
     MAX_FORWARDS,
     METRICS,
@@ -35,18 +34,16 @@ from coterie.lab.study.fidelity import (
     answer_mask,
     compare_policies,
     compare_to_curve,
+    content_mask,
     fidelity_scores,
     gaps_to_curve,
+    kl_divergence,
     measure_layer,
     observe_vanilla,
-    sample_layers,
-)
-from coterie.lab.study.first_forwards import (
-    content_mask,
-    kl_divergence,
     prompts_at_block_start,
     relative_squared_error,
     run_first_forward,
+    sample_layers,
 )
 from coterie.lab.study.importance import (
     AblateExpert,
@@ -64,10 +61,7 @@ from coterie.lab.study.maps import (
 from coterie.lab.study.reconstruction import ReconstructionExperiment
 from coterie.routing import POLICIES, parse_policy, route
 from coterie.telemetry import ExpertCounter
-from coterie.testing import (
-    FAMILY_CONFIGS,
-    write_checkpoint,
-)
+from coterie.testing import FAMILY_CONFIGS, write_checkpoint
 
 FAMILIES = tuple(FAMILY_CONFIGS)
 PROMPTS = ("5 17 33 2 9", "7 7 1", "40 41 42 43 44 45 46 60 61")

@@ -15,9 +15,7 @@ from tiny_study import HOSTILE, counted, studied, tiny
 
 from coterie.errors import CheckpointError
 from coterie.lab import plotting
-from coterie.lab.study.experiment import (
-    Finding,
-)
+from coterie.lab.study.experiment import Finding
 from coterie.lab.study.report import (
     ReportSection,
     collect_claims,

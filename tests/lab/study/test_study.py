@@ -19,10 +19,7 @@ from coterie.errors import CoterieError
 from coterie.lab.evals.run import Variant
 from coterie.lab.study import report
 from coterie.lab.study import study as room
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import (
-    ExperimentText,
-)
+from coterie.lab.study.experiment import ExperimentText, StudyContext
 from coterie.lab.study.results import JsonObject
 from coterie.lab.study.study import EXPERIMENTS
 

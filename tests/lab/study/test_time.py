@@ -29,19 +29,16 @@ from coterie.lab.records import make_record
 from coterie.lab.study import layers, roofline, selection
 from coterie.lab.study.breakdown import BreakdownExperiment
 from coterie.lab.study.charts import pareto_front
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Experiment, Finding
+from coterie.lab.study.experiment import Experiment, Finding, StudyContext
 from coterie.lab.study.explosion import (
     ExplosionExperiment,
     bin_by_masked,
-    coreset_budget,
     expected_uniform,
     summarize_block_size,
 )
-from coterie.lab.study.latency import LatencyExperiment
+from coterie.lab.study.latency import LatencyExperiment, RooflineExperiment
 from coterie.lab.study.layers import FORWARDS_PER_PROMPT, model_bench_layer
 from coterie.lab.study.results import VariantResult
-from coterie.lab.study.roofline import RooflineExperiment
 from coterie.lab.study.selection import VERSIONS, SelectionExperiment
 from coterie.lab.study.study import EXPERIMENTS
 from coterie.lab.study.tradeoff import OBSERVED_POLICY, TradeoffExperiment
@@ -199,8 +196,8 @@ def test_expert_counts_equal_the_engine(tmp_path: Path) -> None:
             assert there["mean"] == pytest.approx(whole / sum(forwards))
     assert [p["block"] for p in curves["vanilla"]["points"]] == [8, 32]
     for policy in ("des-vote:beta=0.3", "des-vote:beta=0.15"):
-        coreset = coreset_budget(policy, 16)
-        assert coreset == curves[policy]["budget"] == int(float(policy[-4:].strip("=")) * 16)
+        coreset = curves[policy]["budget"]
+        assert coreset == int(float(policy[-4:].strip("=")) * 16)
         assert all(there["high"] <= coreset for there in curves[policy]["points"])
 
 

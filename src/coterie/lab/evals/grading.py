@@ -61,7 +61,7 @@ class GradingJob:
         try:
             yield from pool.map(lambda grade: grade(), self.graders)
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def read_outputs(content: bytes, source: str) -> list[OutputToGrade]:

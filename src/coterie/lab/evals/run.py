@@ -99,7 +99,7 @@ def run_eval(
     settings: dict[str, Any] = {"limit": limit, "shuffle_seed": shuffle_seed}
     settings |= {"reset_every": reset_every, "options": options}
     run_config = run_identity(engine, tasks, **settings)
-    with AnswerLog(folder, run_config, on_remark) as log, _grader_pool() as graders:
+    with AnswerLog(folder, run_config, on_remark) as log, grader_pool() as graders:
         for key in (_answer_key(name, request) for name in by_name for request in requests):
             if key in log.answers:
                 on_answer(log.answers[key])
@@ -402,7 +402,7 @@ def _stamp(path: Path) -> Sequence[int]:
 
 
 @contextmanager
-def _grader_pool() -> Iterator[ThreadPoolExecutor]:
+def grader_pool() -> Iterator[ThreadPoolExecutor]:
     """Threads, since graders mostly wait for child processes; an interrupt does not wait."""
     pool = ThreadPoolExecutor(min(MAX_GRADERS, os.cpu_count() or 1), thread_name_prefix="grader")
     try:

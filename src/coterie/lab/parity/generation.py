@@ -14,10 +14,9 @@ from coterie.decoding.sequence import first_index_of
 from coterie.engine.engine import Engine
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import CheckpointError
-from coterie.lab.parity.arrays import ReferenceArrays
 from coterie.lab.parity.parameters import ReferenceParameters
 from coterie.lab.parity.published import PublishedLoop, make_loop
-from coterie.lab.parity.recorded import RecordedRun, read_runs
+from coterie.lab.parity.recorded import RecordedRun, ReferenceArrays, read_runs
 from coterie.loading.load import Model, load_model
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coterie.lab.study.charts import pareto_front
-from coterie.lab.study.comparison import PolicyComparison, variant_rows
+from coterie.lab.study.comparison import PolicyComparison, compare_pairs, variant_rows
 from coterie.lab.study.experiment import ExperimentText, Finding, Table, judge
-from coterie.lab.study.paired import compare_pairs
 from coterie.lab.study.results import VariantResult, VariantResults
 
 DES_VOTE, DES_SEQ, TOP_K = "DES-Vote", "DES-Seq", "top-k"  # groups of comparisons.toml
@@ -37,7 +36,7 @@ def headline_finding(text: ExperimentText, results: VariantResults) -> Finding:
     if not vanilla.accuracy:
         return judge(NO_ACCURACY, text.claim("headline"), None)
     if best is None:
-        return judge(text.sentence("none-accurate", kept=kept), text.claim("headline"), False)
+        return text.finding("none-accurate", False, claim="headline", kept=kept)
     saved = 1 - best.experts / vanilla.experts
     values = {"kept": kept, "best": best, "saved": saved, "vanilla": vanilla}
     return text.finding("headline", saved > MIN_EXPERT_REDUCTION, **values)

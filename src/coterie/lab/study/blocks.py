@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 from coterie.errors import CoterieError
 from coterie.lab.evals.run import Variant
 from coterie.lab.study.charts import DASHES, line_chart, policy_series
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
-from coterie.lab.study.paired import compare_pairs
-from coterie.lab.study.results import JsonObject, VariantResult
+from coterie.lab.study.comparison import compare_pairs
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
+from coterie.lab.study.results import VariantResult
 from coterie.lab.study.variants import GUARD_OPTIONS, short_name
 
 BLOCK_SIZES = (8, 16, 32, 64)
@@ -23,16 +22,14 @@ ResultsByPolicy = dict[str, dict[int, VariantResult]]
 """Policy -> block size -> result."""
 
 
-class BlockSizeExperiment(Experiment):
+class BlockSizeExperiment(Experiment, name="block-size"):
     """The same problems with blocks of several sizes, each compared with vanilla at that size."""
 
-    text = ExperimentText.load("block-size")
-
-    def measure(self, context: StudyContext) -> JsonObject:
+    def measure(self, context: StudyContext) -> Entry:
         half_k = max(1, context.engine.model.spec.router.k // 2)
         usual = context.engine.generation.block
         policies = [VANILLA, DES_VOTE, GUARDED, f"topk:k={half_k}"]
-        entries: list[JsonObject] = []
+        entries: list[Entry] = []
         skipped: list[str] = []
         for index, size in enumerate(BLOCK_SIZES):
             overrides = {} if size == usual else {"block": size}

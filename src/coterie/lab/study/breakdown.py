@@ -24,9 +24,7 @@ from coterie.lab.bench.profiler import (
     timed_model,
 )
 from coterie.lab.plotting import SERIES_COLOURS, new_axes
-from coterie.lab.study.charts import milliseconds, quartiles_text
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
 
 POLICIES = ("vanilla", "des-seq:k=3", "des-vote:beta=0.3")
 ROUNDS = 5
@@ -37,10 +35,8 @@ Laps = tuple[dict[str, float], float]  # seconds by part, and unique experts of 
 
 
 @dataclass(frozen=True)
-class BreakdownExperiment(Experiment):
+class BreakdownExperiment(Experiment, name="breakdown"):
     """One row at a time; prompts and policies take turns, and every part of the model is timed."""
-
-    text = ExperimentText.load("breakdown")
 
     rounds: int = ROUNDS
 
@@ -70,11 +66,13 @@ class BreakdownExperiment(Experiment):
 
     def tables(self, record: Entry) -> Sequence[Table]:
         def cell(entry: Entry, part: str) -> str:
-            if part == WHOLE:
-                return f"{milliseconds(entry['forward'])} [{quartiles_text(entry['forward'])}]"
-            if part not in entry["parts"]:
+            timing = entry["forward"] if part == WHOLE else entry["parts"].get(part)
+            if timing is None:
                 return ""
-            return f"{milliseconds(entry['parts'][part])} ({entry['shares'][part]:.0%})"
+            median, low, high = (1e3 * timing[key] for key in ("median", "low", "high"))
+            if part == WHOLE:
+                return f"{median:.2f} [{low:.2f} to {high:.2f}]"
+            return f"{median:.2f} ({entry['shares'][part]:.0%})"
 
         entries = {entry["policy"]: entry for entry in record["policies"]}
         parts = [part for part in PARTS if any(part in e["parts"] for e in entries.values())]

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from coterie.lab.evals.stats import PairedDifference, holm_adjust
 from coterie.lab.plotting import FIGURE_HEIGHT, SeriesStyle, indexed_style, policy_style
 from coterie.lab.study.charts import Series, guide_series, line_chart, pareto_front
-from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
     Entry,
     Experiment,
     ExperimentText,
     Finding,
+    StudyContext,
     Table,
     decimal_bytes,
     format_p,
+    judge,
 )
-from coterie.lab.study.paired import claim_finding, comparison_table, count_sentence
-from coterie.lab.study.results import JsonObject, Pair, VariantResult, VariantResults
+from coterie.lab.study.results import Pair, VariantResult, VariantResults
 from coterie.lab.study.variants import Templates, beta_text, run_comparison
 
 TEXT = ExperimentText.load("comparison")
@@ -129,7 +130,7 @@ class PolicyComparison(Experiment):
         comparisons = [GroupComparison(**entry) for entry in definition.pop("comparisons", ())]
         return PolicyComparison(ExperimentText.load(name), **definition, comparisons=comparisons)
 
-    def measure(self, context: StudyContext) -> JsonObject:
+    def measure(self, context: StudyContext) -> Entry:
         return run_comparison(context, self.groups, self.rivals).to_record()
 
     def drawings(self, record: Entry) -> Sequence[Drawing]:
@@ -207,3 +208,90 @@ def variant_rows(results: VariantResults) -> list[dict[str, object]]:
         }
         for result, change in zip(results.all, changes, strict=True)
     ]
+
+
+SIGNIFICANCE_LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """``second`` minus ``first``. ``p`` is adjusted for the comparisons of the same list (Holm)."""
+
+    first: VariantResult
+    second: VariantResult
+    change: PairedDifference
+    p: float
+
+    @property
+    def sign(self) -> int:
+        """+1 or -1 where both the interval and the test exclude zero, else 0."""
+        low, high = self.change.interval
+        if self.p >= SIGNIFICANCE_LEVEL or low <= 0 <= high:
+            return 0
+        return 1 if self.change.difference > 0 else -1
+
+    @property
+    def size(self) -> float:
+        return abs(self.change.difference)
+
+    @property
+    def sentence(self) -> str:
+        """Both accuracies and the difference."""
+        return TEXT.sentence("comparison", c=self, p=format_p(self.p))
+
+
+def compare_pairs(pairs: Iterable[Pair]) -> list[PairedComparison]:
+    """The comparison of every pair, tested together."""
+    changes = [(first, second, second.compare_to(first)) for first, second in pairs]
+    adjusted = holm_adjust([change.p_value for *_, change in changes])
+    return [
+        PairedComparison(first, second, change, p)
+        for (first, second, change), p in zip(changes, adjusted, strict=True)
+    ]
+
+
+def is_better(comparisons: Sequence[PairedComparison]) -> bool | None:
+    """Whether ``second`` is better: at least once, and never worse; None if never different."""
+    signs = {comparison.sign for comparison in comparisons}
+    return False if -1 in signs else True if 1 in signs else None
+
+
+def claim_finding(claim: str, pairs: Iterable[Pair], **names: str) -> Finding:
+    """The finding on "``second`` is better": counts of wins and losses, and the largest of each.
+
+    ``names`` are ``second``, ``first`` and the ``condition``: "at equal experts".
+    """
+    comparisons = compare_pairs(pairs)
+    if not comparisons:
+        return judge(TEXT.sentence("none", **names), claim, None)
+    wins, losses = ([c for c in comparisons if c.sign == sign] for sign in (1, -1))
+    n, ties = len(comparisons), len(comparisons) - len(wins) - len(losses)
+    counts = TEXT.sentence("claim", n=n, wins=len(wins), losses=len(losses), ties=ties, **names)
+    largest = [max(group, key=lambda c: c.size).sentence for group in (wins, losses) if group]
+    return judge(" ".join([counts, *largest]), claim, is_better(comparisons))
+
+
+def count_sentence(pairs: Iterable[Pair], unit: str, label: str = "", **names: str) -> str:
+    """Counts of wins and losses, and the largest difference; ``names`` as in ``claim_finding``."""
+    comparisons = compare_pairs(pairs)
+    if not comparisons:
+        return TEXT.sentence("none", **names)
+    signs, second = [comparison.sign for comparison in comparisons], names["second"]
+    return TEXT.sentence(
+        "counts",
+        label=label or f"{second[:1].upper()}{second[1:]} against {names['first']}",
+        n=len(signs),
+        wins=signs.count(1),
+        losses=signs.count(-1),
+        unit=unit,
+        largest=max(comparisons, key=lambda c: c.size),
+    )
+
+
+def comparison_table(pairs: Sequence[Pair], caption: str) -> Table:
+    """One comparison per row."""
+    comparisons, items = compare_pairs(pairs), len(pairs[0][0].correct_flags())
+    p_column = {"p": lambda c: format_p(c.p, bare=True)}
+    return TEXT.table(
+        "comparisons", comparisons, p_column, caption=caption, items=items, n=len(comparisons)
+    )

@@ -12,20 +12,18 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from coterie.lab.study.charts import dash_repeats, line_chart, policy_series
-from coterie.lab.study.context import StudyContext
+from coterie.lab.study.comparison import SIGNIFICANCE_LEVEL, PairedComparison, compare_pairs
 from coterie.lab.study.experiment import (
     Drawing,
     Entry,
     Experiment,
-    ExperimentText,
     Finding,
+    StudyContext,
     Table,
     decimal_bytes,
     format_p,
-    judge,
 )
 from coterie.lab.study.expert_cache import MEMORY_SHARES, measure_expert_cache
-from coterie.lab.study.paired import SIGNIFICANCE_LEVEL, PairedComparison, compare_pairs
 from coterie.lab.study.results import VariantResult
 
 MAX_ACCURACY_LOSS = 0.01  # "keeps accuracy" allows this loss at the interval's end
@@ -233,10 +231,8 @@ class ResultGrid:
         return compare_points(pairs, "to_whole")
 
 
-class ExpertCacheExperiment(Experiment):
+class ExpertCacheExperiment(Experiment, name="experts"):
     """Policy x share of the experts in memory x precision: accuracy, hits, bytes, forwards."""
-
-    text = ExperimentText.load("experts")
 
     def measure(self, context: StudyContext) -> Entry:
         return measure_expert_cache(context)
@@ -274,7 +270,7 @@ class ExpertCacheExperiment(Experiment):
             for name in grid.precisions[1:]:
                 findings += self._low_findings(grid, name)
         else:
-            findings.append(judge(text.sentence("no_accuracy"), text.claim("caching"), None))
+            findings.append(text.finding("no_accuracy", None, claim="caching"))
         for name in grid.precisions[1:]:
             same_memory = grid.select(grid.precisions[0], "25%")[:1], grid.select(name, "50%")[:1]
             findings += [

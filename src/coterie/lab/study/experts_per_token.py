@@ -10,11 +10,17 @@ from torch import Tensor
 
 from coterie.lab.evals.generation import EvalRequest, generate_outcomes
 from coterie.lab.evals.run import EvalResult, Variant, make_answer
-from coterie.lab.study.comparison import draw_comparison, variant_table
-from coterie.lab.study.context import BATCH_SIZE, StudyContext
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
-from coterie.lab.study.paired import claim_finding
-from coterie.lab.study.results import JsonObject, VariantResult, VariantResults
+from coterie.lab.study.comparison import claim_finding, draw_comparison, variant_table
+from coterie.lab.study.experiment import (
+    BATCH_SIZE,
+    Drawing,
+    Entry,
+    Experiment,
+    Finding,
+    StudyContext,
+    Table,
+)
+from coterie.lab.study.results import VariantResult, VariantResults
 from coterie.lab.study.variants import expand_policies, run_comparison
 from coterie.routing import parse_policy
 from coterie.routing.router import select_topk
@@ -36,12 +42,10 @@ class LimitTopK:
         return expert_mask(ids, scores.router.experts)
 
 
-class ExpertsPerTokenExperiment(Experiment):
+class ExpertsPerTokenExperiment(Experiment, name="experts-per-token"):
     """The same votes, the same coreset, half the experts for each token."""
 
-    text = ExperimentText.load("experts-per-token")
-
-    def measure(self, context: StudyContext) -> JsonObject:
+    def measure(self, context: StudyContext) -> Entry:
         k = context.engine.model.spec.router.k
         half = max(1, k // 2)
         half_k_results = []

@@ -14,8 +14,8 @@ from torch import Tensor
 from coterie.engine.observation import LayerObservation, observe_forwards
 from coterie.errors import CoterieError, TaskError
 from coterie.lab.study.charts import dash_repeats, guide_series, line_chart, policy_series
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
+from coterie.lab.study.variants import coreset_size
 from coterie.telemetry import routing_stats
 
 BLOCK_SIZES = (8, 16, 24, 32, 48, 64)
@@ -24,14 +24,12 @@ SLOW_UNMASK = "fixed:steps=32"  # it passes every number of masks
 
 
 @dataclass(frozen=True)
-class ExplosionExperiment(Experiment):
+class ExplosionExperiment(Experiment, name="explosion"):
     """Unique experts of every decoding forward on real prompts, by block size and policy.
 
     The ``budget`` of a curve is the size of the policy's coreset where that is fixed. ``masked``
     has vanilla forwards of the ``usual`` block by positions still masked.
     """
-
-    text = ExperimentText.load("explosion")
 
     blocks: Sequence[int] = BLOCK_SIZES
 
@@ -53,6 +51,8 @@ class ExplosionExperiment(Experiment):
         context.on_progress(len(runs) / (len(runs) + 1), "slow decoding")
         usual, half = context.engine.generation.block, prompts[: -(-len(prompts) // 2)]
         counts, masked = count_experts(context, half, block=usual, unmask=SLOW_UNMASK)
+        votes = [policy for policy in POLICIES if policy.startswith("des-vote")]
+        budgets = {policy: coreset_size(policy, spec.router.experts) for policy in votes}
         return {
             "experts": spec.router.experts,
             "k": spec.router.k,
@@ -60,7 +60,7 @@ class ExplosionExperiment(Experiment):
             "prompts": len(prompts),
             "layers": list(spec.moe_layers),
             "curves": [
-                {"policy": p, "budget": coreset_budget(p, spec.router.experts), "points": points}
+                {"policy": p, "budget": budgets.get(p), "points": points}
                 for p, points in curves.items()
             ],
             "masked": bin_by_masked(masked, counts.mean(dim=0), usual),
@@ -119,12 +119,6 @@ def expected_uniform(experts: int, k: int, tokens: float) -> float:
     return experts * (1 - (1 - k / experts) ** tokens)
 
 
-def coreset_budget(policy: str, experts: int) -> int | None:
-    """The coreset size of the DES-Vote policies in ``POLICIES``; None for the other policies."""
-    family, _, beta = policy.partition(":beta=")
-    return int(float(beta) * experts + 1e-9) if family == "des-vote" else None
-
-
 def summarize_block_size(block: int, counts: Tensor) -> Entry:
     """From unique experts [L, F]: mean and quartiles over forwards of the mean over layers.
 
@@ -142,16 +136,16 @@ def summarize_block_size(block: int, counts: Tensor) -> Entry:
     }
 
 
-def bin_by_masked(masked: Tensor, mean: Tensor, block: int, bins: int = 8) -> list[Entry]:
+def bin_by_masked(masked: Tensor, mean: Tensor, block: int) -> list[Entry]:
     """Means over forwards with similar numbers of masks; a bin is an eighth of a block."""
-    bin_index = ((masked.double() - 1) * bins / block).floor().clamp(0, bins - 1)
+    bin_index = ((masked.double() - 1) * 8 / block).floor().clamp(0, 7)
     return [
         {
             "masked": float(masked[in_bin].double().mean()),
             "forwards": int(in_bin.sum()),
             "mean": float(mean[in_bin].double().mean()),
         }
-        for in_bin in (bin_index == index for index in range(bins))
+        for in_bin in (bin_index == index for index in range(8))
         if bool(in_bin.any())
     ]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +16,15 @@ from coterie.engine.engine import Engine
 from coterie.lab.evals.stats import mean_interval, spearman
 from coterie.lab.plotting import FIGURE_WIDTH, foreground, grid_colour, policy_style
 from coterie.lab.study.charts import guide_series, line_chart, policy_series
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
-from coterie.lab.study.fidelity import sample_layers
-from coterie.lab.study.first_forwards import (
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
+from coterie.lab.study.fidelity import (
     Prompt,
     content_mask,
     kl_divergence,
     prompts_at_block_start,
     relative_squared_error,
     run_first_forward,
+    sample_layers,
 )
 from coterie.lab.study.variants import GUARD_OPTIONS
 from coterie.routing import parse_policy
@@ -100,7 +98,7 @@ class LayerAblation:
         }
 
 
-class ImportanceExperiment(Experiment):
+class ImportanceExperiment(Experiment, name="importance"):
     """First forwards of blocks that are all answer: each expert in use is removed in turn.
 
     The tokens of a removed expert use their next best one, and the model's output is compared with
@@ -108,9 +106,7 @@ class ImportanceExperiment(Experiment):
     block with the most importance, an entry per layer.
     """
 
-    text = ExperimentText.load("importance")
-
-    def measure(self, context: StudyContext) -> Mapping[str, object]:
+    def measure(self, context: StudyContext) -> Entry:
         router, layers = context.engine.model.spec.router, sample_layers(context)
         prompts = prompts_at_block_start(context.engine, context.questions())[:NUM_BLOCKS]
         blocks: list[list[LayerAblation]] = []
@@ -140,7 +136,7 @@ class ImportanceExperiment(Experiment):
             },
         }
 
-    def drawings(self, record: Any) -> Sequence[Drawing]:
+    def drawings(self, record: Entry) -> Sequence[Drawing]:
         shown = record["shown"]
         drawings = [
             Drawing(
@@ -153,7 +149,7 @@ class ImportanceExperiment(Experiment):
         caption = self.text.caption("coverage", record=record)
         return [*drawings, Drawing("importance-covered", caption, partial(_draw_coverage, record))]
 
-    def tables(self, record: Any) -> Sequence[Table]:
+    def tables(self, record: Entry) -> Sequence[Table]:
         by_measure = record["correlations"]
         rows = [
             dict(zip(by_measure, entries, strict=True))
@@ -165,7 +161,7 @@ class ImportanceExperiment(Experiment):
             self.text.table("coverage", coverages),
         ]
 
-    def findings(self, record: Any) -> Sequence[Finding | str]:
+    def findings(self, record: Entry) -> Sequence[Finding | str]:
         correlations, curves = record["correlations"], record["curves"]
         weight, hidden = (correlations[measure][0] for measure in ("output", "hidden"))
         low, high = weight["used_interval"]
@@ -288,7 +284,7 @@ def _draw_block(block: Entry) -> Figure:
     return figure
 
 
-def _draw_coverage(record: Any) -> Figure:
+def _draw_coverage(record: Entry) -> Figure:
     best = record["curves"]["DES-Vote"]
     sizes, maxima = ([entry[key] for entry in best] for key in ("experts", "best"))
     series = [guide_series(sizes, maxima, "maximum")]

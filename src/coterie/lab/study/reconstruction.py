@@ -8,16 +8,7 @@ from functools import partial
 from matplotlib.figure import Figure
 
 from coterie.lab.study.charts import line_chart, policy_series
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import (
-    Drawing,
-    Entry,
-    Experiment,
-    ExperimentText,
-    Finding,
-    Table,
-    judge,
-)
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
 from coterie.lab.study.fidelity import (
     Metric,
     compare_policies,
@@ -50,15 +41,13 @@ DRAWN_METRICS: dict[str, Metric] = {  # by figure
 }
 
 
-class ReconstructionExperiment(Experiment):
+class ReconstructionExperiment(Experiment, name="reconstruction"):
     """Every policy routes the inputs of vanilla's layers, so errors do not accumulate.
 
     The record has gaps to DES-Vote's curve at the same size, by metric: ``against`` is for DES-Seq,
     ``guarded`` for the guarded vote, ``ours`` for the proportional vote and ``control`` for random
     coresets.
     """
-
-    text = ExperimentText.load("reconstruction")
 
     def measure(self, context: StudyContext) -> Entry:
         spec = context.engine.model.spec
@@ -136,17 +125,18 @@ class ReconstructionExperiment(Experiment):
         return self.text.finding("control", holds, worse=worse, sizes=sizes, nearest=text)
 
     def _seq_finding(self, gaps: Sequence[Entry], metric: Metric) -> Finding:
-        claim, counts = self.text.claim(metric), count_outcomes(gaps, metric)
         if not gaps:
-            return judge(self.text.sentence("no_sizes"), claim, None)
-        text = self.text.sentence(
+            return self.text.finding("no_sizes", None, claim=metric)
+        counts = count_outcomes(gaps, metric)
+        return self.text.finding(
             "versus_seq",
+            counts["worse"] > len(gaps) / 2 and not counts["better"],
+            claim=metric,
             metric=METRIC_NAMES[metric],
             largest=max(gaps, key=lambda gap: abs(gap["gap"])),
             remark=self.text.sentence("maximal") if metric == "recall" else "",
             **counts,
         )
-        return judge(text, claim, counts["worse"] > len(gaps) / 2 and not counts["better"])
 
     def _vote_sentence(self, key: str, gaps_by_metric: GapsByMetric) -> str:
         """A vote of another kind against DES-Vote, metric by metric."""

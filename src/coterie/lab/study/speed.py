@@ -21,9 +21,16 @@ from coterie.lab.study.comparison import (
     vanilla_series,
     variant_rows,
 )
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
-from coterie.lab.study.results import JsonObject, VariantResults
+from coterie.lab.study.experiment import (
+    Drawing,
+    Entry,
+    Experiment,
+    ExperimentText,
+    Finding,
+    StudyContext,
+    Table,
+)
+from coterie.lab.study.results import VariantResults
 from coterie.lab.study.variants import GUARD_OPTIONS, short_name
 
 ROUNDS = 5
@@ -62,12 +69,10 @@ def draw_forwards(results: VariantResults, _: Sequence[str] = ()) -> Figure:
     return line_chart(series, label, "forwards per block", xlim=(0, None), ylim=(0, None))
 
 
-class SpeedExperiment(Experiment):
+class SpeedExperiment(Experiment, name="speed"):
     """One row at a time, as in interactive use; the policies take turns."""
 
-    text = ExperimentText.load("speed")
-
-    def measure(self, context: StudyContext) -> JsonObject:
+    def measure(self, context: StudyContext) -> Entry:
         k = context.engine.model.spec.router.k
         policies = [
             "vanilla", f"topk:k={max(1, k // 2)}", f"des-seq:k={min(3, k)}", "des-vote:beta=0.5",

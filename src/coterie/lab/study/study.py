@@ -21,17 +21,15 @@ from coterie.lab.study.accuracy import ACCURACY, BEYOND, CORESET_SIZE, TABLE_ONE
 from coterie.lab.study.blocks import BlockSizeExperiment
 from coterie.lab.study.breakdown import BreakdownExperiment
 from coterie.lab.study.comparison import PolicyComparison
-from coterie.lab.study.context import StudyContext, read_record
-from coterie.lab.study.experiment import Experiment
+from coterie.lab.study.experiment import Experiment, StudyContext, read_record
 from coterie.lab.study.expert_cache_report import ExpertCacheExperiment
 from coterie.lab.study.experts_per_token import ExpertsPerTokenExperiment
 from coterie.lab.study.explosion import ExplosionExperiment
 from coterie.lab.study.importance import ImportanceExperiment
-from coterie.lab.study.latency import LatencyExperiment
+from coterie.lab.study.latency import LatencyExperiment, RooflineExperiment
 from coterie.lab.study.maps import MapsExperiment
 from coterie.lab.study.reconstruction import ReconstructionExperiment
 from coterie.lab.study.report import ReportSection, make_section, render_page
-from coterie.lab.study.roofline import RooflineExperiment
 from coterie.lab.study.selection import SelectionExperiment
 from coterie.lab.study.speed import FORWARDS, SpeedExperiment
 from coterie.lab.study.tradeoff import TradeoffExperiment

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from coterie.lab.evals.run import Variant
-from coterie.lab.study.context import StudyContext
+from coterie.lab.study.experiment import StudyContext
 from coterie.lab.study.results import Pair, VariantResult, VariantResults
 from coterie.routing import format_policy, parse_policy
 

@@ -117,8 +117,8 @@ def read_experts(slab: Slab, used: Tensor) -> int:
 
 def allocate(experts: int, size: int) -> Tensor:
     """Uninitialised [experts, size] uint8, in huge pages if the system supports them."""
-    if not experts:
-        return torch.empty(0, size, dtype=torch.uint8)
+    if not experts * size:
+        return torch.empty(experts, size, dtype=torch.uint8)
     # Private: mmap's default, shared memory, gets huge pages on few systems.
     mapping = mmap.mmap(-1, experts * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError, AttributeError):  # a system without huge pages
