@@ -13,11 +13,7 @@ from policy_strategies import law
 from coterie.errors import ConfigError
 from coterie.keys import to_json
 from coterie.lab.bench.shapes import SHAPES
-from coterie.lab.planner.expert_counts import (
-    PUBLISHED_LAW,
-    RoutingSample,
-    assumed_sample,
-)
+from coterie.lab.planner.expert_counts import PUBLISHED_LAW, RoutingSample, assumed_sample
 from coterie.lab.replay.cache_simulation import ReplayPolicy
 from coterie.lab.replay.trace_file import read_trace
 from coterie.routing import parse_policy
