@@ -57,7 +57,8 @@ class AnswerTraffic:
 
     def __add__(self, other: AnswerTraffic) -> AnswerTraffic:
         pairs = zip(astuple(self), astuple(other), strict=True)
-        return AnswerTraffic(*(None if None in pair else sum(pair) for pair in pairs))
+        totals: list[Any] = [None if None in pair else sum(pair) for pair in pairs]
+        return AnswerTraffic(*totals)
 
     @property
     def hit_rate(self) -> float:
