@@ -205,7 +205,7 @@ def forward_command(
         size, peak = weight_bytes(model.spec, model.transformer.dtype), forwards.peak_memory()
         facts |= {
             "logits": result.logit_counts, "weights": size, "peak_memory": peak,
-            "peak_times_weights": None if peak is None else peak / size,
+            "peak_times_weights": peak / size,
             "policies": [timing.facts() for timing in result.timings],
         }  # fmt: skip
         table, measures = output.forward_table(result.timings), result.measures()

@@ -26,7 +26,7 @@ DIGESTS = {"model": "the model", "sha256": "the data", "questions": "the content
 CONSEQUENCES = ("items", "questions")  # values that follow from options
 FIELDS = {  # of options, by key of ``run.json``
     "memory": "expert_memory", "lasts": "reset_every", "coarse": "fallback_model",
-    "warm": "warm_start", "imagined": "simulated",
+    "warm": "warm_start", "imagined": "simulated", "experts": "expert_dtype",
 }  # fmt: skip
 ITEM_ERROR = re.compile(
     r"\b(?:NaN|infinite|not finite)\b|^the (?:prompt cannot be read|answer has no text): "
@@ -57,7 +57,8 @@ class AnswerTraffic:
 
     def __add__(self, other: AnswerTraffic) -> AnswerTraffic:
         pairs = zip(astuple(self), astuple(other), strict=True)
-        return AnswerTraffic(*(None if None in pair else sum(pair) for pair in pairs))
+        totals: list[Any] = [None if None in pair else sum(pair) for pair in pairs]
+        return AnswerTraffic(*totals)
 
     @property
     def hit_rate(self) -> float:
@@ -160,7 +161,9 @@ class AnswerLog:
             if answer.key in self.answers:
                 raise RuntimeError(f"answered twice: {answer.key}")
             if self._file is not None:
-                self._append(self._file, _encode_answer(answer), sync=answer is answers[-1])
+                # ASCII, since an output may hold any character, line separators included.
+                line = json.dumps(to_json(answer), allow_nan=False) + "\n"
+                self._append(self._file, line.encode("ascii"), sync=answer is answers[-1])
             self.answers[answer.key] = answer
 
     def _append(self, file: LockedFile, line: bytes, *, sync: bool) -> None:
@@ -225,11 +228,6 @@ def _has_type(key: str, value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _encode_answer(answer: Answer) -> bytes:
-    # ASCII, since an output may hold any character, line separators included.
-    return (json.dumps(to_json(answer), allow_nan=False) + "\n").encode("ascii")
 
 
 def _decode_answer(line: bytes) -> Answer | None:

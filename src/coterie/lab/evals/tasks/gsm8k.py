@@ -210,7 +210,8 @@ def _marked_numbers(text: str) -> Numbers:
         candidates.append((hashes.start(), text[hashes.end() :].split("\n", 1)[0]))
     for start, content in sorted(candidates, reverse=True):
         plain = join_digit_groups(latex_to_plain(content))
-        if numbers := _result_numbers(FACTORIAL.sub(_format_factorial, plain)):
+        plain = FACTORIAL.sub(lambda match: str(math.factorial(int(match[1]))), plain)
+        if numbers := _result_numbers(plain):
             for box in boxes:
                 if box.stop <= start and BETWEEN_BOXES.fullmatch(text, box.stop, start):
                     numbers = _result_numbers(latex_to_plain(box.content)) + numbers
@@ -228,10 +229,6 @@ def _stated_numbers(text: str) -> Numbers:
             result = "" if computation is None else rest[computation.end() :]
             return _first_numbers(result) or _first_numbers(rest)
     return ()
-
-
-def _format_factorial(match: re.Match[str]) -> str:
-    return str(math.factorial(int(match[1])))
 
 
 def _result_numbers(text: str) -> Numbers:
