@@ -65,6 +65,11 @@ class QuantFormat:
         packed_k = k if self.bits == 8 else -(-k // 2)
         return (*rows, packed_k), (*rows, -(-k // self.group))
 
+    def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of the two tensors of a weight of this shape: ``q`` and ``scales``."""
+        values, scales = self.storage_shapes(shape)
+        return {"q": (values, self.dtype), "scales": (scales, torch.bfloat16)}
+
 
 @dataclass(frozen=True)
 class QTensor:

@@ -194,9 +194,9 @@ def test_the_mask_follows_the_window(block: int, start: int, width: int, reach: 
     seen = AttentionMetadata.of(view, cache, spec.attention[0], torch.device("cpu"))
     for query in range(width):
         stop = min(visible, ((start + query) // block + 1) * block)
-        allowed = [key < stop for key in range(seen.kv_length)]
+        allowed = [key < stop for key in range(seen.queries.kv_length)]
         mask = (
-            torch.ones(1, width, seen.kv_length, dtype=torch.bool)
+            torch.ones(1, width, seen.queries.kv_length, dtype=torch.bool)
             if seen.mask is None
             else seen.mask
         )
@@ -234,7 +234,7 @@ def attention_received(
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.norm_epsilon) * norm
     seen = AttentionMetadata.of(view, cache, spec.attention[0], x.device)
     heads = (normed @ attention.qkv.T).unflatten(-1, (-1, spec.head_dim))
-    query, _, _ = attention._split_heads(heads, seen)
+    query, _, _ = attention._split_heads(heads, seen.queries)
     received = torch.zeros(x.shape[:2])
     for row in range(x.shape[0]):
         for at in range(view.width):

@@ -76,7 +76,8 @@ class ModelInfo:
         dtype = str(self.dtype).removeprefix("torch.")
         mask = "none" if self.mask_id is None else self.mask_id
         kinds = dict.fromkeys((layer.head_dim, layer.kv_heads) for layer in spec.attention)
-        admitted = f", of {spec.capacity} that a block of {router.block} admits"
+        admitted = f", of {router.capacity} that a block of {router.block} admits"
+        per_token = f"{router.k} a token{admitted if router.capacity else ''}"
         quantised = spec.expert_storage != UNQUANTISED
         return [
             ("model", self.name),
@@ -86,10 +87,7 @@ class ModelInfo:
                 f"{size.parameters:,}, of which a token uses {size.active_parameters:,}",
             ),
             ("layers", f"{spec.layers}, of which {len(spec.moe_layers)} have experts"),
-            (
-                "experts",
-                f"{router.experts} a layer, {router.k} a token{admitted if spec.capacity else ''}",
-            ),
+            ("experts", f"{router.experts} a layer, {per_token}"),
             ("hidden, expert, shared", f"{spec.hidden}, {spec.expert_width}, {spec.shared_width}"),
             *(("heads", f"{spec.heads} of {dim}, {kv} for keys and values") for dim, kv in kinds),
             ("vocabulary", f"{spec.vocabulary:,}"),

@@ -156,11 +156,13 @@ def make_request(
 
 
 def _check_denoising(plan: DecodePlan, unmask: UnmaskStrategy, mask_id: int) -> None:
-    """Raises ConfigError unless model, plan and rule all denoise masks, or all random tokens."""
+    """Raises ConfigError unless model, KV scheme and rule denoise masks, or all random tokens."""
     if (mask_id == NO_MASK) == unmask.renoises == plan.scheme.encodes:
         return
     denoised = "random tokens" if mask_id == NO_MASK else "masks"
-    raise ConfigError(f"the model denoises {denoised}: plan {plan} and rule {unmask} do not fit")
+    raise ConfigError(
+        f"the model denoises {denoised}: `kv_cache={plan}` and `unmask={unmask}` do not fit it"
+    )
 
 
 def check_prompt(prompt: Sequence[int], special_ids: tuple[int, ...], vocabulary: int) -> None:

@@ -101,9 +101,7 @@ def observe_forwards(
 
 
 def collect_observations(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    **options: Any,
+    engine: Engine, prompts: Sequence[Prompt], **options: Any
 ) -> list[LayerObservation]:
     """All observations of ``observe_forwards`` in a list: H + E numbers per position and layer."""
     observations: list[LayerObservation] = []

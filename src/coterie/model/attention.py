@@ -22,14 +22,6 @@ class AttentionMetadata:
     queries: QueryPositions
     mask: Tensor | None  # [B, W, kv_length] bool, True = may attend; None = all keys
 
-    @property
-    def positions(self) -> Tensor:
-        return self.queries.positions
-
-    @property
-    def kv_length(self) -> int:
-        return self.queries.kv_length
-
     @staticmethod
     def of(
         window: Window, cache: KVCache | None, spec: AttentionSpec, device: torch.device
@@ -84,13 +76,14 @@ class Attention:
         heads = ops.linear(x, self.qkv).unflatten(-1, (-1, self.kind.head_dim))
         if fuse and (attn_output := self._fused_attention(heads, metadata, cache)) is not None:
             return ops.linear(attn_output.flatten(2), self.out), None
-        query, key, value = self._split_heads(heads, metadata)
+        queries = metadata.queries
+        query, key, value = self._split_heads(heads, queries)
         if cache is None:
             keys, values = key.transpose(1, 2), value.transpose(1, 2)
         else:
-            cache.write(self.layer, metadata.positions, key, value)
-            keys, values = cache.read(self.layer, metadata.kv_length)
-        keys, values = keys[:, :, : metadata.kv_length], values[:, :, : metadata.kv_length]
+            cache.write(self.layer, queries.positions, key, value)
+            keys, values = cache.read(self.layer, queries.kv_length)
+        keys, values = keys[:, :, : queries.kv_length], values[:, :, : queries.kv_length]
         scale = self.kind.scale
         attn_output = _sdpa(query, keys, values, metadata.mask, scale)
         output = ops.linear(attn_output.flatten(2), self.out)
@@ -124,12 +117,9 @@ class Attention:
         keys, values = x.new_zeros(2, rows, self.kind.kv_heads, width, self.kind.head_dim)
         return LayerKV(keys, values, torch.arange(rows, device=x.device))
 
-    def _split_heads(
-        self, heads: Tensor, metadata: AttentionMetadata
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _split_heads(self, heads: Tensor, queries: QueryPositions) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, W, heads, D], key and value [B, W, kv_heads, D], normed and rotated."""
-        kind, queries, epsilon = self.kind, metadata.queries, self.spec.norm_epsilon
-        num_heads = self.spec.heads
+        kind, epsilon, num_heads = self.kind, self.spec.norm_epsilon, self.spec.heads
         query, key, value = heads.tensor_split([num_heads, num_heads + kind.kv_heads], dim=2)
         value = key if kind.keys_are_values else value
         if kind.norms_values:
@@ -220,4 +210,4 @@ def _received(
     if metadata.mask is not None:
         scores = scores.masked_fill(~metadata.mask[:, None], float("-inf"))
     share = scores.softmax(dim=-1).mean(dim=(1, 2))  # [B, kv_length]
-    return share.gather(1, metadata.positions)
+    return share.gather(1, metadata.queries.positions)

@@ -103,6 +103,7 @@ class MoE:
         self, x: Tensor, context: ForwardContext, importance: Tensor | None
     ) -> Scores:
         moe_index, coresets = sum(self.spec.moe[: self.layer]), context.coresets
+        slots = self.store.capacity
         return Scores(
             logits=ops.linear(x, self.gate, dtype=torch.float32),
             router=self.spec.router,
@@ -112,7 +113,7 @@ class MoE:
             progress=context.progress,
             importance=importance,
             resident=self.store.resident(self.layer),
-            slots=self.store.slots(self.layer),
+            slots=None if slots is None else min(slots, self.spec.router.experts),
             previous_coresets=None if coresets is None else coresets.previous_coresets(moe_index),
             layer=self.layer,
             moe_index=moe_index,

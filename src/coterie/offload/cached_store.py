@@ -115,10 +115,6 @@ class CachedExpertStore:
             cache.mask = self.fetcher.to_device(cache.slots.resident)
         return cache.mask
 
-    def slots(self, layer: int) -> int | None:
-        del layer
-        return self.capacity
-
     def reset(self) -> None:
         """Empty the cache and reload the warm-start experts; allocated memory is reused."""
         self.traffic_log.log_reset()

@@ -89,10 +89,6 @@ class SimulatedCacheStore:
     def resident(self, layer: int) -> Tensor | None:
         return torch.from_numpy(self._slots(layer).resident).to(self.device)
 
-    def slots(self, layer: int) -> int | None:
-        del layer
-        return self.capacity
-
     def _slots(self, layer: int) -> Slots:
         if layer not in self.cache.layers:
             self._log_loads(self.cache.slots(layer).num_resident)
