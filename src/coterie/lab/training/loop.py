@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from threading import BrokenBarrierError
 from typing import Annotated, Literal
@@ -24,11 +23,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from coterie.errors import CheckpointError, ConfigError
+from coterie.errors import CheckpointError, ConfigError, CoterieError
 from coterie.files import LockedFile, atomic_write, opened
 from coterie.keys import Key, to_json
 from coterie.lab.training.batch import TrainingBatch
-from coterie.lab.training.feed import FORK_CONTEXT, BatchFunction, BatchLoader, start_process
+from coterie.lab.training.feed import (
+    DEAD_PROCESS,
+    FORK_CONTEXT,
+    BatchFunction,
+    BatchLoader,
+    call_when_one_fails,
+    start_process,
+)
 from coterie.lab.training.network import NetworkShape, TrainingNetwork, additive_mask
 from coterie.lab.training.optim import (
     OptimizerOptions,
@@ -39,8 +45,6 @@ from coterie.lab.training.optim import (
 )
 from coterie.lab.training.signals import StopSignals
 from coterie.strict_json import parse_object
-
-WORKER_TIMEOUT = 600.0  # seconds that the leader waits for the other workers
 
 STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
 FREE_SETTINGS = ("steps", "save_every", "log_every")  # which a resumed run may change
@@ -201,17 +205,15 @@ def _run_workers(make_batch: BatchFunction, leader: _Leader) -> None:
     torch.set_num_threads(1)  # before forking: an OpenMP pool does not survive a fork
     loader = BatchLoader(make_batch, state.step, config.steps, num_workers=config.workers)
     barrier = FORK_CONTEXT.Barrier(config.workers)
-    # Only the leader saves and logs, so the others wait for it without a timeout.
-    barrier_waits = [
-        partial(barrier.wait, None if i else WORKER_TIMEOUT) for i in range(config.workers)
-    ]
     workers = [
-        _TrainingWorker(i, config, state, loader, barrier_wait)
-        for i, barrier_wait in enumerate(barrier_waits)
+        _TrainingWorker(i, config, state, loader, barrier.wait) for i in range(config.workers)
     ]
     followers = [start_process(_run_follower, worker, barrier.abort) for worker in workers[1:]]
+    call_when_one_fails([loader.process, *followers], barrier.abort)
     try:
         leader.run(workers[0])
+    except BrokenBarrierError:
+        raise CoterieError(DEAD_PROCESS) from None
     finally:
         barrier.abort()
         loader.close()
