@@ -64,7 +64,7 @@ TINY = SHAPES["tiny"]
 @pytest.fixture(autouse=True)
 def small_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test here depends on what the processor's cache holds."""
-    monkeypatch.setattr(session, "FLUSH_BYTES", 1 << 12)
+    monkeypatch.setattr(layer, "FLUSH_BYTES", 1 << 12)
 
 
 def bench_config(dtype: str = "bf16", **others: object) -> BenchConfig:
@@ -119,7 +119,7 @@ def test_torch_computes_our_output(
 ) -> None:
     """In this process, or in one of its own as a benchmark runs it."""
     if is_here:
-        monkeypatch.setattr(session, "BaselineProcess", TorchHere)
+        monkeypatch.setattr(layer, "BaselineProcess", TorchHere)
         monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     baselines, skipped = resolve_baselines(["torch"], {"torch": Path(sys.executable)}, dtype)
     result = time_layer(bench_config(dtype), baselines, budget=0)

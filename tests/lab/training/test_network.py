@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -24,7 +25,7 @@ from coterie.files import LockedFile
 from coterie.keys import from_json, keys_of
 from coterie.lab.training import export
 from coterie.lab.training.embedded import write_training_record
-from coterie.lab.training.feed import TrainingBatch
+from coterie.lab.training.feed import TrainingBatch, start_process
 from coterie.lab.training.loop import TrainingConfig, TrainingState, saved_step, train
 from coterie.lab.training.network import (
     NetworkShape,
@@ -228,6 +229,30 @@ def test_a_signal_saves_after_the_step(
     assert steps == [4, 5, 6]
     for name, weight in whole.checkpoint_tensors().items():
         assert torch.equal(weight, again.checkpoint_tensors()[name]), name
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_run_and_its_state_stays(tmp_path: Path, victim: int) -> None:
+    def kill(step: int) -> None:
+        if step == 4:
+            processes = sorted(multiprocessing.active_children(), key=lambda one: one.pid or 0)
+            processes[victim].kill()  # the one that makes batches, or a worker
+
+    endless = replace(CONFIG, workers=2, steps=10**6)
+    with pytest.raises(CoterieError, match="has ended"):
+        train(counting, endless, tmp_path, on_step=kill)
+    assert saved_step(tmp_path) >= 3
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_whose_parent_has_ended_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    process = start_process((tmp_path / "done").touch)
+    process.join()
+    assert process.exitcode == 1
+    assert not (tmp_path / "done").exists()
 
 
 def test_a_full_disk_names_the_file_and_leaves_the_old_state(
