@@ -43,7 +43,7 @@ def llada22_keys(draw: st.DrawFn) -> dict[str, Any]:
         "num_key_value_heads": kv_heads,
         "num_attention_heads": kv_heads * draw(st.integers(1, 3)),
         "head_dim": draw(st.sampled_from((4, 8, 12, 20))),
-        "first_k_dense_replace": draw(st.integers(0, layers)),
+        "first_k_dense_replace": draw(st.integers(0, layers - 1)),
         "num_experts": experts,
         "num_experts_per_tok": k,
         "expert_capacity": draw(st.integers(k, experts)),
