@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,6 @@ class ModelInfo:
         spec, size, router = self.spec, self.size, self.spec.router
         dtype = str(self.dtype).removeprefix("torch.")
         mask = "none" if self.mask_id is None else self.mask_id
-        kinds = dict.fromkeys((layer.head_dim, layer.kv_heads) for layer in spec.attention)
         admitted = f", of {router.capacity} that a block of {router.block} admits"
         per_token = f"{router.k} a token{admitted if router.capacity else ''}"
         quantised = spec.expert_storage != UNQUANTISED
@@ -89,7 +89,8 @@ class ModelInfo:
             ("layers", f"{spec.layers}, of which {len(spec.moe_layers)} have experts"),
             ("experts", f"{router.experts} a layer, {per_token}"),
             ("hidden, expert, shared", f"{spec.hidden}, {spec.expert_width}, {spec.shared_width}"),
-            *(("heads", f"{spec.heads} of {dim}, {kv} for keys and values") for dim, kv in kinds),
+            *(("heads", text) for text in self._describe_heads()),
+            *([("canvas", f"{spec.block} tokens")] if spec.block else []),
             ("vocabulary", f"{spec.vocabulary:,}"),
             ("mask id, end ids", f"{mask}, {' '.join(map(str, self.eos_ids)) or 'none'}"),
             *([("experts stored in", spec.expert_storage)] if quantised else []),
@@ -99,6 +100,17 @@ class ModelInfo:
             ("keys and values", f"{format_bytes(size.kv_bytes_per_token)} a position"),
             *((f"in {format_bytes(fit.memory)}", self._describe_fit(fit)) for fit in self.fits),
         ]
+
+    def _describe_heads(self) -> list[str]:
+        """The heads of each kind of attention, with its layers if there are several kinds."""
+        counts = Counter(self.spec.attention)
+        lines = []
+        for kind, count in counts.items():
+            text = f"{self.spec.heads} of {kind.head_dim}, {kind.kv_heads} for keys and values"
+            if len(counts) > 1:
+                text += f", in {count} layer{'s' * (count > 1)}"
+            lines.append(text + (f", which see {kind.window} positions" if kind.window else ""))
+        return lines
 
     def _describe_fit(self, fit: MemoryFit) -> str:
         """How much of a model fits with the KV cache of one sequence."""

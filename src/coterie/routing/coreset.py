@@ -194,14 +194,19 @@ def elect(scores: Scores, size: CoresetSize | Union, election: Election, k: int)
             excluded=excluded,
         )
         return take(order, gains).unsqueeze(1)
-    votes = VOTES[election.vote](scores, vote_weight, election.seed)  # [S, E]
-    votes = votes if excluded is None else votes.masked_fill(excluded, 0)
+    votes = counted_votes(scores, vote_weight, election)
     coreset = take(*rank_by_votes(votes, protected, excluded))
     if election.resident_bonus > 0 and scores.resident is not None:
         bonus_votes = votes * (1 + election.resident_bonus * scores.resident.double())
         bonus_coreset = take(*rank_by_votes(bonus_votes, protected, excluded))
         coreset = restore_votes(bonus_coreset, coreset, votes, election.max_vote_loss)
     return coreset.unsqueeze(1)
+
+
+def counted_votes(scores: Scores, vote_weight: Tensor, election: Election) -> Tensor:
+    """[S, E] int64: each expert's votes; 0 for one that no block of the row admits."""
+    votes, admitted = VOTES[election.vote](scores, vote_weight, election.seed), scores.admitted
+    return votes if admitted is None else votes.masked_fill(~admitted.any(dim=1), 0)
 
 
 def union_of_topm(scores: Scores, vote_weight: Tensor, m: int) -> Tensor:
