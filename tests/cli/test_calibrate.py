@@ -225,7 +225,14 @@ def command(model: str, prompts: str) -> list[str]:
     return ["calibrate", "des-vote", "--prompt-file", prompts, "-m", model, *DECODING]
 
 
-@pytest.mark.parametrize("target", ["experts=6", "mass=0.8 --per-layer", "experts=6 --per-layer"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "experts=6",
+        "mass=0.8 --per-layer",
+        pytest.param("experts=6 --per-layer", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_calibration_goes_on_with_the_same_command(
     target: str,
     command: list[str],

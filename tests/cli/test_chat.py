@@ -8,9 +8,12 @@ import os
 import pty
 import re
 import select
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event as Flag
+from threading import main_thread
 
 import pytest
 from hypothesis import given
@@ -23,7 +26,6 @@ from coterie.engine.engine import Engine, load
 from coterie.testing import write_checkpoint
 
 Capture = pytest.CaptureFixture[str]
-SOURCES = Path(__file__).parents[2] / "src"
 OPTIONS: dict[str, object] = {"block": 8, "max_new_tokens": 20}
 
 
@@ -158,43 +160,58 @@ def test_a_long_conversation_gets_what_fits(model: str) -> None:
 
 
 class Terminal:
-    """``coterie chat`` in a pseudo-terminal."""
+    """A user of a pseudo-terminal, in a thread; ``with`` gives the program its other end."""
 
-    def __init__(self, *words: str) -> None:
-        command = [sys.executable, "-m", "coterie", "chat", *words]
-        settings = {"PYTHONPATH": str(SOURCES), "OMP_NUM_THREADS": "1", "TERM": "dumb"}
-        self.process, self.screen = pty.fork()
-        if self.process == 0:
-            os.execve(sys.executable, command, {**os.environ, **settings})
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.screen, self.end = pty.openpty()
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            stream = open(self.end, mode, encoding="utf-8", closefd=False)  # noqa: SIM115
+            monkeypatch.setattr(sys, name, stream)
 
     def type(self, text: str) -> None:
         os.write(self.screen, text.encode())
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does: the signal comes to the thread that reads or answers."""
+        signal.pthread_kill(main_thread().ident, signal.SIGINT)
 
     def until(self, pattern: str) -> str:
         """What is shown up to the first match."""
         shown = ""
         while not re.search(pattern, shown):
-            assert select.select([self.screen], [], [], 120)[0], f"no {pattern!r} in {shown!r}"
+            assert select.select([self.screen], [], [], 60)[0], f"no {pattern!r} in {shown!r}"
             shown += os.read(self.screen, 4096).decode("utf-8", "replace")
         return shown
 
-    def exit_status(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+    def close(self) -> None:
+        os.close(self.end)
+        os.close(self.screen)
 
 
-def test_an_interrupt_keeps_final_text_and_the_terminal_goes_on(model: str) -> None:
+def test_an_interrupt_keeps_final_text_and_the_terminal_goes_on(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = ["-n", "480", "--block", "8", "--unmask", "sequential:steps=8", "--early-stop", "off"]
-    terminal = Terminal("-m", model, *slow)
-    terminal.until("> ")
-    terminal.type("5 17\n")
-    terminal.until(r"17\r?\n.*\d+ \d+ ")
-    terminal.type("\x03")
-    terminal.until(r"stopped; \d+ tokens")
-    terminal.type("/save /dev/null\n")
-    terminal.until("coterie: .*null")
-    terminal.type("/stats\n")
-    assert "1 questions" in terminal.until("prefix cache")
-    terminal.type("\x03")
-    terminal.until("> ")
-    terminal.type("\x04")
-    assert terminal.exit_status() == 0
+    terminal = Terminal(monkeypatch)
+
+    def talk() -> None:
+        try:
+            terminal.until("> ")
+            terminal.type("5 17\n")
+            terminal.until(r"17\r?\n.*\d+ \d+ ")
+            terminal.interrupt()
+            terminal.until(r"stopped; \d+ tokens")
+            terminal.type("/save /dev/null\n")
+            terminal.until("coterie: .*null")
+            terminal.type("/stats\n")
+            assert "1 questions" in terminal.until("prefix cache")
+            terminal.interrupt()
+            terminal.until("> ")
+        finally:
+            terminal.type("\x04")
+
+    with ThreadPoolExecutor(1) as pool:
+        user = pool.submit(talk)
+        assert run(["chat", "-m", model, *slow]) == 0
+        user.result()
+    terminal.close()

@@ -8,8 +8,6 @@ import os
 import pty
 import re
 import select
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +16,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from coterie.cli import entry
 from coterie.cli.entry import run
 from coterie.offload.capacity import format_bytes
 from coterie.routing import POLICIES
@@ -57,17 +54,6 @@ def refusal(capsys: Capture, *words: str) -> str:
     assert printed.err.startswith("coterie: ")
     assert printed.err.count("\n") == 1
     return printed.err
-
-
-def command(*words: str, **options: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "coterie", *words],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        **options,  # type: ignore[call-overload]
-    )
 
 
 def test_generate_prints_the_text_alone(capsys: Capture, model: str) -> None:
@@ -377,16 +363,6 @@ def test_text_without_a_tokenizer_is_bytes_with_one_remark(capsys: Capture, tmp_
     )
 
 
-@pytest.mark.parametrize("unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
-def test_a_full_disk_is_one_line(
-    model: str, unbuffered: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
-    with Path("/dev/full").open("w") as full, command("inspect", model, stdout=full) as process:
-        assert process.communicate(timeout=60)[1] == "coterie: No space left on device\n"
-    assert process.returncode == 2
-
-
 def test_a_closed_stderr_does_not_lose_the_answer(
     capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -395,51 +371,6 @@ def test_a_closed_stderr_does_not_lose_the_answer(
     assert run(["generate", "Hi!", "-m", model, "-n", "4"]) == 0
     assert re.fullmatch(r"(\d+ )*\d+\n", capsys.readouterr().out)  # the remark is not on stdout
     assert run(["bogus"]) == 2
-
-
-def test_an_interrupt_during_imports_leaves_no_traceback() -> None:
-    words = [sys.executable, "-X", "importtime", "-m", "_coterie", "policies"]
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": "src"}, cwd=Path(__file__).parents[2],
-    ) as process:  # fmt: skip
-        assert process.stderr is not None
-        next(line for line in process.stderr if "torch" in line)
-        process.send_signal(signal.SIGINT)
-        printed = process.communicate(timeout=60)
-    assert (printed[0], "Traceback" in printed[1]) == ("", False)
-    assert process.returncode == -signal.SIGINT
-
-
-def test_a_closed_pipe_ends_quietly() -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    with command("policies", stdout=writing) as process:
-        os.close(writing)
-        assert process.communicate(timeout=60)[1] == ""
-    assert process.returncode == 1
-
-
-def test_an_interrupt_ends_with_130_and_no_traceback(tmp_path: Path) -> None:
-    model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300))
-    slow = ["--kv-cache", "uncached", "--block", "480", "--unmask", "fixed:steps=480", "-n", "480"]
-    with command("generate", "Hi!", "-m", model, *slow, stdout=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        assert "no tokenizer" in process.stderr.readline()  # from here on it decodes
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60) == ("", "coterie: stopped\n")
-    assert process.returncode == 130
-
-
-def test_an_interrupt_before_the_command_runs_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupt(arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(entry, "check_repeats", interrupt)
-    assert entry.run(["policies"]) == 130
-    assert capsys.readouterr().err == "coterie: stopped\n"
 
 
 def test_watch_shows_block_and_experts_on_a_terminal(

@@ -10,7 +10,7 @@ from tiny_models import family_generation, tiny_model
 
 from coterie.engine.engine import Engine
 from coterie.engine.events import Finished
-from coterie.telemetry import NullRecorder, Recorder, TensorRecorder
+from coterie.telemetry import Recorder, TensorRecorder
 from coterie.testing import FAMILY_CONFIGS
 
 FULL = ("des-vote:beta=1", "des-vote:beta=1,protect=top1", "xshare:beta=1", "des-seq:k=4")
@@ -18,8 +18,8 @@ PROMPTS = st.lists(st.integers(0, 91), min_size=1, max_size=40)
 
 
 def engine(family: str, recorder: Recorder | None = None) -> Engine:
-    generation = family_generation(family).replace(max_new_tokens=12)
-    return Engine(tiny_model(family), generation=generation, recorder=recorder or NullRecorder())
+    generation = family_generation(family).replace(max_new_tokens=10)
+    return Engine(tiny_model(family), generation=generation, recorder=recorder)
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
@@ -41,7 +41,7 @@ def test_a_coreset_of_all_experts_is_the_models_own_routing(
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 @given(prompts=st.lists(PROMPTS, min_size=2, max_size=3), seed=st.integers(0, 9))
-@settings(max_examples=3)
+@settings(max_examples=2)
 def test_rows_of_a_batch_decode_as_they_do_alone(
     family: str, prompts: list[list[int]], seed: int
 ) -> None:

@@ -17,13 +17,11 @@ from coterie.cli import options as o
 from coterie.cli.output import print_note, print_text, progress_bar
 from coterie.engine.engine import Engine, Prompt
 from coterie.errors import ConfigError
-from coterie.lab.bench import concurrency
+from coterie.lab.bench import answers
 from coterie.lab.bench import forward as forwards
-from coterie.lab.bench import generate as answers
 from coterie.lab.bench.baselines import ResolvedBaseline, resolve_baselines
-from coterie.lab.bench.layer import time_layer
+from coterie.lab.bench.layer import BenchConfig, free_budget, time_layer
 from coterie.lab.bench.model import random_engine, random_model
-from coterie.lab.bench.session import BenchConfig, free_budget
 from coterie.lab.bench.shapes import find_shape
 from coterie.model.weights import weight_bytes
 
@@ -169,7 +167,7 @@ def forward_command(
         size, peak = weight_bytes(model.spec, model.transformer.dtype), forwards.peak_memory()
         facts |= {
             "logits": result.logit_counts, "weights": size, "peak_memory": peak,
-            "peak_times_weights": None if peak is None else peak / size,
+            "peak_times_weights": peak / size,
             "policies": [timing.facts() for timing in result.timings],
         }  # fmt: skip
         table = output.forward_table(result.timings)
@@ -300,20 +298,20 @@ def serve_command(
     coterie bench serve --shape llada2-mini --layers 4 --expert-dtype int8 --tokens 64
     """
     workload.check(engine_options)
-    specs = engines.distinct_policies(policies or concurrency.POLICIES)
-    counts = rows or concurrency.ROWS
+    specs = engines.distinct_policies(policies or answers.SERVED_POLICIES)
+    counts = rows or answers.SERVED_ROWS
     torch.set_num_threads(checked_threads(threads))
     opened = workload.open(engine_options, workload.num_prompts or max(counts))
     title, facts = f"bench serve {opened.title}", opened.facts()
     same = {**facts, **opened.identity(engine_options), "policies": specs, "rows": counts}
     with record.journal(title, same | {"tokens": tokens}) as journal:
         with _progress_callback() as on_progress:
-            timings = concurrency.time_concurrency(
+            timings = answers.time_concurrency(
                 opened.engine, opened.prompts, specs, counts, num_repeats=repeats,
                 options={"max_new_tokens": tokens}, journal=journal, on_progress=on_progress,
             )  # fmt: skip
         fewest = {timing.policy: timing for timing in reversed(timings)}
-        settings = [timing.facts(fewest[timing.policy]) for timing in timings]
+        settings = [timing.rows_facts(fewest[timing.policy]) for timing in timings]
         measures = [timing.measure() for timing in timings]
         table, facts = output.concurrency_table(timings, settings), facts | {"settings": settings}
         record.report(table, title, measures, facts, opened.device_name)

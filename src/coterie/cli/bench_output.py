@@ -10,10 +10,9 @@ from rich.table import Table
 
 from coterie.cli import output
 from coterie.errors import ConfigError
-from coterie.lab.bench.concurrency import ConcurrencyTiming
+from coterie.lab.bench.answers import AnswerTiming
 from coterie.lab.bench.forward import READ, ROOFLINE, ForwardTiming
-from coterie.lab.bench.generate import GenerationTiming
-from coterie.lab.bench.session import LayerBenchResult
+from coterie.lab.bench.layer import LayerBenchResult
 from coterie.lab.journal import Journal
 from coterie.lab.machine import machine_info
 from coterie.lab.records import (
@@ -106,7 +105,7 @@ def forward_table(timings: Sequence[ForwardTiming]) -> Table:
     return output.plain_table("policy", numbers=(*sizes, *times), rows=rows)
 
 
-def generation_table(timings: Sequence[GenerationTiming]) -> Table:
+def generation_table(timings: Sequence[AnswerTiming]) -> Table:
     rows = []
     for timing in timings:
         counts, speed = timing.facts(timings[0]), timing.measure()
@@ -120,9 +119,7 @@ def generation_table(timings: Sequence[GenerationTiming]) -> Table:
     return output.plain_table("policy", numbers=numbers, rows=rows)
 
 
-def concurrency_table(
-    timings: Sequence[ConcurrencyTiming], facts: Sequence[Mapping[str, Any]]
-) -> Table:
+def concurrency_table(timings: Sequence[AnswerTiming], facts: Sequence[Mapping[str, Any]]) -> Table:
     rows = []
     for timing, counts in zip(timings, facts, strict=True):
         speed, size = timing.measure(), format_bytes(round(counts["expert_bytes_per_token"]))

@@ -108,7 +108,7 @@ class EngineOptions:
                 progress.update(task, completed=completed, total=total, visible=visible)
 
             engine = load(
-                self.model, dtype=self.dtype, device=self.device, experts=self.expert_dtype,
+                self.model, dtype=self.dtype, device=self.device, expert_dtype=self.expert_dtype,
                 expert_memory=memory, on_progress=on_progress,
                 prefix_cache_bytes=prefix_cache_bytes,
             )  # fmt: skip
@@ -159,8 +159,6 @@ class DecodeOptions:
             if self.unmask is not None:
                 raise ConfigError("--threshold P is short for --unmask threshold:p=P; give one")
             options["unmask"] = f"threshold:p={options.pop('threshold')!r}"
-        if "kv_cache" in options:
-            options["plan"] = options.pop("kv_cache")
         return options
 
 
@@ -231,9 +229,9 @@ def check_reuse(specs: Sequence[str]) -> None:
 
 def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOptions) -> None:
     """Raises for options without effect, and for an ``@file`` of a model with other sizes."""
-    plan = str(options.get("plan", engine.generation.plan))
-    scheme = parse_plan(plan).scheme
-    ignored = f"has no effect with --kv-cache {plan}"
+    kv_cache = str(options.get("kv_cache", engine.generation.kv_cache))
+    scheme = parse_plan(kv_cache).scheme
+    ignored = f"has no effect with --kv-cache {kv_cache}"
     if "commit_routing" in options and not scheme.writes_kv:
         raise ConfigError(f"--commit-routing {ignored}: it commits no blocks")
     if "prefill_routing" in options and isinstance(scheme, NoCache | BlockCausalNoCache):

@@ -6,17 +6,19 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 
 import typer
-from typer.core import TyperOption
+from typer.core import TyperGroup, TyperOption
 
 from coterie.cli.app import COMMANDS, app
+from coterie.cli.interrupts import INTERRUPTED, install_handler, interrupt
 from coterie.cli.old_names import with_new_names
 from coterie.cli.output import OLD_NAMES, print_note
 from coterie.errors import ConfigError
 from coterie.loading.memory_errors import is_out_of_memory, out_of_memory_message
 
-BAD_INPUT, BROKEN_PIPE, INTERRUPTED = 2, 1, 130
+BAD_INPUT, BROKEN_PIPE = 2, 1
 RESUMES = "stopped; the same command continues from what it has kept"
 STOP_NOTES = {"study": RESUMES, "quantize": RESUMES} | dict.fromkeys(
     ("generate", "compare", "grade", "replay", "inspect"), "stopped"
@@ -26,15 +28,18 @@ FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
 def main() -> None:
     """Runs the command line of this process; never returns."""
+    install_handler()
     status = run(sys.argv[1:])
     failure = _flush()
     if status == 0 and failure is not None:
         # A reader that closes the pipe early made no mistake: no message.
         closed = isinstance(failure, BrokenPipeError)
         status = BROKEN_PIPE if closed else _print_error(_error_message(failure))
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if status != 0:
+        os._exit(status)  # Python would wait for threads, and they for the programs they grade
+    if signal.getsignal(signal.SIGINT) is interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up: end without a traceback
-    sys.exit(status)
+    sys.exit(0)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -44,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         arguments = with_imports_first(with_new_names([utf8_text(each) for each in arguments]))
         check_repeats(arguments)
-        status = app(arguments, prog_name="coterie", standalone_mode=False)
+        status = root_command()(arguments, prog_name="coterie", standalone_mode=False)
         command = next((each for each in arguments if each in COMMANDS), "")
         if status == INTERRUPTED and command in STOP_NOTES:
             print_note(STOP_NOTES[command])
@@ -125,7 +130,7 @@ def command_flags(arguments: Sequence[str]) -> dict[str, str]:
 
 def command_options(arguments: Sequence[str]) -> dict[str, TyperOption]:
     """The options of the command on this command line, by flag."""
-    command = root = typer.main.get_command(app)
+    command = root = root_command()
     for name in arguments:
         subcommand = getattr(command, "commands", {}).get(name)
         if subcommand is None and command is not root:
@@ -133,6 +138,14 @@ def command_options(arguments: Sequence[str]) -> dict[str, TyperOption]:
         command = subcommand or command
     options = (each for each in command.params if isinstance(each, TyperOption))
     return {flag: option for option in options for flag in option.opts}
+
+
+@cache
+def root_command() -> TyperGroup:
+    """The tree of all commands and options; making it takes longer than many a command."""
+    root = typer.main.get_command(app)
+    assert isinstance(root, TyperGroup)
+    return root
 
 
 def _error_message(error: Exception) -> str:

@@ -12,8 +12,7 @@ from coterie.cli import output
 from coterie.errors import ConfigError
 from coterie.lab.planner.measurement import GivenRates
 from coterie.lab.planner.plan import Configuration
-from coterie.lab.planner.request import PlanRequest, PlanResult
-from coterie.lab.planner.verification import verify
+from coterie.lab.planner.request import PlanRequest, PlanResult, verify
 from coterie.lab.replay.hardware_model import parse_bandwidth
 from coterie.offload.capacity import format_bytes, parse_bytes
 

@@ -17,8 +17,7 @@ from coterie.files import atomic_write
 from coterie.lab.records import write_record
 from coterie.lab.replay.cache_simulation import ReplayPolicy, VoteArray
 from coterie.lab.replay.hardware_model import expert_sizes, hardware_models
-from coterie.lab.replay.overlap import StepOverlap
-from coterie.lab.replay.replay import ReplayGrid, ReplayPoint, ReplayResult, replay
+from coterie.lab.replay.replay import ReplayGrid, ReplayPoint, ReplayResult, StepOverlap, replay
 from coterie.lab.replay.replay import decoding_only as only_decoding
 from coterie.lab.replay.trace import Trace
 from coterie.lab.replay.trace_file import read_trace

@@ -110,7 +110,7 @@ def _settings(network: NetworkOptions, limits: LimitOptions, model: str | None) 
 
 
 def _greet(settings: ServerSettings, port: int) -> None:
-    """Where the page is, and how to ask; a warning where any machine can."""
+    """Print the page's address and an example; warn if any machine can connect without a key."""
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     key = "-H 'authorization: Bearer KEY' " if settings.api_keys else ""

@@ -1,4 +1,4 @@
-"""From a body to a request that the engine will accept; every error is one of the client's."""
+"""Makes a request that the engine accepts from a body; every error is the client's."""
 
 from __future__ import annotations
 
@@ -88,8 +88,6 @@ def _options(fields: GenerationFields) -> dict[str, object]:
     names = (*SAMPLING, *RESTRICTED_OPTIONS)
     options = {name: getattr(fields, name) for name in names if getattr(fields, name) is not None}
     options.pop("policy", None)
-    if "kv_cache" in options:
-        options["plan"] = options.pop("kv_cache")
     if options.get("top_k") == -1:
         options["top_k"] = 0
     if fields.ignore_eos:
@@ -127,7 +125,7 @@ def _fitted(
     engine: Engine,
     settings: ServerSettings,
 ) -> GenerationConfig:
-    """With the requested number of new tokens, else as many of the default as fit."""
+    """The options with the requested number of new tokens, else as many of the default as fit."""
     room = max_model_len(engine, settings)
     if fields.limit is not None:
         return generation.replace(max_new_tokens=fields.limit)

@@ -38,7 +38,7 @@ LOG = logging.getLogger("coterie.server")
 
 
 class QueueFullError(Exception):
-    """As many requests wait as may."""
+    """The queue is full: ``max_queue`` requests wait."""
 
 
 @dataclass  # not frozen: the engine's thread and the event loop write to it

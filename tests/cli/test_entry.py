@@ -1,0 +1,130 @@
+"""The program: how it ends when its output or its user does, in this process and as a process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+
+from coterie.cli import entry
+from coterie.cli.entry import run
+from coterie.engine.engine import Engine
+from coterie.engine.events import Event
+from coterie.testing import write_checkpoint
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny LLaDA2 without a tokenizer: text is token ids."""
+    return str(write_checkpoint(tmp_path_factory.mktemp("tiny"), "llada2", seed=3))
+
+
+def command(*words: str, **options: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "coterie", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": "src", "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def exit_status(stdout: TextIO, monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
+    """The status of the whole program, in this process, with another standard output."""
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", ["coterie", *words])
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            entry.main()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    return ended.value.code
+
+
+def test_a_full_disk_is_one_line(
+    capsys: Capture, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        assert exit_status(full, monkeypatch, "inspect", model) == 2
+    assert capsys.readouterr().err == "coterie: No space left on device\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_one_line_of_a_process(
+    model: str, unbuffered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    with Path("/dev/full").open("w") as full, command("inspect", model, stdout=full) as process:
+        assert process.communicate(timeout=60)[1] == "coterie: No space left on device\n"
+    assert process.returncode == 2
+
+
+def test_an_interrupt_during_imports_leaves_no_traceback() -> None:
+    words = [sys.executable, "-X", "importtime", "-m", "_coterie", "policies"]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": "src"}, cwd=Path(__file__).parents[2],
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        next(line for line in process.stderr if "torch" in line)
+        process.send_signal(signal.SIGINT)
+        printed = process.communicate(timeout=60)
+    assert (printed[0], "Traceback" in printed[1]) == ("", False)
+    assert process.returncode == -signal.SIGINT
+
+
+def test_a_closed_pipe_ends_quietly(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", encoding="utf-8") as pipe:
+        assert exit_status(pipe, monkeypatch, "policies") == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_an_interrupt_while_decoding_is_one_line(
+    capsys: Capture, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, steps = Engine.step, []
+
+    def interrupted(engine: Engine) -> list[Event]:
+        steps.append(step(engine))
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return steps[-1]
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    assert run(["generate", "5 17 33", "-m", model, "-n", "32", "--block", "8"]) == 130
+    assert tuple(capsys.readouterr()) == ("", "coterie: stopped\n")
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_a_process_with_130_and_no_traceback(tmp_path: Path) -> None:
+    model = str(write_checkpoint(tmp_path, "llada2", vocab_size=300))
+    slow = ["--kv-cache", "uncached", "--block", "480", "--unmask", "fixed:steps=480", "-n", "480"]
+    with command("generate", "Hi!", "-m", model, *slow, stdout=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert "no tokenizer" in process.stderr.readline()  # from here on it decodes
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "coterie: stopped\n")
+    assert process.returncode == 130
+
+
+def test_an_interrupt_before_the_command_runs_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry, "check_repeats", interrupt)
+    assert entry.run(["policies"]) == 130
+    assert capsys.readouterr().err == "coterie: stopped\n"
