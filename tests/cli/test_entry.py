@@ -41,6 +41,7 @@ def exit_status(stdout: TextIO, monkeypatch: pytest.MonkeyPatch, *words: str) ->
     """The status of the whole program, in this process, with another standard output."""
     monkeypatch.setattr(sys, "stdout", stdout)
     monkeypatch.setattr(sys, "argv", ["coterie", *words])
+    monkeypatch.setattr(os, "_exit", sys.exit)  # the program ends, and not this process
     handler = signal.getsignal(signal.SIGINT)
     try:
         with pytest.raises(SystemExit) as ended:
