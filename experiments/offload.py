@@ -10,10 +10,12 @@ hardware model of `coterie replay` is fitted to some of the runs and validated o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,23 +23,20 @@ from torch import Tensor
 
 from coterie.checkpoints.model_folder import ModelFolder
 from coterie.families import ModelConfig, detect_family
-from coterie.lab.planner.rate_fit import RateValidation, TimedForwards, validate
+from coterie.keys import to_json
+from coterie.lab.planner.measurement import cached_store
+from coterie.lab.planner.rate_fit import TimedForwards, fit_rates
 from coterie.lab.planner.served_trace import ServedTrace, serve_trace
 from coterie.lab.planner.synthetic_trace import LLADA2_MINI, SyntheticShape, synthetic_trace
 from coterie.lab.records import Measurement
 from coterie.lab.replay.cache_simulation import ReplayPolicy
+from coterie.lab.replay.hardware_model import HardwareModel, predict_seconds
 from coterie.lab.replay.trace import Trace
 from coterie.loading.disk_offload import expert_file_spans
 from coterie.model.spec import ModelSpec
-from coterie.offload.cached_store import CachedExpertStore
 from coterie.offload.capacity import Capacity
-from coterie.offload.eviction import Lru
-from coterie.offload.fetchers import ThreadedFetcher
 from coterie.offload.tiers import DiskTier
-from coterie.ops.cpu.experts import allocate
-from coterie.ops.packed_layout import slab_of_packed
 from coterie.routing import parse_policy
-from coterie.values import Slab
 from experiments.records import LAW_RECORD, new_parser, read_law, save_record
 
 Variant = tuple[ReplayPolicy, str]
@@ -86,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
         "forwards": len(trace.forwards),
         "threads": torch.get_num_threads(),
         "drawn": dict(trace.header.provenance),
-        "prediction": validation.to_dict(),
+        "prediction": validation,
         "runs": {label(variant): summary(spec, parts) for variant, parts in runs.items()},
     }
     command = [args.folder.name if word == str(args.folder) else word for word in argv]
@@ -125,7 +124,10 @@ class Layers:
 
     def run_variants(self) -> dict[Variant, list[ServedTrace]]:
         """Each variant with its own empty cache; blocks alternate in random order."""
-        stores = {variant: self.store(self.slots(variant[1])) for variant in VARIANTS}
+        stores = {
+            variant: cached_store(self.disk, self.spec, self.slots(variant[1]))
+            for variant in VARIANTS
+        }
         runs: dict[Variant, list[ServedTrace]] = {variant: [] for variant in VARIANTS}
         rng, x = Random(0), self.x
         for block in self.blocks():
@@ -141,18 +143,6 @@ class Layers:
         forwards, steps = self.trace.forwards, LLADA2_MINI.steps
         for first in range(0, len(forwards), steps):
             yield replace(self.trace, forwards=forwards[first : first + steps])
-
-    def store(self, slots: int) -> CachedExpertStore:
-        spec = self.spec
-
-        def as_slab(memory: Tensor, slot_of: Tensor) -> Slab:
-            sizes = {"hidden": spec.hidden, "width": spec.expert_width}
-            return slab_of_packed(memory, spec.panel_kind, slot_of, **sizes)
-
-        sizes = (spec.router.experts, spec.expert_stride, slots)
-        # Written once, so that its pages are mapped: a first read takes 1.5 times as long.
-        memory = lambda count, size: allocate(count, size).zero_()  # noqa: E731
-        return CachedExpertStore(ThreadedFetcher(self.disk), as_slab, memory, *sizes, Lru())
 
 
 def label(variant: Variant) -> str:
@@ -180,9 +170,38 @@ def timed_layers(parts: Sequence[ServedTrace]) -> TimedForwards:
     return TimedForwards(used[:, None], loads[:, None], seconds)
 
 
-def print_validation(validation: RateValidation) -> None:
-    for name, seconds in validation.measured.items():
-        role = "fitted" if name in validation.fitted else "predicted"
-        error = f"off by {validation.relative_error(name):+.1%}"
-        print(f"{name}: {1e3 * seconds:.2f} ms, {role}, {error}")
-    print(f"largest error of a predicted run {max(validation.held_out_errors):.1%}", flush=True)
+def validate(
+    runs: Mapping[str, TimedForwards], fit_names: Collection[str], expert_bytes: int
+) -> dict[str, Any]:
+    """The hardware model fitted to the runs of these names, and its predictions of all runs."""
+    hardware = fit_rates([runs[name] for name in fit_names], expert_bytes)
+    facts: dict[str, dict[str, Any]] = {}
+    for name, run in runs.items():
+        seconds, _ = predict_seconds(hardware, run.used, run.loads, expert_bytes)
+        measured, predicted = float(run.seconds.mean()), float(seconds.mean())
+        times = {"ms": 1e3 * measured, "predicted_ms": 1e3 * predicted}
+        error = {"relative_error": predicted / measured - 1}
+        facts[name] = {"fitted": name in fit_names, **times, **error}
+    errors = [abs(run["relative_error"]) for run in facts.values() if not run["fitted"]]
+    machine = {**to_json(hardware), "as_typed": format_hardware(hardware)}
+    return {"machine": machine, "worst": max(errors), "median": median(errors), "runs": facts}
+
+
+def format_hardware(hardware: HardwareModel) -> str:
+    """The options of `coterie replay` for this hardware model."""
+    memory = hardware.memory_bandwidth
+    options = {
+        "--link-bandwidth": f"{hardware.link_bandwidth / 1e9:.3g}GB/s",
+        "--memory-bandwidth": None if memory is None else f"{memory / 1e9:.3g}GB/s",
+        "--other-ms": f"{1e3 * hardware.other_seconds:.3g}",
+        "--transfer-latency-ms": f"{1e3 * hardware.transfer_latency:.3g}",
+        "--overlap": f"{hardware.overlap:.3g}",
+    }
+    return " ".join(f"{flag} {value}" for flag, value in options.items() if value is not None)
+
+
+def print_validation(validation: Mapping[str, Any]) -> None:
+    for name, run in validation["runs"].items():
+        role = "fitted" if run["fitted"] else "predicted"
+        print(f"{name}: {run['ms']:.2f} ms, {role}, off by {run['relative_error']:+.1%}")
+    print(f"largest error of a predicted run {validation['worst']:.1%}", flush=True)

@@ -25,7 +25,7 @@ from rich.text import Text
 import coterie
 from coterie.cli.live_view import LiveView, make_view
 from coterie.lab.plotting import ColourScheme
-from coterie.lab.study.context import read_record
+from coterie.lab.study.experiment import read_record
 from coterie.lab.study.report import SCHEMES, ReportSection, make_section, render_markdown
 from coterie.lab.study.study import EXPERIMENTS
 from coterie.lab.study.summary import summary_points

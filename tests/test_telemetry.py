@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coterie.routing import parse_policy, route
-from coterie.telemetry import ExpertCounter, NullRecorder, Recorder, TensorRecorder, routing_stats
+from coterie.telemetry import ExpertCounter, Recorder, TensorRecorder, routing_stats
 from coterie.values import ExpertRequest, RouterSpec, Scores
 
 ROUTER = RouterSpec(experts=16, k=4, activation="sigmoid", renormalise=True)
@@ -145,7 +145,7 @@ def test_dropping_a_row_keeps_other_rows():
 def test_a_tensor_recorder_keeps_its_tensors():
     tensor_recorder, seen = TensorRecorder(), scores(1)
     routing = route(seen, parse_policy("vanilla"))
-    recorders: list[Recorder] = [tensor_recorder, NullRecorder(), ExpertCounter()]
+    recorders: list[Recorder] = [tensor_recorder, Recorder(), ExpertCounter()]
     for recorder in recorders:
         recorder.on_forward(("a",))
         recorder.on_routed(2, seen, routing)

@@ -22,7 +22,6 @@ from coterie.model.forward_context import ForwardContext
 from coterie.model.transformer import Transformer
 from coterie.model.weights import loaded_tensors
 from coterie.routing import parse_policy
-from coterie.telemetry import NullRecorder
 from coterie.values import DecodeProgress, Window
 from experiments.gpu.limits import copy_bandwidth
 from experiments.gpu.report import PartReport
@@ -88,7 +87,6 @@ class GraphForward:
             Window(torch.tensor([before]), width, torch.tensor([before + width])),
             random_cache(model.transformer, before + width),
             parse_policy(policy),
-            NullRecorder(),
             logits_indices=torch.arange(width),
             progress=DecodeProgress(masked, ~masked, masked.float()),
             forward=(0,),

@@ -36,7 +36,6 @@ from coterie.offload.tiers import HostTier
 from coterie.ops.expert_layout import ExpertLayout
 from coterie.quantization import FORMATS
 from coterie.routing import parse_policy
-from coterie.telemetry import NullRecorder
 from coterie.values import ExpertRequest, Routing, Slab, Window
 from experiments.gpu.forward import random_cache
 from experiments.gpu.report import PartReport
@@ -167,7 +166,6 @@ class OffloadBench:
             Window(start, count, stop),
             random_cache(transformer, self.before + count),
             VANILLA.policy,
-            NullRecorder(),
             logits_indices=torch.arange(count, device=self.device),
         )
         tokens = torch.arange(3, 3 + count, device=self.device)[None]

@@ -15,7 +15,7 @@ RowId = Hashable
 
 
 class Recorder:
-    """A base class with hooks that do nothing; a recorder overrides those that it needs.
+    """Records nothing. A recorder is a subclass that overrides the hooks that it needs.
 
     A hook must not change what is computed and must not wait for the device.
     """
@@ -31,10 +31,6 @@ class Recorder:
 
     def on_layer_output(self, layer: int, x: Tensor) -> None:
         """x [B, W, H] after a layer, -1 being the embedding; or [P, H] as the head reads it."""
-
-
-class NullRecorder(Recorder):
-    """Records nothing."""
 
 
 @dataclass(frozen=True)

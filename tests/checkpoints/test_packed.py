@@ -105,7 +105,7 @@ def test_packed_checkpoint_equals_packing_at_load(
     tmp_path: Path, family: str, stacked: bool, kind: str
 ) -> None:
     folder = packed(tmp_path, kind, family, stacked=stacked, num_experts=8)
-    asked = {} if kind == "bf16" else {"experts": kind}
+    asked = {} if kind == "bf16" else {"expert_dtype": kind}
     there = load_model(tmp_path / "whole", dtype="bf16", **asked)  # pyright: ignore[reportArgumentType]
     assert same(load_model(folder, dtype="bf16"), there)
 
@@ -113,7 +113,7 @@ def test_packed_checkpoint_equals_packing_at_load(
 @pytest.mark.parametrize("kind", PACKED_FORMATS)
 def test_packed_checkpoint_answers_like_packing_at_load(tmp_path: Path, kind: str) -> None:
     folder = packed(tmp_path, kind)
-    asked = {} if kind == "bf16" else {"experts": kind}
+    asked = {} if kind == "bf16" else {"expert_dtype": kind}
     assert answer(folder, dtype="bf16") == answer(tmp_path / "whole", dtype="bf16", **asked)
 
 
@@ -123,7 +123,7 @@ def test_odd_sizes_are_packed_and_mapped_too(
     tmp_path: Path, kind: str, sizes: dict[str, int]
 ) -> None:
     folder = packed(tmp_path, kind, shards=5, num_experts=8, **sizes)
-    asked = {} if kind == "bf16" else {"experts": kind}
+    asked = {} if kind == "bf16" else {"expert_dtype": kind}
     assert same(
         load_model(folder, dtype="bf16"),
         load_model(tmp_path / "whole", dtype="bf16", **asked),  # pyright: ignore[reportArgumentType]
@@ -144,7 +144,7 @@ def test_conversion_works_without_kernels(
     assert all(isinstance(slab.gate_up, PackedExperts) for slab in slabs(usual))
     assert not any(isinstance(slab.gate_up, PackedExperts) for slab in slabs(without))
     assert same(without, usual)
-    asked = {} if kind == "bf16" else {"experts": kind}
+    asked = {} if kind == "bf16" else {"expert_dtype": kind}
     assert answer(folder, dtype="bf16") == answer(tmp_path / "whole", dtype="bf16", **asked)
 
 
@@ -374,7 +374,7 @@ def test_packed_experts_cannot_be_converted(tmp_path: Path) -> None:
     with pytest.raises(
         CoterieError, match="are bf16, packed already; int8 in groups of 64 can only"
     ):
-        load_model(folder, experts="int8")
+        load_model(folder, expert_dtype="int8")
     for aim in (
         ConversionTarget.parse("int8"),
         ConversionTarget.parse("bf16"),
@@ -382,7 +382,9 @@ def test_packed_experts_cannot_be_converted(tmp_path: Path) -> None:
     ):
         with pytest.raises(CoterieError, match=r"are bf16, packed already; .* from the original"):
             convert(folder, tmp_path / "other", aim)
-    assert load_model(packed(tmp_path / "int8"), experts="int8").spec.panels == cpu.is_available()
+    assert (
+        load_model(packed(tmp_path / "int8"), expert_dtype="int8").spec.panels == cpu.is_available()
+    )
 
 
 def test_the_command_complains_in_one_line(

@@ -12,7 +12,7 @@ from coterie.cli import plan as plan_cli
 from coterie.cli.entry import run
 from coterie.lab.planner import request
 from coterie.lab.planner.rates import MachineRates
-from coterie.lab.planner.verification import Verification
+from coterie.lab.planner.request import Verification
 from coterie.lab.replay.hardware_model import HardwareModel
 from coterie.testing import write_checkpoint
 

@@ -89,7 +89,7 @@ def test_it_loads_as_what_is_quantised_while_loading(
         tmp_path / "whole", family, stacked=stacked, dtype=torch.bfloat16, **FEW
     )
     convert(source, tmp_path / "small", ConversionTarget(FORMATS[name], packed=False))
-    stored, there = load_model(tmp_path / "small"), load_model(source, experts=name)
+    stored, there = load_model(tmp_path / "small"), load_model(source, expert_dtype=name)
     assert len(experts(stored)) > 0
     for ours, theirs in zip(experts(stored), experts(there), strict=True):
         assert ours.dtype == theirs.dtype
@@ -142,7 +142,7 @@ def test_inspect_tells_the_sizes_of_what_is_stored(tmp_path: Path) -> None:
 
 def test_what_a_row_reads_is_counted_in_quantised_bytes(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "whole", "llada2")
-    engine = coterie.load(source, experts="int8", max_new_tokens=4, block=4)
+    engine = coterie.load(source, expert_dtype="int8", max_new_tokens=4, block=4)
     result = engine.generate([5, 17, 33])
     one = 3 * 16 * 32 + 2 * (2 * 16 + 32)
     assert result.expert_bytes == pytest.approx(result.experts.mean * one)
@@ -332,8 +332,10 @@ def test_a_quantised_model_is_not_quantised_again(tmp_path: Path) -> None:
         convert(tmp_path / "small", tmp_path / "smaller", INT4)
     assert not (tmp_path / "smaller").exists()
     with pytest.raises(CoterieError, match="are int8 in groups of 64 already; int4"):
-        load_model(tmp_path / "small", experts="int4")
-    assert load_model(tmp_path / "small", experts="int8").spec.expert_format == QuantFormat(8, 64)
+        load_model(tmp_path / "small", expert_dtype="int4")
+    assert load_model(tmp_path / "small", expert_dtype="int8").spec.expert_format == QuantFormat(
+        8, 64
+    )
 
 
 def test_an_expert_that_is_not_finite_is_named(tmp_path: Path) -> None:
@@ -345,7 +347,7 @@ def test_an_expert_that_is_not_finite_is_named(tmp_path: Path) -> None:
     with pytest.raises(CoterieError, match=expected):
         convert(source, tmp_path / "small", INT8)
     with pytest.raises(CoterieError, match=expected):
-        load_model(source, experts="int4")
+        load_model(source, expert_dtype="int4")
 
 
 @pytest.mark.parametrize(
@@ -444,7 +446,7 @@ quantize(torch.ones(1, 64), QuantFormat(8, 64))
 before = memory("VmRSS")
 convert(sys.argv[1], Path(sys.argv[2]), ConversionTarget(QuantFormat(8, 64), packed=False))
 print(memory("VmHWM") - before)
-load_model(sys.argv[1], dtype="bf16", device="cpu", experts="int8")
+load_model(sys.argv[1], dtype="bf16", device="cpu", expert_dtype="int8")
 print(memory("VmHWM") - before)
 """
 LARGE = {

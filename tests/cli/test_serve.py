@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
+from coterie.cli import engine_options
 from coterie.cli.entry import run
 from coterie.engine.engine import Engine
+from coterie.errors import ConfigError
 from coterie.server import http_server
 from coterie.server.settings import ServerSettings
 
@@ -17,11 +21,17 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Engine, ServerSettings
     """What would be served, after the server said that it accepts connections."""
     calls: list[tuple[Engine, ServerSettings]] = []
 
-    def serve(engine: Engine, settings: ServerSettings, on_start: Callable[[int], None]) -> None:
+    def serve(
+        engine: Engine,
+        settings: ServerSettings,
+        listener: socket.socket,
+        on_start: Callable[[int], None],
+    ) -> None:
         calls.append((engine, settings))
         on_start(settings.port or 5000)
 
     monkeypatch.setattr(http_server, "serve", serve)
+    monkeypatch.setattr(http_server, "bind", lambda settings: socket.socket())
     monkeypatch.delenv("COTERIE_API_KEY", raising=False)
     return calls
 
@@ -72,6 +82,31 @@ def test_options_reach_the_engine_and_the_limits(
     assert (settings.max_body_bytes, settings.drain, settings.max_model_len) == (1 << 20, 2, 100)
     assert settings.allowed.patterns == (("policy", "des-seq:*"), ("block", "*"))
     assert (settings.model_name, settings.log_prompts) == ("small", True)
+
+
+def test_auto_serves_what_the_plan_chose(
+    served: list[tuple[Engine, ServerSettings]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planned(options: engine_options.EngineOptions, policy: str) -> object:
+        assert policy == "des-vote:beta=0.3"
+        return replace(options, simulate_expert_memory="50%")
+
+    monkeypatch.setattr(engine_options, "planned_options", planned)
+    assert run(["serve", "--auto", "--policy", "des-vote:beta=0.3"]) == 0
+    ((engine, _),) = served
+    assert engine.model.store.traffic_log is not None
+
+
+def test_a_port_in_use_is_reported_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bind(settings: ServerSettings) -> socket.socket:
+        raise ConfigError("the port is in use")
+
+    monkeypatch.setattr(http_server, "bind", bind)
+    monkeypatch.setattr(engine_options.EngineOptions, "open", lambda _: pytest.fail("loaded"))
+    assert run(["serve"]) == 2
+    assert "in use" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,10 @@ def test_the_events_replay_the_canvas_and_text_never_changes(
 def test_a_cache_changes_no_token(prompt: list[int], rule: str) -> None:
     options = {"max_new_tokens": 20, "unmask": rule, "early_stop": "off"}
     host = Engine(tiny())
-    cached = host.generate(prompt, plan="block-causal", **options)
-    assert host.generate(prompt, plan="block-causal-uncached", **options).tokens == cached.tokens
+    cached = host.generate(prompt, kv_cache="block-causal", **options)
+    assert (
+        host.generate(prompt, kv_cache="block-causal-uncached", **options).tokens == cached.tokens
+    )
     all_experts = host.generate(prompt, policy="des-vote:beta=1", **options)
     assert (all_experts.tokens, all_experts.forwards) == (cached.tokens, cached.forwards)
 

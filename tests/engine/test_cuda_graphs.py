@@ -93,9 +93,9 @@ def told(engine: coterie.Engine, **options: Any) -> list[object]:
         ("llada2", "vanilla", {}),
         ("llada2", "des-vote:beta=0.3", {"temperature": 0.7, "seed": 3}),
         pytest.param("sdar-moe", "des-seq:k=2", {}, marks=pytest.mark.slow),
-        ("llada-moe", "des-vote:beta=0.3,voters=masked", {"plan": "dual:before=4,after=4"}),
-        pytest.param("llada-moe", "naee:beta=0.2", {"plan": "prefix"}, marks=pytest.mark.slow),
-        ("llada-moe", "xshare:beta=0.3", {"plan": "uncached", "unmask": "entropy:bound=0.5"}),
+        ("llada-moe", "des-vote:beta=0.3,voters=masked", {"kv_cache": "dual:before=4,after=4"}),
+        pytest.param("llada-moe", "naee:beta=0.2", {"kv_cache": "prefix"}, marks=pytest.mark.slow),
+        ("llada-moe", "xshare:beta=0.3", {"kv_cache": "uncached", "unmask": "entropy:bound=0.5"}),
     ],
 )
 def test_replayed_forwards_equal_eager_ones(
@@ -207,7 +207,8 @@ def test_the_least_recently_used_graph_is_evicted(
     capture = Counted()
     engine._graphs = CudaGraphs(engine.model.transformer, capture)
     options: dict[str, Any] = {
-        "plan": "block-causal-uncached", "unmask": "fixed:steps=4", "max_new_tokens": 8, "block": 8,
+        "kv_cache": "block-causal-uncached", "unmask": "fixed:steps=4",
+        "max_new_tokens": 8, "block": 8,
     }  # fmt: skip
     for policy in ("vanilla", "des-vote:beta=0.5", "vanilla", "des-seq:k=2", "vanilla"):
         engine.generate(list(range(8)), policy=policy, **options)
@@ -279,8 +280,9 @@ def test_forward_does_not_synchronize(
     triton = importlib.import_module("coterie.ops.triton")
     monkeypatch.setattr(ops, "run_experts", triton.run_experts)
     if kernels:
-        for name in ("fused_attention", "silu_and_mul", "rms_norm"):
+        for name in ("fused_attention", "rms_norm"):
             monkeypatch.setattr(ops, name, getattr(triton, name))
+        monkeypatch.setattr(ops, "activate_and_mul", lambda x, _: triton.silu_and_mul(x))
     monkeypatch.setattr(ops, "route", triton.route if kernels else lambda *args: None)
     _, spec = read_spec(tiny_config(family))
     weights = allocate(spec, torch.bfloat16, torch.device("meta"))

@@ -39,7 +39,7 @@ def test_every_plan_of_a_bidirectional_model_agrees(tmp_path: Path, plan: str) -
     folder = write_checkpoint(tmp_path, "llada-moe", seed=6)
     here, there = (
         coterie.load(folder, device=device, dtype="float32").generate(
-            PROMPT, plan=plan, max_new_tokens=24, block=8
+            PROMPT, kv_cache=plan, max_new_tokens=24, block=8
         )
         for device in ("cpu", "cuda")
     )

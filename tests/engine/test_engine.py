@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from policy_strategies import law
 from torch import Tensor
 
+import coterie
 from coterie.engine.active_sequence import group_sequences
 from coterie.engine.engine import Engine
 from coterie.engine.events import Denoised, Finished, Result
 from coterie.engine.generation_config import GenerationConfig
-from coterie.errors import CoterieError, GenerationError, NonFiniteLogitsError
+from coterie.errors import ConfigError, CoterieError, GenerationError, NonFiniteLogitsError
 from coterie.loading.load import Model
 from coterie.routing import Vanilla, parse_policy
 from coterie.telemetry import TensorRecorder
@@ -69,7 +70,7 @@ requests = st.fixed_dictionaries(
         "policy": st.sampled_from(["vanilla", "des-vote:beta=0.5", "des-seq:k=2", "topk:k=2"]),
         "max_new_tokens": st.integers(1, 14),
         "block": st.sampled_from([4, 8]),
-        "plan": st.sampled_from(
+        "kv_cache": st.sampled_from(
             ["block-causal", "block-causal-uncached", "uncached", "prefix", "dual:before=2,after=3"]
         ),
         "unmask": st.sampled_from(
@@ -146,16 +147,16 @@ def test_commits_share_forwards_with_decodes_unless_recorded() -> None:
 @law(4)
 def test_full_share_is_vanilla(plan: str, seed: int) -> None:
     prompt = torch.randint(0, 90, (9,), generator=torch.Generator().manual_seed(seed)).tolist()
-    expected = engine(plan=plan).generate(prompt)
+    expected = engine(kv_cache=plan).generate(prompt)
     for policy in ("des-vote:beta=1", "des-seq:k=8", "topk:k=4"):
-        assert engine(plan=plan).generate(prompt, policy=policy).tokens == expected.tokens
+        assert engine(kv_cache=plan).generate(prompt, policy=policy).tokens == expected.tokens
 
 
 @given(st.lists(st.integers(0, 93), min_size=1, max_size=20), st.sampled_from([4, 8]))
 @law(8)
 def test_a_cache_of_finished_blocks_is_exact(prompt: list[int], block: int) -> None:
-    cached = engine(block=block).generate(prompt, plan="block-causal")
-    whole = engine(block=block).generate(prompt, plan="block-causal-uncached")
+    cached = engine(block=block).generate(prompt, kv_cache="block-causal")
+    whole = engine(block=block).generate(prompt, kv_cache="block-causal-uncached")
     assert cached.tokens == whole.tokens
     assert cached.forwards == whole.forwards
     assert (whole.prefills, whole.commits) == (0, 0)
@@ -176,7 +177,7 @@ def test_a_coreset_bounds_the_experts_of_decoding(beta: float) -> None:
 def test_policy_routes_only_decode_forwards_by_default(plan: str) -> None:
     policy = parse_policy("des-vote:beta=0.25")
     for asked in ("vanilla", "policy"):
-        host = engine(plan=plan, prefill=asked, commit=asked)
+        host = engine(kv_cache=plan, prefill=asked, commit=asked)
         number = host.submit([3] * 20, policy=policy)
         kinds = set()
         while host.rows:
@@ -190,7 +191,7 @@ def test_policy_routes_only_decode_forwards_by_default(plan: str) -> None:
 
 
 def test_only_decoding_forwards_are_counted() -> None:
-    host = engine(plan="dual")
+    host = engine(kv_cache="dual")
     events = [e for e in host.stream(PROMPT) if isinstance(e, Denoised)]
     assert {e.kind for e in events} == {"refresh", "decode"}
     assert all(bool(e.experts) == (e.kind == "decode") for e in events)
@@ -425,7 +426,7 @@ def test_rows_of_a_forward_may_share_one_coreset(prompts: list[list[int]], beta:
         ({"block": True}, "block must be of type int"),
         ({"unmask": "threshold:p=1.1"}, "p must be above 0 and at most 1, not 1.1"),
         ({"unmask": "certain"}, "unknown unmasking rule 'certain'; known: dynamic"),
-        ({"plan": "none"}, "unknown KV scheme 'none'; known: block-causal"),
+        ({"kv_cache": "none"}, "unknown KV scheme 'none'; known: block-causal"),
         ({"policy": "des-vite"}, "unknown policy 'des-vite'; known"),
         ({"temperature": -0.1}, "temperature must be at least 0"),
         ({"temperature": math.nan}, "temperature must be at least 0, not nan"),
@@ -449,4 +450,10 @@ def test_every_family_runs_with_its_defaults(family: str) -> None:
     model = tiny(family)
     result = Engine(model).generate(PROMPT, max_new_tokens=6)
     assert result.new_tokens == 6 or result.finish_reason == "stop"
-    assert result.plan == model.family.defaults.plan
+    assert result.kv_cache == model.family.defaults.kv_cache
+
+
+def test_old_names_of_options() -> None:
+    assert GenerationConfig().replace(plan="uncached") == GenerationConfig(kv_cache="uncached")
+    with pytest.raises(ConfigError, match="expert_dtype"):
+        coterie.load(experts="int8")

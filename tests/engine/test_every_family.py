@@ -10,7 +10,7 @@ from tiny_models import family_generation, tiny_model
 
 from coterie.engine.engine import Engine
 from coterie.engine.events import Finished
-from coterie.telemetry import NullRecorder, Recorder, TensorRecorder
+from coterie.telemetry import Recorder, TensorRecorder
 from coterie.testing import FAMILY_CONFIGS
 
 FULL = ("des-vote:beta=1", "des-vote:beta=1,protect=top1", "xshare:beta=1", "des-seq:k=4")
@@ -19,7 +19,7 @@ PROMPTS = st.lists(st.integers(0, 91), min_size=1, max_size=40)
 
 def engine(family: str, recorder: Recorder | None = None) -> Engine:
     generation = family_generation(family).replace(max_new_tokens=10)
-    return Engine(tiny_model(family), generation=generation, recorder=recorder or NullRecorder())
+    return Engine(tiny_model(family), generation=generation, recorder=recorder)
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)

@@ -26,7 +26,7 @@ from coterie.errors import CoterieError
 from coterie.model.moe import MoE
 from coterie.ops import reference
 from coterie.routing import parse_policy, route
-from coterie.telemetry import ExpertCounter, NullRecorder, Recorder, RecorderGroup, TensorRecorder
+from coterie.telemetry import ExpertCounter, Recorder, RecorderGroup, TensorRecorder
 from coterie.testing import FAMILY_CONFIGS
 from coterie.values import NO_MASK, ExpertRequest
 
@@ -183,7 +183,7 @@ def test_layer_without_experts_raises() -> None:
 
 def test_recorder_group_calls_each_recorder() -> None:
     first, second = TensorRecorder(), TensorRecorder()
-    both: Recorder = RecorderGroup((first, NullRecorder(), second))
+    both: Recorder = RecorderGroup((first, Recorder(), second))
     (seen, *_) = collect_observations(engine(), PROMPTS[:1])
     both.on_forward((0,))
     both.on_moe_input(seen.layer, seen.x)

@@ -45,7 +45,7 @@ def engine(family: str, **settings: Any) -> Engine:
     if model.mask_id == NO_MASK:
         config = config.replace(unmask="renoise:steps=2")
     else:
-        config = config.replace(plan="block-causal", unmask="fixed:steps=2")
+        config = config.replace(kv_cache="block-causal", unmask="fixed:steps=2")
     return Engine(model, generation=config, **settings)
 
 
@@ -55,7 +55,7 @@ def requests(draw: st.DrawFn, family: str) -> tuple[tuple[str, Any], ...]:
     text, length = draw(st.sampled_from(PROMPTS)), draw(st.integers(1, 80))
     end = draw(st.lists(st.integers(0, 91), max_size=2))
     usual = engine(family).generation
-    plan, unmask = usual.plan, usual.unmask
+    plan, unmask = usual.kv_cache, usual.unmask
     if tiny(family).mask_id != NO_MASK:
         plan += draw(st.sampled_from(["", ":commit=joined"]))
         unmask += draw(st.sampled_from(["", "+smooth", "+edit:p=0.4,post=1"]))
@@ -64,7 +64,7 @@ def requests(draw: st.DrawFn, family: str) -> tuple[tuple[str, Any], ...]:
         "policy": draw(st.sampled_from(POLICIES)),
         "block": draw(st.sampled_from([8, 8, 8, 16, 32])),
         "max_new_tokens": draw(st.integers(1, 30)),
-        "plan": plan,
+        "kv_cache": plan,
         "unmask": unmask,
         "prefill": draw(st.sampled_from(MODES)),
         "commit": draw(st.sampled_from(MODES)),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from coterie.cli.entry import run
-from coterie.lab.traffic_plot import TrafficPoint, write_figures
+from coterie.lab.plotting import render_svg
+from coterie.lab.traffic_plot import TrafficPoint, draw_traffic
 from coterie.offload.traffic import Traffic, Transfer
 from coterie.offload.traffic_log import ForwardTraffic
 
@@ -23,16 +25,16 @@ pytestmark = pytest.mark.usefixtures("embedded_once")
         pytest.param(("decode",) * 9, marks=pytest.mark.slow),
     ],
 )
-def test_a_figure_of_any_number_of_forwards(tmp_path: Path, kinds: tuple[str, ...]) -> None:
+def test_a_figure_of_any_number_of_forwards(kinds: tuple[str, ...]) -> None:
     """A warning of matplotlib would be an error here."""
     traffic = Traffic(1, 1 << 20, 40, 30, {"elsewhere": Transfer(10, 10 << 20)}, vanilla_misses=20)
     points = [
         TrafficPoint(ForwardTraffic(number, kind, (0,), (number,), traffic), 0.5)
         for number, kind in enumerate(kinds)
     ]
-    paths = write_figures(tmp_path / "name", "title", points)
-    assert [path.name for path in paths] == ["name-light.svg", "name-dark.svg"]
-    assert all(path.read_text().startswith("<svg") for path in paths)
+    for scheme in ("light", "dark"):
+        svg = render_svg(partial(draw_traffic, "title", points), name="name", scheme=scheme)
+        assert svg.startswith("<svg")
 
 
 def test_the_place_of_a_plot_is_tried_before_the_answer(

@@ -83,7 +83,10 @@ def test_few_slots_answer_like_all_experts_resident(
 @pytest.mark.parametrize("stacked", [False, True])
 def test_experts_are_quantised_on_their_way_into_host_memory(tmp_path: Path, stacked: bool) -> None:
     folder = write_checkpoint(tmp_path, "llada2", stacked=stacked)
-    few, whole = load_engine(folder, "35%", experts="int8"), load_engine(folder, experts="int8")
+    few, whole = (
+        load_engine(folder, "35%", expert_dtype="int8"),
+        load_engine(folder, expert_dtype="int8"),
+    )
     assert few.generate(PROMPT, **OPTIONS).tokens == whole.generate(PROMPT, **OPTIONS).tokens
 
 

@@ -47,6 +47,8 @@ class Plain:
     coarse: ResidentExpertStore
     rules: dict[int, PrecisionReference]
 
+    capacity = None
+
     def serve(self, layer: int, demand: ExpertRequest) -> Iterator[Slab]:
         rule, everyone = self.rules[layer], range(len(demand.used))
         used, votes = demand.used.tolist(), demand.votes
@@ -59,10 +61,6 @@ class Plain:
         rule.after_forward(used)
 
     def resident(self, layer: int) -> Tensor | None:
-        del layer
-        return None
-
-    def slots(self, layer: int) -> int | None:
         del layer
         return None
 

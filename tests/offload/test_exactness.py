@@ -206,7 +206,7 @@ def rows(policies: Sequence[str]) -> st.SearchStrategy[list[dict[str, object]]]:
             "prompt": st.lists(st.integers(0, 93), min_size=1, max_size=8),
             "policy": st.sampled_from(policies),
             "block": st.sampled_from([4, 8]),
-            "plan": st.sampled_from(["block-causal", "prefix", "dual:before=2,after=3"]),
+            "kv_cache": st.sampled_from(["block-causal", "prefix", "dual:before=2,after=3"]),
             "unmask": st.sampled_from(["fixed:steps=2", "threshold:p=0.05", "fixed:steps=3"]),
             "commit": st.sampled_from(["vanilla", "policy"]),
         }

@@ -56,6 +56,20 @@ def test_kernels_pack_as_plain_torch_does(
     assert expert_bytes(kind, hidden=hidden, width=width) == -(-size // 64) * 64
 
 
+@needs_kernels
+@pytest.mark.parametrize(("hidden", "width"), [(0, 5), (5, 0), (0, 0)])
+def test_weights_without_rows_or_columns_are_packed_too(hidden: int, width: int) -> None:
+    """An empty mapping of memory does not exist."""
+    slab = Slab(
+        torch.ones(3, 2 * width, hidden, dtype=torch.bfloat16),
+        torch.ones(3, hidden, width, dtype=torch.bfloat16),
+        torch.arange(3),
+    )
+    assert packed(pack(slab)).equal(packed(cpu.pack(slab)))
+    matrix = torch.ones(hidden, width, dtype=torch.bfloat16)
+    assert cpu.pack_matrix(matrix).nbytes == 0
+
+
 @given(seed=st.integers(0, 999), kind=st.sampled_from(PACKED_FORMATS), **SIZES)
 @law(60)
 def test_unpack_inverts_pack(seed: int, kind: PackedFormat, hidden: int, width: int) -> None:

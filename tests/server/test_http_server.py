@@ -19,7 +19,7 @@ import pytest
 from openai import APIConnectionError, OpenAI
 
 from coterie.errors import ConfigError
-from coterie.server.http_server import listen
+from coterie.server.http_server import bind
 from coterie.server.settings import ServerSettings
 
 SOURCES = Path(__file__).parents[2] / "src"
@@ -83,12 +83,37 @@ def test_a_signal_lets_requests_finish() -> None:
 
 
 def test_two_servers_do_not_share_a_port() -> None:
-    with listen(ServerSettings(port=0)) as first:
+    with bind(ServerSettings(port=0)) as first:
+        first.listen()
         port = first.getsockname()[1]
-        with pytest.raises(ConfigError, match=str(port)):
-            listen(ServerSettings(port=port))
+        with pytest.raises(ConfigError, match=f"{port}: Address already in use"):
+            bind(ServerSettings(port=port))
+
+
+def test_a_host_that_does_not_exist_is_named_with_a_reason() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.invalid.*: (?!Unknown error)\w"):
+        bind(ServerSettings(host="nowhere.invalid"))
+
+
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_addresses_of_the_sixth_version_are_taken(host: str) -> None:
+    """``::`` is every address, also of the fourth version."""
+    with bind(ServerSettings(host=host, port=0)) as listener:
+        listener.listen()
+        port = listener.getsockname()[1]
+        for reached in ("::1", "127.0.0.1") if host == "::" else ("::1",):
+            socket.create_connection((reached, port), timeout=10).close()
+
+
+@pytest.mark.parametrize(
+    "field", ["max_batch_size", "max_body_bytes", "deadline", "body_seconds", "max_queue", "drain"]
+)
+@pytest.mark.parametrize("value", [-1, float("nan")])
+def test_a_limit_is_a_number_that_can_work(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=field):
+        ServerSettings(**{field: value})
 
 
 def test_small_chunks_do_not_wait_for_the_reader() -> None:
-    with listen(ServerSettings(port=0)) as listener:
+    with bind(ServerSettings(port=0)) as listener:
         assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

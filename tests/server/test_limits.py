@@ -162,8 +162,39 @@ def test_other_types_hosts_paths_and_methods_are_refused(client: httpx.Client) -
     )
     other_site = client.post(CHAT, json=LONG, headers={"host": "example.com"})
     assert (other_site.status_code, error_of(other_site)["code"]) == (403, "wrong_host")
-    assert client.post("/v1/embeddings", json={}).status_code in (404, 405)
-    assert client.delete(CHAT).status_code == 405
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/responses", "/nothing", "/page", "/v1"])
+def test_an_unknown_path_and_a_wrong_method_are_told_apart(client: httpx.Client, path: str) -> None:
+    for method in ("GET", "POST", "DELETE"):
+        answer = client.request(method, path, **({"json": {}} if method == "POST" else {}))
+        assert answer.status_code == 404
+        error_of(answer)
+    for method, known in (("DELETE", CHAT), ("GET", CHAT), ("POST", "/health")):
+        answer = client.request(method, known, **({"json": {}} if method == "POST" else {}))
+        assert (answer.status_code, method in error_of(answer)["message"]) == (405, True)
+        assert method not in answer.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
+        (CHAT, {"messages": [{"role": "user", "content": "<|mask|>"}]}, "messages"),
+        ("/v1/completions", {"prompt": "\ud800"}, "prompt"),
+        ("/v1/completions", {"prompt": []}, "prompt"),
+        ("/v1/completions", {"prompt": ""}, "prompt"),
+        ("/tokenize", {"prompt": "\ud800"}, "prompt"),
+        (CHAT, {"messages": MESSAGES, "stream_options": {"include_usage": True}}, "stream_options"),
+        (CHAT, {"messages": MESSAGES, "temperature": -1}, "temperature"),
+        (CHAT, {"messages": [MESSAGES[0] | {"mood": "good"}]}, "messages.0.mood"),
+    ],
+)  # fmt: skip
+def test_an_error_has_the_name_of_its_field(
+    client: httpx.Client, path: str, body: dict[str, object], param: str
+) -> None:
+    answer = client.post(path, content=json.dumps(body).encode(), headers=JSON)
+    assert (answer.status_code, error_of(answer)["param"]) == (400, param)
 
 
 def connected(server: LiveServer) -> socket.socket:
@@ -199,16 +230,17 @@ def test_a_client_that_hangs_up_frees_its_row(slow: LiveServer, stream: bool) ->
 
 
 def test_a_client_that_hangs_up_while_it_waits_takes_no_row(slow: LiveServer) -> None:
-    scheduler = slow.service.scheduler
+    scheduler, before = slow.service.scheduler, cancelled(slow)
     with connected(slow) as first, connected(slow) as second:
         send(first, LONG)
         wait_for(lambda: scheduler.num_running == 1)
         send(second, LONG)
         wait_for(lambda: scheduler.num_waiting == 1)
         second.close()
-        wait_for(lambda: scheduler.num_waiting == 0)
-        assert scheduler.num_running == 1
+        wait_for(lambda: cancelled(slow) == before + 1)
+        assert (scheduler.num_waiting, scheduler.num_running) == (0, 1)
     slow.wait_until_idle()
+    assert cancelled(slow) == before + 2
 
 
 def test_a_reader_that_never_reads_stops_nobody(server: LiveServer, client: httpx.Client) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +30,48 @@ def test_another_value_of_a_neutral_field_is_refused_by_name(name: str) -> None:
     located = [error | {"loc": ("body", *error["loc"])} for error in caught.value.errors()]
     error = validation_error(located)
     assert (error.status_code, error.param, error.code) == (400, name, "unsupported_field")
+    assert all(json.dumps(value) in error.message for value in NEUTRAL[name])
+
+
+BENCH = {"model": "embedded", "stream": True, "stream_options": {"include_usage": True}}
+BODIES_OF_CLIENTS = {
+    "vllm bench serve, completions": BENCH | {
+        "prompt": "Hello", "repetition_penalty": 1.0, "max_tokens": 8, "logprobs": None,
+        "ignore_eos": True, "temperature": 0.0, "top_p": 1.0, "min_p": 0.0,
+    },
+    "sglang.bench_serving": {
+        "model": "embedded", "prompt": "Hello", "temperature": 0.0, "best_of": 1, "max_tokens": 8,
+        "stream": True, "ignore_eos": True,
+    },
+    "vllm bench serve, chat": BENCH | {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}],
+        "max_completion_tokens": 8, "ignore_eos": True,
+    },
+    "langchain-openai": BENCH | {
+        "messages": [USER, {"role": "assistant", "content": "Hi"}, USER], "n": 1,
+        "temperature": 0.7, "parallel_tool_calls": False, "stop": None,
+    },
+    "litellm": {
+        "model": "embedded", "messages": [USER], "user": "me", "metadata": {"tags": "a"},
+        "presence_penalty": 0, "logit_bias": {}, "response_format": {"type": "text"},
+        "max_retries": None, "functions": None, "tools": [], "prompt_cache_key": "a",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("client", BODIES_OF_CLIENTS)
+def test_bodies_of_other_clients_are_taken(client: str) -> None:
+    body = BODIES_OF_CLIENTS[client]
+    (CompletionRequest if "prompt" in body else ChatRequest).model_validate(body)
+
+
+@given(st.text(st.characters(categories=["L"]), min_size=1))
+def test_null_says_nothing(name: str) -> None:
+    taken = {"messages", *ChatRequest.model_fields}
+    if name not in taken:
+        assert ChatRequest(messages=[USER], **{name: None}) == ChatRequest(messages=[USER])
+    with pytest.raises(ValidationError, match="messages"):
+        ChatRequest.model_validate({"messages": None, name: None})
 
 
 @pytest.mark.parametrize("value", [True, 1.5, "1", 0, -1])

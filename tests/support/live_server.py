@@ -19,7 +19,7 @@ from coterie.engine.events import Event
 from coterie.engine.generation_config import GenerationConfig
 from coterie.families.llada2 import CHAT_TEMPLATE
 from coterie.loading.load import Model
-from coterie.server.http_server import HttpServer, listen
+from coterie.server.http_server import HttpServer, bind
 from coterie.server.service import Service
 from coterie.server.settings import ServerSettings
 from coterie.testing import random_transformer, read_spec, tiny_config
@@ -57,7 +57,7 @@ def live_server(engine: Engine, **settings: object) -> Iterator[LiveServer]:
         ports.append(port)
         started.set()
 
-    with listen(chosen) as listener:
+    with bind(chosen) as listener:
         server = HttpServer(service, on_start)
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()

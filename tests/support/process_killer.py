@@ -15,11 +15,12 @@ import sys
 import time
 from pathlib import Path
 
-from tiny_task import Quiz
+from tiny_task import make_quiz
 
 import coterie
 from coterie.engine.engine import Engine
 from coterie.lab.evals.run import Variant, run_eval
+from coterie.lab.evals.task import Task
 from coterie.loading.expert_memory import ExpertMemoryConfig
 
 VARIANTS = [Variant("vanilla"), Variant("des-vote:beta=0.25"), Variant("vanilla", {"block": 4})]
@@ -30,9 +31,9 @@ CACHED_VARIANTS = [
 CACHED_OPTIONS = {"batch_size": 1, "reset_every": 5}
 
 
-def quiz(kills: int) -> Quiz:
+def quiz(kills: int) -> Task:
     """Enough items that every kill comes before the end."""
-    return Quiz(count=2 + 2 * kills)
+    return make_quiz(count=2 + 2 * kills)
 
 
 def cached_engine(model: str) -> Engine:

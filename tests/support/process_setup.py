@@ -65,12 +65,12 @@ def embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def load_model_once(name: str | None = None, **options: object) -> Model:
     if name is not None or options["expert_memory"] is not None:
         return load_model(name, **options)
-    return embedded_model(options["dtype"], options["device"], options["experts"])
+    return embedded_model(options["dtype"], options["device"], options["expert_dtype"])
 
 
 @cache
-def embedded_model(dtype: object, device: object, experts: object) -> Model:
-    return load_model(dtype=dtype, device=device, experts=experts)
+def embedded_model(dtype: object, device: object, expert_dtype: object) -> Model:
+    return load_model(dtype=dtype, device=device, expert_dtype=expert_dtype)
 
 
 @cache

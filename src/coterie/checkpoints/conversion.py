@@ -64,22 +64,22 @@ class ConversionTarget:
 
     @staticmethod
     def parse(
-        experts: str, group_size: int | None = None, layout: str | None = None
+        expert_dtype: str, group_size: int | None = None, layout: str | None = None
     ) -> ConversionTarget:
         """The target with these names. By default experts are packed if the format allows it.
 
         Raises ConfigError for an unknown name, and for options that do not fit together.
         """
-        if experts == BF16 and group_size is not None:
+        if expert_dtype == BF16 and group_size is not None:
             raise ConfigError(
-                f"`group_size` has no effect with `experts={BF16}`: bf16 has no scales"
+                f"`group_size` has no effect with `expert_dtype={BF16}`: bf16 has no scales"
             )
-        if experts not in (BF16, *FORMATS):
+        if expert_dtype not in (BF16, *FORMATS):
             known = ", ".join((*FORMATS, BF16))
-            raise ConfigError(f"unknown format {experts!r} for experts; known: {known}")
+            raise ConfigError(f"unknown format {expert_dtype!r} for experts; known: {known}")
         if layout not in (None, *LAYOUTS):
             raise ConfigError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
-        expert_format = None if experts == BF16 else parse_format(experts, group_size)
+        expert_format = None if expert_dtype == BF16 else parse_format(expert_dtype, group_size)
         packed = _can_pack(expert_format) if layout is None else layout == PANEL_LAYOUT
         return ConversionTarget(expert_format, packed)
 
@@ -124,7 +124,7 @@ class ConversionResult:
         return f"{self.folder}: experts in {self.target}; {sizes}"
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON."""
+        """The result as JSON."""
         entry = self.target.manifest_entry
         return {
             "folder": str(self.folder),

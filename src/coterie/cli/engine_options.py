@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
@@ -44,18 +45,18 @@ GenerationOptions = dict[str, object]  # fields of GenerationConfig
 class EngineOptions:
     """Which model to load, where to, and how much memory its experts get."""
 
-    model: o.Model = None
-    dtype: o.Dtype = None
-    device: o.Device = "auto"
-    expert_dtype: o.ExpertDtype = None
-    expert_memory: o.ExpertMemory = None
-    simulate_expert_memory: o.SimulateExpertMemory = None
-    host_memory: o.HostMemory = None
-    eviction: o.Eviction = None
-    warm_start: o.WarmStart = None
-    fallback_model: o.FallbackModel = None
-    precision_policy: o.PrecisionPolicy = None
-    cpu_experts: o.CpuExperts = None
+    model: str | None = None
+    dtype: str | None = None
+    device: str = "auto"
+    expert_dtype: str | None = None
+    expert_memory: str | None = None
+    simulate_expert_memory: str | None = None
+    host_memory: str | None = None
+    eviction: str | None = None
+    warm_start: Path | None = None
+    fallback_model: str | None = None
+    precision_policy: str | None = None
+    cpu_experts: str | None = None
 
     @property
     def is_embedded(self) -> bool:
@@ -107,7 +108,7 @@ class EngineOptions:
                 progress.update(task, completed=completed, total=total, visible=visible)
 
             engine = load(
-                self.model, dtype=self.dtype, device=self.device, experts=self.expert_dtype,
+                self.model, dtype=self.dtype, device=self.device, expert_dtype=self.expert_dtype,
                 expert_memory=memory, on_progress=on_progress,
                 prefix_cache_bytes=prefix_cache_bytes,
             )  # fmt: skip
@@ -143,13 +144,13 @@ def planned_options(options: EngineOptions, policy: str) -> EngineOptions:
 class DecodeOptions:
     """How blocks are decoded."""
 
-    max_new_tokens: o.MaxNewTokens = None
-    block: o.Block = None
-    kv_cache: o.KVCache = None
-    unmask: o.Unmask = None
-    threshold: o.Threshold = None
-    commit_routing: o.CommitRouting = None
-    prefill_routing: o.PrefillRouting = None
+    max_new_tokens: int | None = None
+    block: int | None = None
+    kv_cache: str | None = None
+    unmask: str | None = None
+    threshold: float | None = None
+    commit_routing: o.RoutingMode | None = None
+    prefill_routing: o.RoutingMode | None = None
 
     def to_fields(self) -> GenerationOptions:
         """Fields of a GenerationConfig; raises ConfigError for options that exclude each other."""
@@ -158,8 +159,6 @@ class DecodeOptions:
             if self.unmask is not None:
                 raise ConfigError("--threshold P is short for --unmask threshold:p=P; give one")
             options["unmask"] = f"threshold:p={options.pop('threshold')!r}"
-        if "kv_cache" in options:
-            options["plan"] = options.pop("kv_cache")
         return options
 
 
@@ -167,10 +166,10 @@ class DecodeOptions:
 class SamplingOptions:
     """How tokens are sampled, and where an answer ends."""
 
-    temperature: o.Temperature = None
-    top_k: o.TopK = None
-    top_p: o.TopP = None
-    early_stop: o.EarlyStop = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    early_stop: Literal["block", "token", "off"] | None = None
 
     def to_fields(self) -> GenerationOptions:
         """Fields of a GenerationConfig; raises ConfigError for options without effect."""
@@ -230,9 +229,9 @@ def check_reuse(specs: Sequence[str]) -> None:
 
 def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOptions) -> None:
     """Raises for options without effect, and for an ``@file`` of a model with other sizes."""
-    plan = str(options.get("plan", engine.generation.plan))
-    scheme = parse_plan(plan).scheme
-    ignored = f"has no effect with --kv-cache {plan}"
+    kv_cache = str(options.get("kv_cache", engine.generation.kv_cache))
+    scheme = parse_plan(kv_cache).scheme
+    ignored = f"has no effect with --kv-cache {kv_cache}"
     if "commit_routing" in options and not scheme.writes_kv:
         raise ConfigError(f"--commit-routing {ignored}: it commits no blocks")
     if "prefill_routing" in options and isinstance(scheme, NoCache | BlockCausalNoCache):

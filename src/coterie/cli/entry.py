@@ -12,12 +12,13 @@ import typer
 from typer.core import TyperGroup, TyperOption
 
 from coterie.cli.app import COMMANDS, app
+from coterie.cli.interrupts import INTERRUPTED, install_handler, interrupt
 from coterie.cli.old_names import with_new_names
 from coterie.cli.output import OLD_NAMES, print_note
 from coterie.errors import ConfigError
 from coterie.loading.memory_errors import is_out_of_memory, out_of_memory_message
 
-BAD_INPUT, BROKEN_PIPE, INTERRUPTED = 2, 1, 130
+BAD_INPUT, BROKEN_PIPE = 2, 1
 RESUMES = "stopped; the same command continues from what it has kept"
 STOP_NOTES = {"study": RESUMES, "quantize": RESUMES} | dict.fromkeys(
     ("generate", "compare", "grade", "replay", "inspect"), "stopped"
@@ -27,15 +28,18 @@ FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
 def main() -> None:
     """Runs the command line of this process; never returns."""
+    install_handler()
     status = run(sys.argv[1:])
     failure = _flush()
     if status == 0 and failure is not None:
         # A reader that closes the pipe early made no mistake: no message.
         closed = isinstance(failure, BrokenPipeError)
         status = BROKEN_PIPE if closed else _print_error(_error_message(failure))
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if status != 0:
+        os._exit(status)  # Python would wait for threads, and they for the programs they grade
+    if signal.getsignal(signal.SIGINT) is interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to clean up: end without a traceback
-    sys.exit(status)
+    sys.exit(0)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -17,7 +17,6 @@ from coterie.decoding import BlockUpdate, DecodeRequest, SequenceState
 from coterie.decoding.canvas import Block
 from coterie.decoding.kv_schemes import PassKind
 from coterie.engine.active_sequence import ActiveSequence, group_sequences, key_policy
-from coterie.engine.batch import NULL_RECORDER
 from coterie.engine.cuda_graphs import CudaGraphs
 from coterie.engine.events import Denoised, Event, ExpertUsage, Finished, Result
 from coterie.engine.forward import run_forward
@@ -45,7 +44,7 @@ from coterie.routing import (
     needs_importance,
     parse_policy,
 )
-from coterie.telemetry import ExpertCounter, NullRecorder, Recorder
+from coterie.telemetry import ExpertCounter, Recorder
 from coterie.values import Policy
 
 Prompt = str | Sequence[int]
@@ -57,8 +56,8 @@ class Engine:
 
     ``policy`` and ``generation`` are the defaults of each request. ``recorder`` sees every decode
     forward, or with ``record_all`` every forward. ``graphs`` replays unrecorded decode forwards as
-    CUDA graphs on a GPU. ``prefill_chunk`` and ``prefix_cache_bytes`` are those of
-    ``PromptPrefixes``.
+    CUDA graphs on a GPU. ``prefill_chunk`` and ``prefix_cache_bytes`` are ``chunk`` and
+    ``cache_bytes`` of ``PromptPrefixes``.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Engine:
         *,
         policy: str | Policy = "vanilla",
         generation: GenerationConfig | None = None,
-        recorder: Recorder = NULL_RECORDER,
+        recorder: Recorder | None = None,
         graphs: bool = True,
         record_all: bool = False,
         prefill_chunk: int | None = None,
@@ -229,8 +228,8 @@ class Engine:
 
         Graphs have fixed shapes. A recorder and a traffic log count the kinds apart.
         """
-        is_recorded = not isinstance(self._recorder, NullRecorder)
-        return self._graphs is None and not is_recorded and self.model.store.traffic_log is None
+        is_recorded = self._recorder is not None or self.model.store.traffic_log is not None
+        return self._graphs is None and not is_recorded
 
     def _advance(self, group: list[ActiveSequence]) -> dict[int, str]:
         """Run one forward; returns why the text of a request that ends here cannot be decoded."""
@@ -310,7 +309,7 @@ class Engine:
             blocks=sequence.block.index + 1,
             seconds=time.perf_counter() - active.start_time,
             policy=_policy_name(active.policy),
-            plan=str(sequence.request.plan),
+            kv_cache=str(sequence.request.plan),
             unmask=str(sequence.request.unmask),
             model=model.name,
             dtype=str(model.transformer.dtype).removeprefix("torch."),
@@ -343,7 +342,7 @@ class Engine:
 
     def set_recorder(self, recorder: Recorder | None) -> None:
         """Replace the recorder between two steps; None records nothing."""
-        self._recorder = recorder or NULL_RECORDER
+        self._recorder = recorder
 
     def prefix_cache_stats(self) -> PrefixCacheStats:
         """The use of the prefix cache since the start, and its size now."""
@@ -420,7 +419,7 @@ def load(
     policy: str | Policy = "vanilla",
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
-    experts: str | None = None,
+    expert_dtype: str | None = None,
     expert_memory: str | ExpertMemoryConfig | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     graphs: bool = True,
@@ -433,12 +432,14 @@ def load(
     ``graphs``, ``prefill_chunk`` and ``prefix_cache_bytes`` are those of ``Engine``. ``options``
     are fields of ``GenerationConfig`` that each request gets by default.
     """
+    if "experts" in options:
+        raise ConfigError("`experts` is now `expert_dtype`")
     resolved_policy = _policy(policy)
     model = load_model(
         name_or_path,
         dtype=dtype,
         device=device,
-        experts=experts,
+        expert_dtype=expert_dtype,
         expert_memory=expert_memory,
         on_progress=on_progress,
     )

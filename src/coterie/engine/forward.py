@@ -11,12 +11,12 @@ from torch import Tensor
 from coterie import ops
 from coterie.decoding import BlockUpdate
 from coterie.engine.active_sequence import ActiveSequence
-from coterie.engine.batch import NULL_RECORDER, ForwardBatch, to_device
+from coterie.engine.batch import ForwardBatch, to_device
 from coterie.engine.cuda_graphs import CudaGraphs
 from coterie.engine.kv_pool import KVCachePool
 from coterie.errors import NonFiniteLogitsError
 from coterie.model.transformer import Transformer
-from coterie.telemetry import ExpertCounter, NullRecorder, Recorder, RecorderGroup, TensorRecorder
+from coterie.telemetry import ExpertCounter, Recorder, RecorderGroup, TensorRecorder
 from coterie.values import LogitsSummary
 
 
@@ -25,7 +25,7 @@ def run_forward(
     pool: KVCachePool,
     group: Sequence[ActiveSequence],
     counter: ExpertCounter,
-    user_recorder: Recorder = NULL_RECORDER,
+    user_recorder: Recorder | None = None,
     *,
     graphs: CudaGraphs | None = None,
     record_all: bool = False,
@@ -36,7 +36,7 @@ def run_forward(
     decode forwards only. ``user_recorder`` sees decode forwards, or with ``record_all`` every
     forward. Raises NonFiniteLogitsError, and advances no sequence, if logits are not finite.
     """
-    is_recorded = not isinstance(user_recorder, NullRecorder)
+    is_recorded = user_recorder is not None
     # A captured forward needs constant shapes, and a recorder expects whole blocks.
     skip_unused = transformer.device.type == "cpu" and graphs is None and not is_recorded
     batch = ForwardBatch.of(group, transformer, skip_unused=skip_unused)
@@ -45,10 +45,10 @@ def run_forward(
         logits, forward_counter = _replay(graphs, pool, batch)
     else:
         forward_counter = ExpertCounter()
-        recorder = user_recorder if record_all else NULL_RECORDER
-        if decode_rows:
-            recorder = RecorderGroup((forward_counter, user_recorder))
-        logits = _run(transformer, pool, batch, recorder)
+        recorders: list[Recorder] = [forward_counter] if decode_rows else []
+        if user_recorder is not None and (decode_rows or record_all):
+            recorders.append(user_recorder)
+        logits = _run(transformer, pool, batch, RecorderGroup(tuple(recorders)))
     try:
         updates = _advance(transformer, batch, logits)
     except NonFiniteLogitsError as error:

@@ -39,7 +39,8 @@ Seed = Annotated[int, Bounds(ge=0, le=2**63 - 1)]
 class GenerationConfig:
     """Decoding options of a request. Raises ConfigError for a value out of range.
 
-    ``plan`` (the KV-caching scheme) and ``unmask`` are specs, such as ``dual:before=16,after=16``.
+    ``kv_cache`` (the KV-caching scheme) and ``unmask`` are specs, such as ``prefix`` and
+    ``threshold:p=0.9``.
     The policy always routes decode forwards. ``commit_routing`` and ``prefill_routing`` select
     whether it also routes the forwards that write keys: of finished blocks, and of the prompt.
 
@@ -51,7 +52,7 @@ class GenerationConfig:
 
     max_new_tokens: Annotated[PositiveInt, Key("max_new_tokens")] = 256
     block: Annotated[PositiveInt, Key("block")] = 32
-    plan: Annotated[str, Key("plan")] = "block-causal"
+    kv_cache: Annotated[str, Key("plan")] = "block-causal"
     unmask: Annotated[str, Key("unmask")] = "threshold"
     temperature: Annotated[NonNegativeFloat, Key("temperature")] = 0.0
     top_k: Annotated[NonNegativeInt, Key("top_k")] = 0
@@ -67,7 +68,7 @@ class GenerationConfig:
             # Some keys are older names: errors name the field.
             label = option.name if option.name == option.attribute else f"`{option.attribute}`"
             replace(option, name=label).check(option.value_of(self))
-        parse_plan(self.plan)
+        parse_plan(self.kv_cache)
         parse_unmask(self.unmask)
 
     @property
@@ -93,7 +94,7 @@ class GenerationConfig:
             return plan.blocks(prompt_tokens, new_tokens, self.block)[-1].stop
 
         # More tokens than positions never fit; their list of blocks could exceed memory.
-        plan, most = parse_plan(self.plan), min(self.max_new_tokens, max_length - prompt_tokens)
+        plan, most = parse_plan(self.kv_cache), min(self.max_new_tokens, max_length - prompt_tokens)
         count = bisect_right(range(1, most + 1), max_length, key=length)
         return replace(self, max_new_tokens=count) if count else None
 
@@ -104,7 +105,9 @@ class GenerationConfig:
     @staticmethod
     def for_family(defaults: FamilyDefaults) -> GenerationConfig:
         """The decoding options that the family's models were published with."""
-        return GenerationConfig(block=defaults.block, plan=defaults.plan, unmask=defaults.unmask)
+        return GenerationConfig(
+            block=defaults.block, kv_cache=defaults.kv_cache, unmask=defaults.unmask
+        )
 
 
 def make_request(
@@ -123,7 +126,7 @@ def make_request(
     ConfigError for an unmasking rule that needs ``edit_ids`` where there are none.
     """
     check_prompt(prompt, (mask_id, *(edit_ids or ())), vocabulary)
-    plan, unmask = parse_plan(config.plan), parse_unmask(config.unmask)
+    plan, unmask = parse_plan(config.kv_cache), parse_unmask(config.unmask)
     _check_denoising(plan, unmask, mask_id)
     if edit_ids is None and isinstance(unmask.rule, BlockEditRule):
         raise ConfigError(f"{unmask} needs DELETE and SPLIT tokens, and this model has none")
@@ -153,11 +156,19 @@ def make_request(
 
 
 def _check_denoising(plan: DecodePlan, unmask: UnmaskStrategy, mask_id: int) -> None:
-    """Raises ConfigError unless model, plan and rule all denoise masks, or all random tokens."""
-    if (mask_id == NO_MASK) == unmask.renoises == plan.scheme.encodes:
-        return
-    denoised = "random tokens" if mask_id == NO_MASK else "masks"
-    raise ConfigError(f"the model denoises {denoised}: plan {plan} and rule {unmask} do not fit")
+    """Raises ConfigError unless model, KV scheme and rule denoise the same: masks or noise."""
+    is_noise = mask_id == NO_MASK
+    fits = {
+        f"`kv_cache` {plan}": plan.scheme.encodes == is_noise,
+        f"`unmask` {unmask}": unmask.renoises == is_noise,
+    }
+    own, other = ("random tokens", "masks") if is_noise else ("masks", "random tokens")
+    for name, is_fitting in fits.items():
+        if not is_fitting:
+            raise ConfigError(
+                f"{name}: for models that denoise {other}; the model denoises {own}. "
+                "Without it the model's own is used"
+            )
 
 
 def check_prompt(prompt: Sequence[int], special_ids: tuple[int, ...], vocabulary: int) -> None:

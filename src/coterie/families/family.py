@@ -16,7 +16,7 @@ class FamilyDefaults:
 
     block: int  # tokens denoised together
     block_causal: bool  # True = block-causal attention on an absolute grid, False = bidirectional
-    plan: str  # spec of the KV-caching scheme
+    kv_cache: str  # spec of the KV-caching scheme
     unmask: str  # spec of the unmasking rule
     mask_id: int  # NO_MASK for a model that denoises random tokens
     eos_ids: tuple[int, ...]

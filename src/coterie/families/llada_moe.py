@@ -90,7 +90,7 @@ FAMILY = Family(
     defaults=FamilyDefaults(
         block=32,
         block_causal=False,
-        plan="dual:before=16,after=16",
+        kv_cache="dual:before=16,after=16",
         unmask="threshold:p=0.9",
         mask_id=156895,
         eos_ids=(156892,),

@@ -74,7 +74,7 @@ FAMILY = Family(
     defaults=FamilyDefaults(
         block=4,
         block_causal=True,
-        plan="block-causal",
+        kv_cache="block-causal",
         unmask="dynamic:p=0.95,steps=4",
         mask_id=151669,
         eos_ids=(151643, 151645),

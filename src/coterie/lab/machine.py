@@ -146,16 +146,13 @@ def measure_disk_bandwidth(folder: Path, size: int = DISK_BYTES) -> float | None
             os.fsync(file.fileno())
             checksums = (zlib.crc32(blob),) * count
             span = ExpertFileSpan(Path(file.name), 0, READ_EXPERT_BYTES, checksums)
-            return _fetch_bandwidth(ThreadedFetcher(DiskTier({0: span})), count)
+            fetcher = ThreadedFetcher(DiskTier({0: span}))
+            slots = allocate(count, READ_EXPERT_BYTES).zero_()
+            start = time.perf_counter()
+            fetcher.wait([fetcher.fetch_async(0, n, slot) for n, slot in enumerate(slots)])
+            return slots.nbytes / (time.perf_counter() - start)
     except OSError:
         return None
-
-
-def _fetch_bandwidth(fetcher: ThreadedFetcher, count: int) -> float:
-    slots = allocate(count, READ_EXPERT_BYTES).zero_()
-    start = time.perf_counter()
-    fetcher.wait([fetcher.fetch_async(0, number, slot) for number, slot in enumerate(slots)])
-    return slots.nbytes / (time.perf_counter() - start)
 
 
 def measure_link(device: torch.device, size: int = DISK_BYTES) -> float:

@@ -1,7 +1,7 @@
 """One style for all figures: a colour and a marker per policy family, light and dark schemes.
 
 A drawing function takes its axes from ``new_axes`` or ``new_panels`` and its colours from
-``policy_colour`` and ``SERIES_COLOURS``. It runs once per scheme, inside ``style_context``. The
+``policy_style`` and ``SERIES_COLOURS``. It runs once per scheme, inside ``style_context``. The
 scheme is held in matplotlib's settings during the drawing.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -26,7 +26,7 @@ ColourScheme = Literal["light", "dark"]
 
 FIGURE_WIDTH, FIGURE_HEIGHT = 5.2, 3.5  # inches
 STROKE_STYLE = 'style="stroke-linejoin: round; stroke-linecap: butt"'  # replaces the style sheet
-FONTS = ["DejaVu Sans", "Verdana", "Arial"]  # text is laid out with the first, the widest
+STYLE_FILE = Path(__file__).with_suffix(".mplstyle")
 
 BACKGROUND: Mapping[ColourScheme, str] = {"light": "#ffffff", "dark": "#14171c"}
 FOREGROUND: Mapping[ColourScheme, str] = {"light": "#1c2128", "dark": "#e4e7eb"}
@@ -79,14 +79,6 @@ def policy_style(policy: str) -> SeriesStyle:
     return POLICY_STYLES.get(policy.partition(":")[0], OTHER_STYLE)
 
 
-def policy_colour(policy: str) -> str:
-    return policy_style(policy).colour
-
-
-def policy_marker(policy: str) -> str:
-    return policy_style(policy).marker
-
-
 def foreground() -> str:
     """The current scheme's colour of text and of lines that belong to no policy."""
     return str(mpl.rcParams["text.color"])
@@ -97,15 +89,9 @@ def grid_colour() -> str:
     return str(mpl.rcParams["grid.color"])
 
 
-def background() -> str:
-    return str(mpl.rcParams["figure.facecolor"])
-
-
-def new_axes(
-    x: str = "", y: str = "", *, width: float = FIGURE_WIDTH, height: float = FIGURE_HEIGHT
-) -> tuple[Figure, Axes]:
-    """A new figure with one pair of labelled axes; sizes in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+def new_axes(x: str = "", y: str = "", *, height: float = FIGURE_HEIGHT) -> tuple[Figure, Axes]:
+    """A new figure with one pair of labelled axes; the height in inches."""
+    figure = Figure(figsize=(FIGURE_WIDTH, height), layout="constrained")
     ax = figure.add_subplot()
     ax.set(xlabel=x, ylabel=y)
     return figure, ax
@@ -120,22 +106,17 @@ def new_panels(
     return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
 
 
-def add_legend(ax: Axes, *, columns: int = 2, above: bool = True) -> None:
-    """Adds a legend above the axes, or inside at matplotlib's best place."""
+def add_legend(ax: Axes, *, columns: int = 2) -> None:
+    """Adds a legend above the axes, with each label once."""
     handles, labels = ax.get_legend_handles_labels()
-    by_label = dict(zip(labels, handles, strict=True))
-    if not by_label:
-        return
-    legend = ax.legend(by_label.values(), by_label.keys(), ncols=columns, loc="best")
-    if above:
-        legend.set(loc="lower left")
-        legend.set_bbox_to_anchor((0, 1.0), transform=ax.transAxes)
+    if by_label := dict(zip(labels, handles, strict=True)):
+        place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0)}
+        ax.legend(by_label.values(), by_label.keys(), ncols=columns, **place)
 
 
-def format_percent(ax: Axes, *, axis: Literal["x", "y"] = "y") -> None:
-    """Formats an axis of fractions as percentages."""
-    target = ax.yaxis if axis == "y" else ax.xaxis
-    target.set_major_formatter(lambda value, _: f"{value:.0%}")
+def format_percent(ax: Axes) -> None:
+    """Formats the fractions of a y axis as percentages."""
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
 
 @dataclass(frozen=True)
@@ -195,30 +176,11 @@ def rc_params(scheme: ColourScheme) -> dict[str, object]:
     foreground_keys = ("axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor")
     background_keys = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
     return {
+        **mpl.rc_params_from_file(STYLE_FILE, use_default_template=False),
         **dict.fromkeys((*foreground_keys, "text.color"), FOREGROUND[scheme]),
         **dict.fromkeys(background_keys, BACKGROUND[scheme]),
         "grid.color": GRID_COLOUR[scheme],
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.linewidth": 0.7,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.linewidth": 0.8,
         "axes.prop_cycle": cycler(color=SERIES_COLOURS),
-        "lines.linewidth": 1.6,
-        "lines.markersize": 5.5,
-        "font.family": "sans-serif",
-        "font.sans-serif": FONTS,
-        "font.size": 10,
-        "axes.titlesize": 10,
-        "axes.titlelocation": "left",
-        "legend.fontsize": 8.5,
-        "legend.frameon": False,
-        "legend.handlelength": 1.4,
-        "legend.columnspacing": 1.2,
-        "legend.labelspacing": 0.3,
-        "image.cmap": "viridis",
-        "svg.fonttype": "none",
     }
 
 

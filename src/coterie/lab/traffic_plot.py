@@ -66,15 +66,10 @@ def write_traffic(
     title = f"{result.policy}, {slots} of {result.experts.total} experts a layer in memory"
     savings = "" if result.traffic is None else result.traffic.describe_savings()
     path = name.with_name(f"{name.name}.json")
-    figures = write_figures(name, f"{title}\n{savings}", points)
+    draw = partial(draw_traffic, f"{title}\n{savings}", points)
     documents = [point.to_dict() for point in points]
     write_json(path, {"model": result.model, "policy": result.policy, "forwards": documents})
-    return [path, *figures]
-
-
-def write_figures(name: Path, title: str, points: Sequence[TrafficPoint]) -> list[Path]:
-    """Write NAME-light.svg and NAME-dark.svg; returns the paths."""
-    return plotting.write_figure(partial(draw_traffic, title, points), name, name="traffic")
+    return [path, *plotting.write_figure(draw, name, name="traffic")]
 
 
 def draw_traffic(title: str, points: Sequence[TrafficPoint]) -> Figure:

@@ -87,14 +87,14 @@ def load_model(
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
-    experts: str | QuantFormat | None = None,
+    expert_dtype: str | QuantFormat | None = None,
     expert_memory: str | ExpertMemoryConfig | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Model:
     """Load a folder, a hub id, or (None) the embedded model.
 
     ``device`` "auto" is CUDA if available. ``dtype`` None or "auto" is bf16; on a CPU it is fp32
-    for models with less than 4 GiB of fp32 weights. ``experts`` "int8" or "int4" quantizes the
+    for models with less than 4 GiB of fp32 weights. ``expert_dtype`` "int8" or "int4" quantizes the
     routed experts while they are read. Packed experts are mapped from their file for the CPU
     kernels, and unpacked for other devices.
 
@@ -106,7 +106,9 @@ def load_model(
     """
     model = ModelFolder.open(find_folder(name_or_path))
     family, vocab_size = model.family, model.spec.vocabulary
-    target = choose_target(model, experts=experts, dtype=dtype, device=choose_device(device))
+    target = choose_target(
+        model, expert_dtype=expert_dtype, dtype=dtype, device=choose_device(device)
+    )
     placement = choose_placement(target, expert_memory)
     template, hidden_span = family.defaults.chat_template, family.defaults.hidden_span
     tokenizer = load_tokenizer(
@@ -153,12 +155,13 @@ def choose_placement(
 def choose_target(
     model: ModelFolder,
     *,
-    experts: str | QuantFormat | None,
+    expert_dtype: str | QuantFormat | None,
     dtype: str | torch.dtype | None,
     device: torch.device,
 ) -> LoadTarget:
     """The form in memory: experts as stored, or quantized if they are stored unquantized."""
-    spec, expert_format = model.spec, parse_format(experts) if isinstance(experts, str) else experts
+    spec = model.spec
+    expert_format = parse_format(expert_dtype) if isinstance(expert_dtype, str) else expert_dtype
     target = LoadTarget(model, spec, choose_dtype(dtype, spec, device), device)
     if expert_format in (None, spec.expert_format):
         packed = spec.panels and not target.has_device_memory and cpu.is_available()

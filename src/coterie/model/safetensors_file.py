@@ -77,18 +77,19 @@ def read_into(descriptor: int, entry: TensorEntry, view: Tensor) -> None:
             read_into(descriptor, entry.part(entry.shape[1:], index), part)
         return
     flat, width = view.view(-1), CHUNK_BYTES // entry.dtype.itemsize
-    is_direct = flat.device.type == "cpu" and flat.dtype == entry.dtype
+    is_on_cpu = flat.device.type == "cpu"
+    is_direct = is_on_cpu and flat.dtype == entry.dtype
     buffer = flat if is_direct else torch.empty(min(width, flat.numel()), dtype=entry.dtype)
     for first in range(0, flat.numel(), width):
         target = flat[first : first + width]
         chunk = target if is_direct else buffer[: target.numel()]
         _read_exact(descriptor, chunk, entry.start + first * entry.dtype.itemsize)
-        converted = chunk.to(flat.dtype)
+        if not is_direct:
+            target.copy_(chunk)
+        converted = target if is_on_cpu else chunk.to(flat.dtype)
         if converted.is_floating_point() and not _is_finite(converted):
             dtype = str(flat.dtype).removeprefix("torch.")
             raise CheckpointError(f"{clip(entry.name)} holds NaN or infinity in {dtype}")
-        if not is_direct:
-            target.copy_(converted)
 
 
 def read_rows(

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 
 from coterie.errors import MESSAGE_CHARACTERS, clip, printable
+from coterie.server.requests import NEUTRAL
 
 INVALID_REQUEST, SERVER_ERROR = "invalid_request_error", "server_error"
 TYPES = {429: "rate_limit_error", 504: "timeout_error"}
@@ -67,9 +68,17 @@ async def on_api_error(_: Request, error: Exception) -> Response:
     return error.response()
 
 
-async def on_http_error(_: Request, error: Exception) -> Response:
+async def on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
-    return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+    # FastAPI raises 400 for a body that is no UTF-8, or nested too deeply.
+    if error.status_code == 400:
+        return bad_json().response()
+    texts = {
+        404: "nothing is served at this path; /openapi.json lists what is",
+        405: f"this path does not take {request.method}",
+    }
+    message = texts.get(error.status_code, str(error.detail))
+    return ApiError(error.status_code, message, headers=error.headers).response()
 
 
 async def on_invalid(_: Request, error: Exception) -> Response:
@@ -81,6 +90,10 @@ async def on_unexpected(_: Request, error: Exception) -> Response:
     return internal_error().response()
 
 
+def bad_json() -> ApiError:
+    return ApiError(400, "the body is not valid JSON in UTF-8", code="json_invalid")
+
+
 def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     """The problem that pydantic found deepest in the body, by the name of the field."""
     problem = max(problems, key=lambda problem: len(problem["loc"]))
@@ -89,8 +102,12 @@ def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     fields = [part for part in parts if part.isidentifier() or part.isdigit()]
     param = ".".join(part for part in fields if part not in UNION_BRANCHES) or None
     if problem["type"] == "json_invalid":
-        return ApiError(400, "the body is not valid JSON", code="json_invalid")
+        return bad_json()
     if problem["type"] == "extra_forbidden":
-        return ApiError(400, f"{param} is not supported", param=param, code="unsupported_field")
+        values = [json.dumps(value) for value in NEUTRAL.get(parts[-1], ())]
+        message = f"{param} is not supported" + f", except {' or '.join(values)}" * bool(values)
+        return ApiError(400, message, param=param, code="unsupported_field")
+    if not parts and problem["type"] != "value_error":
+        return ApiError(400, "the body must be a JSON object", code="json_invalid")
     message = str(problem["msg"]).removeprefix("Value error, ")
     return ApiError(400, f"{param}: {message}" if param else message, param=param)

@@ -59,11 +59,22 @@ def make_app(service: Service) -> ASGIApp:
     _add_probes(app, service)
     _add_model_endpoints(app, service)
     _add_generation(app, service)
-    if STATIC.is_dir():
-        app.mount("/", StaticFiles(directory=STATIC, html=True))
+    _add_page(app)
     limited = BodyLimit(app, settings=service.settings)
     checked = AccessCheck(limited, settings=service.settings)
     return RequestLog(checked, on_response=service.metrics.on_response)
+
+
+def _add_page(app: FastAPI) -> None:
+    """One route for each file: a mount at the root would answer for unknown endpoints too."""
+    files = StaticFiles(directory=STATIC)
+
+    async def send_file(request: Request) -> Response:
+        name = request.url.path.removeprefix("/") or "index.html"
+        return await files.get_response(name, request.scope)
+
+    for name in ("", *(path.name for path in STATIC.iterdir())):
+        app.add_route(f"/{name}", send_file, include_in_schema=False)
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:
@@ -113,7 +124,8 @@ def _add_model_endpoints(app: FastAPI, service: Service) -> None:
         ids = await service.in_thread(
             lambda: (
                 tokenizer.encode_chat(turns) if text is None else tokenizer.encode(text, raw=True)
-            )
+            ),
+            param="messages" if text is None else "prompt",
         )
         longest = max_model_len(service.engine, service.settings)
         return {"count": len(ids), "max_model_len": longest, "tokens": ids}
@@ -137,7 +149,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """The model's next turn."""
         service.check_model(body.model)
         ids = await service.in_thread(
-            lambda: tokenizer.encode_chat(body.turns, body.tool_documents)
+            lambda: tokenizer.encode_chat(body.turns, body.tool_documents),
+            param="tools" if body.tool_documents else "messages",
         )
         return await _answer(service, http, body, ids, ChatFormat())
 
@@ -147,7 +160,9 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         prompt, ids = body.prompt, body.prompt
         if isinstance(prompt, str):
-            ids = await service.in_thread(lambda: tokenizer.encode(prompt, raw=True))
+            ids = await service.in_thread(
+                lambda: tokenizer.encode(prompt, raw=True), param="prompt"
+            )
         assert isinstance(ids, list)
         return await _answer(service, http, body, ids, CompletionFormat())
 
@@ -217,7 +232,7 @@ def _log_request(
 
 
 def _model_card(service: Service) -> dict[str, object]:
-    """OpenAI's keys, vLLM's ``max_model_len``, and under ``coterie`` what frames need."""
+    """The keys of OpenAI and of vLLM, and under ``coterie`` what frames need."""
     engine, settings = service.engine, service.settings
     policy = engine.policy
     card: dict[str, object] = {
@@ -225,6 +240,8 @@ def _model_card(service: Service) -> dict[str, object]:
         "object": "model",
         "created": service.created,
         "owned_by": "coterie",
+        "root": settings.model_name,
+        "parent": None,
         "max_model_len": max_model_len(engine, settings),
     }
     summary = {

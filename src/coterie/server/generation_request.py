@@ -1,4 +1,4 @@
-"""From a body to a request that the engine will accept; every error is one of the client's."""
+"""Makes a request that the engine accepts from a body; every error is the client's."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ def make_generation_request(
         _checked("reuse_tolerance", lambda: check_coreset_reuse(policy))
     generation = _checked(None, lambda: engine.generation.replace(**_options(fields)))
     generation = _fitted(fields, len(prompt_ids), generation, engine, settings)
-    _checked("prompt", lambda: _check_prompt(prompt_ids, generation, engine, settings))
+    _checked(
+        fields.prompt_field,
+        lambda: _check_prompt(fields, prompt_ids, generation, engine, settings),
+    )
     frames = fields.stream_options.coterie if fields.stream_options else False
     return GenerationRequest(
         id=request_id,
@@ -85,8 +88,6 @@ def _options(fields: GenerationFields) -> dict[str, object]:
     names = (*SAMPLING, *RESTRICTED_OPTIONS)
     options = {name: getattr(fields, name) for name in names if getattr(fields, name) is not None}
     options.pop("policy", None)
-    if "kv_cache" in options:
-        options["plan"] = options.pop("kv_cache")
     if options.get("top_k") == -1:
         options["top_k"] = 0
     if fields.ignore_eos:
@@ -124,17 +125,21 @@ def _fitted(
     engine: Engine,
     settings: ServerSettings,
 ) -> GenerationConfig:
-    """With the requested number of new tokens, else as many of the default as fit."""
+    """The options with the requested number of new tokens, else as many of the default as fit."""
     room = max_model_len(engine, settings)
     if fields.limit is not None:
         return generation.replace(max_new_tokens=fields.limit)
     fitted = generation.fit(prompt_tokens, room) if 0 < prompt_tokens < room else generation
     if fitted is None:
-        raise _too_long(f"a prompt of {prompt_tokens} tokens leaves no room in {room} positions")
+        raise _too_long(
+            f"a prompt of {prompt_tokens} tokens leaves no room in {room} positions",
+            fields.prompt_field,
+        )
     return fitted
 
 
 def _check_prompt(
+    fields: GenerationFields,
     prompt_ids: Sequence[int],
     generation: GenerationConfig,
     engine: Engine,
@@ -142,7 +147,8 @@ def _check_prompt(
 ) -> None:
     model, room = engine.model, max_model_len(engine, settings)
     if len(prompt_ids) >= room:
-        raise _too_long(f"the prompt has {len(prompt_ids)} tokens; this server takes {room - 1}")
+        message = f"the prompt has {len(prompt_ids)} tokens; this server takes {room - 1}"
+        raise _too_long(message, fields.prompt_field)
     try:
         make_request(
             prompt_ids,
@@ -155,12 +161,13 @@ def _check_prompt(
         )
     except CoterieError as error:
         if len(prompt_ids) + generation.max_new_tokens > room - generation.block:
-            raise _too_long(str(error)) from None
+            limit = fields.limit_field
+            raise _too_long(str(error).replace("max_new_tokens", limit), limit) from None
         raise
 
 
-def _too_long(message: str) -> ApiError:
-    return ApiError(400, message, param="prompt", code="context_length_exceeded")
+def _too_long(message: str, param: str) -> ApiError:
+    return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 def _checked(param: str | None, check: Callable[[], T]) -> T:

@@ -77,27 +77,36 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(engine: Engine, settings: ServerSettings, on_start: Callable[[int], None]) -> None:
+def serve(
+    engine: Engine,
+    settings: ServerSettings,
+    listener: socket.socket,
+    on_start: Callable[[int], None],
+) -> None:
     """Serve until a signal; ``on_start`` gets the port once connections are accepted."""
     configure_logs()
     sys.setswitchinterval(SWITCH_SECONDS)
-    with listen(settings) as listener:
-        service = Service.of(engine, settings)
-        HttpServer(service, on_start).run([listener])
+    service = Service.of(engine, settings)
+    HttpServer(service, on_start).run([listener])
     if service.scheduler.is_alive:
         # A step still runs: the interpreter cannot end before it does.
         logging.shutdown()
         os._exit(1)
 
 
-def listen(settings: ServerSettings) -> socket.socket:
-    """A listening socket; raises ConfigError where another program listens."""
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+def bind(settings: ServerSettings) -> socket.socket:
+    """A socket that does not listen yet; raises ConfigError where another program listens.
+
+    It is cheap, so that a port in use is reported before a model is loaded.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
     try:
-        listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it: else a small chunk waits 40 ms for the reader to confirm the last.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.bind((settings.host, settings.port))
     except OSError as error:
-        where, reason = f"{settings.host}:{settings.port}", os.strerror(error.errno or 0)
-        raise ConfigError(f"cannot listen on {where}: {reason}") from None
-    # Connections inherit it: else a small chunk waits 40 ms for the reader to confirm the last.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.close()
+        where = f"{settings.host}:{settings.port}"
+        raise ConfigError(f"cannot listen on {where}: {error.strerror}") from None
     return listener

@@ -6,9 +6,17 @@ A field is refused by name unless it is here. A field of ``NEUTRAL`` may have th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "n": (1,),
@@ -22,15 +30,26 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "min_tokens": (0,),
     "logit_bias": ({},),
     "top_logprobs": (0,),
+    "bad_words": ([],),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "spaces_between_special_tokens": (True,),
+    "return_token_ids": (False,),
+    "return_token_strs": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "priority": (0,),
+    "verbosity": ("medium",),
+    "annotations": ([],),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
     "store": (False,),
     "suffix": ("",),
-    "functions": (),
+    "functions": ([],),
     "function_call": ("none",),
-    "audio": (),
-    "prediction": (),
     "reasoning_effort": ("none",),
     "continuous_usage_stats": (False,),
     "include_obfuscation": (False,),
@@ -38,7 +57,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "use_beam_search": (False,),
     "skip_special_tokens": (True,),
 }
-"""Fields that change nothing at these values; null never does."""
+"""Fields of OpenAI's and vLLM's APIs, and the values at which they change nothing."""
 
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 Number = Annotated[float, Field(strict=True)]
@@ -55,15 +74,13 @@ class ApiModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def without_neutral(cls, values: object) -> object:
-        """The values without those that change nothing."""
+        """The values without those that change nothing; null never does."""
         if not isinstance(values, dict):
             return values
-        known = {*cls.model_fields, *NEUTRAL, "plan"}
         return {
             name: value
             for name, value in values.items()
-            if not (name in known and value is None)
-            and not (name not in cls.model_fields and _is_neutral(name, value))
+            if value is not None and (name in cls.model_fields or not _is_neutral(name, value))
         }
 
 
@@ -83,6 +100,7 @@ class StreamOptions(ApiModel):
 class GenerationFields(ApiModel):
     """The fields that both ways of generating share."""
 
+    prompt_field: ClassVar[str]
     model: str | None = None
     stream: Flag = False
     stream_options: StreamOptions | None = None
@@ -92,8 +110,12 @@ class GenerationFields(ApiModel):
     top_k: Annotated[int, Field(strict=True, ge=-1)] | None = None
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    # Labels of a client; the server ignores them.
     user: str | None = None
     metadata: dict[str, Any] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    request_id: str | None = None
     # Coterie's own.
     ignore_eos: Flag = False
     early_stop: Literal["block", "token", "off"] | None = None
@@ -105,12 +127,13 @@ class GenerationFields(ApiModel):
     prefill_routing: Literal["vanilla", "policy"] | None = None
     reuse_tolerance: Annotated[Number, Field(ge=0, lt=1)] | None = None
 
-    @model_validator(mode="after")
-    def check_stream_options(self) -> GenerationFields:
+    @field_validator("stream_options")
+    @classmethod
+    def check_stream(cls, options: StreamOptions, info: ValidationInfo) -> StreamOptions:
         """Raises for ``stream_options`` without a stream."""
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream=true")
-        return self
+        if not info.data.get("stream", True):
+            raise ValueError("only with stream=true")
+        return options
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -120,6 +143,11 @@ class GenerationFields(ApiModel):
     def limit(self) -> int | None:
         """The most new tokens; None if the request does not say."""
         return self.max_tokens
+
+    @property
+    def limit_field(self) -> str:
+        """The field that gives ``limit``."""
+        return "max_tokens"
 
     @property
     def wants_logprobs(self) -> bool:
@@ -175,6 +203,7 @@ class Tool(ApiModel):
 class ChatRequest(GenerationFields):
     """The body of ``/v1/chat/completions``."""
 
+    prompt_field = "messages"
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
     max_completion_tokens: PositiveInt | None = None
     logprobs: Flag = False
@@ -186,6 +215,10 @@ class ChatRequest(GenerationFields):
         return self.max_completion_tokens or self.max_tokens
 
     @property
+    def limit_field(self) -> str:
+        return "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
+
+    @property
     def wants_logprobs(self) -> bool:
         return self.logprobs
 
@@ -195,7 +228,7 @@ class ChatRequest(GenerationFields):
 
     @property
     def tool_documents(self) -> list[dict[str, object]] | None:
-        """The tools for the template; None if the model is to know of none."""
+        """The tools for the template; None without tools, or if none may be called."""
         if not self.tools or self.tool_choice == "none":
             return None
         return [tool.model_dump() for tool in self.tools]
@@ -207,14 +240,17 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 class CompletionRequest(GenerationFields):
     """The body of ``/v1/completions``: one prompt, as text or token ids."""
 
+    prompt_field = "prompt"
     prompt: str | TokenIds
     logprobs: Annotated[int, Field(strict=True, ge=0, le=1)] | None = None
 
     @field_validator("prompt", mode="before")
     @classmethod
     def one_prompt(cls, prompt: object) -> object:
-        """The prompt outside a list of one; raises for several."""
-        if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], str | list):
+        """The prompt outside a list of one; raises for several, and for none."""
+        if prompt == []:
+            raise ValueError("the prompt is empty")
+        if not isinstance(prompt, list) or not isinstance(prompt[0], str | list):
             return prompt
         if len(prompt) > 1:
             raise ValueError("one prompt a request")

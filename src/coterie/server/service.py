@@ -40,12 +40,12 @@ class Service:
         metrics.watch_queue(lambda: scheduler.num_running, lambda: scheduler.num_waiting)
         return Service(engine, settings, scheduler, metrics)
 
-    async def in_thread(self, call: Callable[[], T]) -> T:
-        """What the call returns; an error of the package is the client's."""
+    async def in_thread(self, call: Callable[[], T], *, param: str | None = None) -> T:
+        """What the call returns; an error of the package is the client's, in field ``param``."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self.threads, call)
         except CoterieError as error:
-            raise ApiError(400, str(error)) from None
+            raise ApiError(400, str(error), param=param) from None
 
     def check_model(self, name: str | None) -> None:
         """Raises for a model that is not the one served."""

@@ -31,7 +31,7 @@ class AllowedOptions:
 
     @staticmethod
     def parse(texts: Sequence[str]) -> AllowedOptions:
-        """From globs of policies (``des-vote:*``), or of another option (``block=32``)."""
+        """The pairs of globs of policies (``des-vote:*``), or of another option (``block=32``)."""
         patterns = []
         for text in texts:
             option, equals, glob = text.partition("=")
@@ -72,10 +72,10 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_body_bytes", "deadline", "body_seconds"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:  # NaN is not
                 raise ConfigError(f"`{name}` must be above 0, not {getattr(self, name)}")
         for name in ("max_queue", "drain"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ConfigError(f"`{name}` must be at least 0, not {getattr(self, name)}")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"`port` must be between 0 and 65535, not {self.port}")

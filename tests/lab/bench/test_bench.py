@@ -23,7 +23,8 @@ from coterie.engine.engine import Engine
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import ConfigError, CoterieError
 from coterie.lab.bandwidth import read_rows, readable_rows, weight_buffers
-from coterie.lab.bench import llama, session, worker
+from coterie.lab.bench import layer, llama, worker
+from coterie.lab.bench.answers import random_prompts, time_concurrency, time_generation
 from coterie.lab.bench.baselines import (
     BASELINES,
     Baseline,
@@ -32,7 +33,6 @@ from coterie.lab.bench.baselines import (
     ResolvedBaseline,
     resolve_baselines,
 )
-from coterie.lab.bench.concurrency import time_concurrency
 from coterie.lab.bench.cost_model import (
     compute_probe,
     first_slab,
@@ -43,11 +43,16 @@ from coterie.lab.bench.cost_model import (
     roofline_seconds,
 )
 from coterie.lab.bench.forward import logits_per_forward, random_blocks, time_forward
-from coterie.lab.bench.generate import random_prompts, time_generation
-from coterie.lab.bench.layer import draw_cases, group_by_memory, make_slab, time_layer
+from coterie.lab.bench.layer import (
+    MAX_RELATIVE_ERROR,
+    BenchConfig,
+    draw_cases,
+    group_by_memory,
+    make_slab,
+    time_layer,
+)
 from coterie.lab.bench.model import random_model
 from coterie.lab.bench.plots import plot_record
-from coterie.lab.bench.session import MAX_RELATIVE_ERROR, BenchConfig
 from coterie.lab.bench.shapes import SHAPES
 from coterie.lab.records import make_record, write_record
 from coterie.model.weights import weight_bytes
@@ -59,7 +64,7 @@ TINY = SHAPES["tiny"]
 @pytest.fixture(autouse=True)
 def small_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test here depends on what the processor's cache holds."""
-    monkeypatch.setattr(session, "FLUSH_BYTES", 1 << 12)
+    monkeypatch.setattr(layer, "FLUSH_BYTES", 1 << 12)
 
 
 def bench_config(dtype: str = "bf16", **others: object) -> BenchConfig:
@@ -114,7 +119,7 @@ def test_torch_computes_our_output(
 ) -> None:
     """In this process, or in one of its own as a benchmark runs it."""
     if is_here:
-        monkeypatch.setattr(session, "BaselineProcess", TorchHere)
+        monkeypatch.setattr(layer, "BaselineProcess", TorchHere)
         monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     baselines, skipped = resolve_baselines(["torch"], {"torch": Path(sys.executable)}, dtype)
     result = time_layer(bench_config(dtype), baselines, budget=0)
@@ -151,9 +156,7 @@ def test_a_failing_baseline_is_skipped_with_its_reason(
     behaviour: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if behaviour == "hangs":
-        monkeypatch.setattr(
-            session, "BaselineProcess", partial(BaselineProcess, answer_timeout=0.3)
-        )
+        monkeypatch.setattr(layer, "BaselineProcess", partial(BaselineProcess, answer_timeout=0.3))
     result = time_layer(bench_config(), [fake_baseline(behaviour)], budget=0)
     assert result.skipped[behaviour].startswith(reason)
     assert all(set(timing.samples) == {"ours", "read"} for timing in result.timings)
@@ -181,13 +184,13 @@ def test_baselines_share_a_session_if_they_fit_in_memory() -> None:
 
 
 def test_a_slow_kernel_stops_after_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(layer, "MAX_SECONDS", 0.5)
     result = time_layer(replace(bench_config(), repeats=9), [fake_baseline("grazes")], budget=0)
     timing = result.timings[0]
     assert (
         len(timing.samples["grazes graze"])
         == len(timing.paired_samples["grazes graze"])
-        == session.MIN_REPEATS
+        == layer.MIN_REPEATS
     )
     assert len(timing.samples["ours"]) == 9
 
@@ -395,7 +398,7 @@ def test_rows_share_the_experts_that_are_read() -> None:
     assert [(each.policy, each.rows) for each in timings] == [
         (policy, rows) for policy in policies for rows in (1, 4)
     ]
-    facts = {(each.policy, each.rows): each.facts(each) for each in timings}
+    facts = {(each.policy, each.rows): each.rows_facts(each) for each in timings}
     budget = facts["vanilla", 1]["experts_total"] // 4
     vote, batch = policies[1:]
     assert facts[vote, 1]["experts"] <= budget < facts[vote, 4]["experts"]
@@ -406,7 +409,7 @@ def test_rows_share_the_experts_that_are_read() -> None:
         assert together["forwards"] < alone["forwards"]
         assert together["expert_bytes_per_token"] < alone["expert_bytes_per_token"]
     for alone, together in zip(timings[::2], timings[1::2], strict=True):
-        same = together.facts(alone)["texts_as_alone"]
+        same = together.rows_facts(alone)["texts_as_alone"]
         assert same == 4 or together.policy == batch
         assert [len(repeat["tokens"][0]) for repeat in together.repeats] == [27]
 

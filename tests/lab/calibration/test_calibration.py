@@ -26,19 +26,20 @@ from coterie.lab.calibration import (
     prompts_from_file,
     prompts_from_tasks,
 )
-from coterie.lab.calibration.calibration import best_point, measure_policies
+from coterie.lab.calibration.calibration import BoundarySearch, best_point, measure_policies
 from coterie.lab.calibration.measurement import VANILLA, PolicyRun
-from coterie.lab.calibration.search import BoundarySearch
 from coterie.lab.calibration.search_space import (
     SearchFamily,
     allocation_order,
     experts_per_layer,
     searchable_families,
+    sorted_vote_sums,
 )
 from coterie.lab.calibration.target import Estimate
 from coterie.lab.evals.stats import ratio_interval
 from coterie.lab.problems import PROBLEM_MAKERS, draw_problem, split_of
-from coterie.routing import format_policy, parse_policy, route
+from coterie.routing import Election, format_policy, parse_policy, route
+from coterie.routing.votes import Vote
 from coterie.testing import write_checkpoint
 from coterie.values import RouterSpec
 
@@ -391,6 +392,16 @@ def test_drop_cannot_select_two_thresholds(tiny: PolicyEvaluator):
     )
     with pytest.raises(CoterieError, match=r"fix one, such as mc-moe:protect=0\.02"):
         calibrate(PolicyEvaluator(tiny.engine, graded), "mc-moe", "drop=0.1")
+
+
+@pytest.mark.parametrize("vote", ["topk-prob", "full", "max"])
+def test_votes_of_layers_are_those_of_admitted_experts(tmp_path: Path, vote: Vote):
+    """One block of 32 positions admits 5 of 16 experts."""
+    folder = write_checkpoint(tmp_path / "model", "llada2.2", expert_capacity=5)
+    engine = coterie.load(folder, max_new_tokens=8, unmask="fixed:steps=2")
+    prompts = PromptSet((CalibrationPrompt("0", "3 5 7"),))
+    sums = sorted_vote_sums(PolicyEvaluator(engine, prompts), Election(vote=vote))
+    assert (sums > 0).sum(dim=1).tolist() == [5, 5]
 
 
 def test_budgets_per_layer_keep_the_most_votes(tiny: PolicyEvaluator):

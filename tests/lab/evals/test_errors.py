@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from offload_cases import PROMPT, load_engine, needs_kernels, packed_checkpoint
-from tiny_task import Quiz
+from tiny_task import make_quiz
 
 import coterie
 from coterie.cli.entry import run
@@ -32,7 +32,7 @@ from coterie.offload.cached_store import CachedExpertStore
 from coterie.offload.simulated_store import SimulatedCacheStore
 from coterie.testing import write_checkpoint
 
-QUIZ = Quiz(count=2, tokens=6)
+QUIZ = make_quiz(count=2, tokens=6)
 STEPS: dict[str, Any] = {"block": 8, "unmask": "fixed:steps=4"}
 VARIANTS = [Variant("vanilla"), Variant("des-vote:beta=0.5")]
 ERRORS: list[Exception] = [
@@ -186,7 +186,7 @@ def test_errors_of_earlier_versions_are_asked_again_unless_logits_were_not_finit
     tmp_path: Path,
 ) -> None:
     engine = coterie.load(write_checkpoint(tmp_path / "model", "llada2", seed=3), block=8)
-    folder, quiz = tmp_path / "run", Quiz(count=4)
+    folder, quiz = tmp_path / "run", make_quiz(count=4)
     expected = documents(run_eval(engine, [quiz], VARIANTS[:1], folder, batch_size=1))
     answers = stored(folder)
     failed = {"correct": False, "finish": "error", "output": ""}
@@ -210,7 +210,7 @@ def test_errors_of_earlier_versions_are_asked_again_unless_logits_were_not_finit
 
 @pytest.mark.parametrize("question", ["1 2 9999", "\udcff", ""])
 def test_an_unreadable_prompt_fails_its_item_only(question: str, tmp_path: Path) -> None:
-    odd = Quiz(count=3, tokens=8, odd={1: question})
+    odd = make_quiz(count=3, tokens=8, odd={1: question})
     model = coterie.load(write_checkpoint(tmp_path / "model", "llada2"), **STEPS)
     [result] = run_eval(model, [odd], VARIANTS[:1], tmp_path / "run", batch_size=2)
     errors = [answer.error for answer in result.answers]
@@ -222,7 +222,7 @@ def test_an_unreadable_prompt_fails_its_item_only(question: str, tmp_path: Path)
 def test_an_answer_that_cannot_be_decoded_fails_its_item_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quiz = Quiz(count=4, tokens=8)
+    quiz = make_quiz(count=4, tokens=8)
     model = coterie.load(write_checkpoint(tmp_path / "model", "llada2"), **STEPS)
     [expected] = run_eval(model, [quiz], VARIANTS[:1], None, batch_size=2)
     decode, calls = type(model.model.tokenizer).decode, 0

@@ -18,16 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_strategies import law
 from process_killer import CACHED_OPTIONS, CACHED_VARIANTS, cached_engine, quiz
-from tiny_task import Quiz
+from tiny_task import make_quiz
 
 import coterie
 from coterie.cli.entry import run as command
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError
 from coterie.keys import to_json
+from coterie.lab.evals.answer_log import AnswerTraffic
+from coterie.lab.evals.report import TrafficSavings, traffic_savings
 from coterie.lab.evals.results import EvalResult
 from coterie.lab.evals.run import Variant, run_eval
-from coterie.lab.evals.traffic import AnswerTraffic, TrafficSavings, traffic_savings
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.testing import write_checkpoint
 
@@ -64,7 +65,7 @@ def documents_of(results: list[EvalResult]) -> list[dict[str, object]]:
 def complete_run(reset_every: int) -> tuple[bytes, bytes, list[dict[str, object]]]:
     with TemporaryDirectory() as name:
         results = run_eval(
-            engine(), [Quiz()], VARIANTS, Path(name), batch_size=1, reset_every=reset_every
+            engine(), [make_quiz()], VARIANTS, Path(name), batch_size=1, reset_every=reset_every
         )
         files = (Path(name) / file for file in ("items.jsonl", "run.json"))
         return *(file.read_bytes() for file in files), documents_of(results)  # type: ignore[return-value]
@@ -82,7 +83,7 @@ def test_a_stopped_run_continues_with_the_same_cache(lines: int, reset_every: in
         assert (
             documents_of(
                 run_eval(
-                    engine(), [Quiz()], VARIANTS, folder, batch_size=1, reset_every=reset_every
+                    engine(), [make_quiz()], VARIANTS, folder, batch_size=1, reset_every=reset_every
                 )
             )
             == expected
@@ -96,7 +97,7 @@ def test_items_generated_alone_have_the_same_answers(tmp_path: Path) -> None:
     answers = []
     for variant in reversed(VARIANTS):
         for number in range(6):
-            quiz = Quiz(count=0, odd={number: Quiz().items()[number].question})
+            quiz = make_quiz(count=0, odd={number: make_quiz().items()[number].question})
             answers += documents_of(run_eval(engine(), [quiz], [variant], None, batch_size=1))
     assert sorted(map(str, answers)) == sorted(map(str, expected))
 
@@ -105,7 +106,7 @@ def test_a_cache_that_is_reset_less_often_has_more_hits() -> None:
     hits = []
     for reset_every in (1, 3, 6):
         traffic = run_eval(
-            engine(), [Quiz()], [VANILLA], None, batch_size=1, reset_every=reset_every
+            engine(), [make_quiz()], [VANILLA], None, batch_size=1, reset_every=reset_every
         )[0].traffic
         assert traffic is not None
         assert traffic.bytes_vanilla == traffic.bytes_moved
@@ -119,7 +120,7 @@ def test_a_different_stored_answer_stops_the_run(tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_text(json.dumps({**first, "output": "else"}) + "\n")
     (tmp_path / "run.json").write_bytes(run_config)
     with pytest.raises(CoterieError, match="quiz/0 has another answer"):
-        run_eval(engine(), [Quiz()], VARIANTS, tmp_path, batch_size=1, reset_every=6)
+        run_eval(engine(), [make_quiz()], VARIANTS, tmp_path, batch_size=1, reset_every=6)
 
 
 @pytest.mark.parametrize(
@@ -137,25 +138,25 @@ def test_another_cache_is_another_run(
         (tmp_path / name).write_bytes(content)
     with pytest.raises(CoterieError, match="holds another run") as raised:
         run_eval(
-            engine(memory), [Quiz()], VARIANTS, tmp_path, batch_size=1, reset_every=reset_every
+            engine(memory), [make_quiz()], VARIANTS, tmp_path, batch_size=1, reset_every=reset_every
         )
     assert message in str(raised.value)
 
 
 def test_answers_without_traffic_are_read(tmp_path: Path) -> None:
-    run_eval(engine(None), [Quiz()], [VANILLA], tmp_path, batch_size=1)
+    run_eval(engine(None), [make_quiz()], [VANILLA], tmp_path, batch_size=1)
     path = tmp_path / "items.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert {line.pop("served") for line in lines} == {None}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (result,) = run_eval(engine(None), [Quiz()], [VANILLA], tmp_path, batch_size=1)
+    (result,) = run_eval(engine(None), [make_quiz()], [VANILLA], tmp_path, batch_size=1)
     assert all(answer.from_disk for answer in result.answers)
     assert result.traffic is None
 
 
 def test_a_cache_needs_a_batch_size_of_one() -> None:
     with pytest.raises(CoterieError, match="`batch_size` must be 1"):
-        run_eval(engine(), [Quiz()], VARIANTS, None, batch_size=2)
+        run_eval(engine(), [make_quiz()], VARIANTS, None, batch_size=2)
 
 
 @pytest.mark.slow

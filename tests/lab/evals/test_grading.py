@@ -10,7 +10,7 @@ from benchmark_files import write_benchmark, write_rows
 from coterie.cli.entry import run
 from coterie.errors import CoterieError, TaskError
 from coterie.lab.evals.grading import read_outputs
-from coterie.lab.evals.task import Item, QuestionTask
+from coterie.lab.evals.task import Item, Task
 from coterie.lab.evals.tasks import embedded
 
 
@@ -111,7 +111,7 @@ def test_the_output_file_is_kept_until_all_is_graded(tmp_path, capsys, monkeypat
     def fail(_task: object, _output: str, _item: Item) -> None:
         raise CoterieError("no sandbox starts any more")
 
-    monkeypatch.setattr(QuestionTask, "grade", fail)
+    monkeypatch.setattr(Task, "grade", fail)
     monkeypatch.setattr("coterie.lab.evals.grading.GOLD_GRADERS", {})
     data = write_benchmark(tmp_path)
     write_rows(path, [{"id": "gsm8k/0", "output": "1"}])

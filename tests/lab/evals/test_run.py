@@ -19,16 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_strategies import law
 from process_killer import VARIANTS, quiz
-from tiny_task import Quiz
+from tiny_task import make_quiz
 
 import coterie
 from coterie.checkpoints.fingerprint import fingerprint
 from coterie.errors import CoterieError
 from coterie.keys import to_json
-from coterie.lab.evals.answer_log import Answer, AnswerLog, answer_from_dict
+from coterie.lab.evals.answer_log import Answer, AnswerLog, AnswerTraffic, answer_from_dict
 from coterie.lab.evals.report import summarize
 from coterie.lab.evals.run import EvalResult, Variant, run_eval
-from coterie.lab.evals.traffic import AnswerTraffic
+from coterie.lab.evals.task import Task
 from coterie.testing import write_checkpoint
 
 TESTS = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def engine() -> coterie.Engine:
 def complete_run() -> tuple[bytes, bytes]:
     """The two files of an uninterrupted run."""
     with TemporaryDirectory() as folder:
-        run_eval(engine(), [Quiz()], [VANILLA, VOTE], Path(folder), batch_size=3)
+        run_eval(engine(), [make_quiz()], [VANILLA, VOTE], Path(folder), batch_size=3)
         return tuple((Path(folder) / name).read_bytes() for name in ("items.jsonl", "run.json"))  # type: ignore[return-value]
 
 
@@ -92,7 +92,12 @@ def test_a_run_truncated_at_any_byte_continues(fraction: float) -> None:
         (folder / "run.json").write_bytes(run_config)
         reported: list[Answer] = []
         results = run_eval(
-            engine(), [Quiz()], [VANILLA, VOTE], folder, batch_size=3, on_answer=reported.append
+            engine(),
+            [make_quiz()],
+            [VANILLA, VOTE],
+            folder,
+            batch_size=3,
+            on_answer=reported.append,
         )
         assert read_answers(folder) == parse_answers(items)
         assert (
@@ -143,14 +148,17 @@ CHANGES: Mapping[str, tuple[Callable[[], object], str]] = {
         "`max_new_tokens` of task quiz is 12 in the folder and 4",
     ),
     "settings": (
-        lambda: {"tasks": [Quiz(note="x")]},
+        lambda: {"tasks": [make_quiz(note="x")]},
         '`note` of task quiz is "" in the folder and "x"',
     ),
     "question": (
-        lambda: {"tasks": [Quiz(odd={2: "1 2"})]},
+        lambda: {"tasks": [make_quiz(odd={2: "1 2"})]},
         "the content of the questions of task quiz differs",
     ),
-    "task": (lambda: {"tasks": [Quiz(), Quiz("other")]}, "task other is not set in the folder"),
+    "task": (
+        lambda: {"tasks": [make_quiz(), make_quiz("other")]},
+        "task other is not set in the folder",
+    ),
     "model": (lambda: {"engine": coterie.load(model("sdar-moe"), **STEPS)}, "the model differs"),
     "dtype": (
         lambda: {"engine": coterie.load(model(), dtype="bf16", **STEPS)},
@@ -164,7 +172,7 @@ def test_another_run_is_refused_with_the_difference(change: str, tmp_path: Path)
     for name, content in zip(("items.jsonl", "run.json"), complete_run(), strict=True):
         (tmp_path / name).write_bytes(content)
     change_run, message = CHANGES[change]
-    arguments = {"engine": engine(), "tasks": [Quiz()], **change_run()}  # type: ignore[dict-item]
+    arguments = {"engine": engine(), "tasks": [make_quiz()], **change_run()}  # type: ignore[dict-item]
     with pytest.raises(CoterieError, match="holds another run") as raised:
         run_eval(arguments.pop("engine"), arguments.pop("tasks"), [VANILLA], tmp_path, **arguments)
     assert message in str(raised.value)
@@ -172,28 +180,30 @@ def test_another_run_is_refused_with_the_difference(change: str, tmp_path: Path)
 
 
 def test_a_later_variant_generates_only_its_own_answers(tmp_path: Path) -> None:
-    first = run_eval(engine(), [Quiz()], [VANILLA, VOTE], tmp_path)
+    first = run_eval(engine(), [make_quiz()], [VANILLA, VOTE], tmp_path)
     before = (tmp_path / "items.jsonl").read_bytes()
     variant = Variant("des-vote:beta=0.25", {"block": 4})
     reported: list[Answer] = []
-    results = run_eval(engine(), [Quiz()], [VANILLA, variant], tmp_path, on_answer=reported.append)
+    results = run_eval(
+        engine(), [make_quiz()], [VANILLA, variant], tmp_path, on_answer=reported.append
+    )
     assert variant.name == "des-vote:beta=0.25 block=4"
     assert [a.variant for a in reported if not a.from_disk] == [variant.name] * 6
     assert [a.variant for a in reported if a.from_disk] == ["vanilla"] * 6
     assert (tmp_path / "items.jsonl").read_bytes().startswith(before)
     assert results[0] == first[0]
-    alone = run_eval(coterie.load(model(), **STEPS | {"block": 4}), [Quiz()], [VOTE], None)
+    alone = run_eval(coterie.load(model(), **STEPS | {"block": 4}), [make_quiz()], [VOTE], None)
     assert [a.output for a in results[1].answers] == [a.output for a in alone[0].answers]
 
 
 @given(st.integers(0, 2**32), st.integers(1, 8))
 @law(4)
 def test_a_limit_takes_the_first_items_of_the_seeds_order(seed: int, limit: int) -> None:
-    def ids(*tasks: Quiz, **arguments: int) -> list[str]:
+    def ids(*tasks: Task, **arguments: int) -> list[str]:
         (result,) = run_eval(engine(), tasks, [VANILLA], None, **arguments)
         return [answer.id for answer in result.answers]
 
-    quiz, other = Quiz(count=8, tokens=1), Quiz("other", 2, tokens=1)
+    quiz, other = make_quiz(count=8, tokens=1), make_quiz("other", 2, tokens=1)
     shuffled = ids(quiz, shuffle_seed=seed)
     assert sorted(shuffled) == ids(quiz) == [item.id for item in quiz.items()]
     assert ids(quiz, shuffle_seed=seed, limit=limit) == shuffled[:limit]
@@ -205,7 +215,7 @@ def test_some_seeds_shuffle_differently() -> None:
     orders = {
         tuple(
             a.id
-            for a in run_eval(engine(), [Quiz(tokens=1)], [VANILLA], None, shuffle_seed=s)[
+            for a in run_eval(engine(), [make_quiz(tokens=1)], [VANILLA], None, shuffle_seed=s)[
                 0
             ].answers
         )
@@ -216,23 +226,23 @@ def test_some_seeds_shuffle_differently() -> None:
 
 def test_a_folder_is_locked_for_other_processes(tmp_path: Path) -> None:
     with AnswerLog(tmp_path, {}), pytest.raises(CoterieError, match="another process"):
-        run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
-    run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
+        run_eval(engine(), [make_quiz()], [VANILLA], tmp_path)
+    run_eval(engine(), [make_quiz()], [VANILLA], tmp_path)
 
 
 def test_a_full_disk_keeps_the_written_answers(tmp_path: Path) -> None:
-    run_eval(engine(), [Quiz()], [VANILLA], tmp_path / "complete_run")
+    run_eval(engine(), [make_quiz()], [VANILLA], tmp_path / "complete_run")
     size = (tmp_path / "complete_run" / "items.jsonl").stat().st_size
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size * 3 // 4, hard))
     try:
         with pytest.raises(CoterieError, match=r"File too large.*4 answers"):
-            run_eval(engine(), [Quiz()], [VANILLA], tmp_path / "full")
+            run_eval(engine(), [make_quiz()], [VANILLA], tmp_path / "full")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(read_answers(tmp_path / "full")) == 4
     assert (tmp_path / "full" / "items.jsonl").read_bytes().endswith(b"}\n")
-    run_eval(engine(), [Quiz()], [VANILLA], tmp_path / "full")
+    run_eval(engine(), [make_quiz()], [VANILLA], tmp_path / "full")
     assert read_answers(tmp_path / "full") == read_answers(tmp_path / "complete_run")
 
 
@@ -255,7 +265,7 @@ def test_a_damaged_file_is_refused_with_the_line(
     (tmp_path / "run.json").write_bytes(run_config)
     (tmp_path / "items.jsonl").write_bytes(b"\n".join(damage(items.splitlines())) + b"\n")
     with pytest.raises(CoterieError, match=message):
-        run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
+        run_eval(engine(), [make_quiz()], [VANILLA], tmp_path)
 
 
 @given(st.data())
@@ -278,7 +288,7 @@ def test_answers_without_a_run_file_are_refused(content: bytes | None, tmp_path:
     if content is not None:
         (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(CoterieError, match=r"run\.json: .*must identify|holds another run"):
-        run_eval(engine(), [Quiz()], [VANILLA], tmp_path)
+        run_eval(engine(), [make_quiz()], [VANILLA], tmp_path)
     assert (tmp_path / "items.jsonl").read_bytes() == complete_run()[0]
 
 
@@ -290,7 +300,7 @@ def test_a_damaged_last_line_is_dropped_with_a_remark(damage: bytes, tmp_path: P
     (tmp_path / "run.json").write_bytes(run_config)
     (tmp_path / "items.jsonl").write_bytes(items + damage)
     remarks: list[str] = []
-    run_eval(engine(), [Quiz()], [VANILLA, VOTE], tmp_path, on_remark=remarks.append)
+    run_eval(engine(), [make_quiz()], [VANILLA, VOTE], tmp_path, on_remark=remarks.append)
     assert (tmp_path / "items.jsonl").read_bytes() == items
     assert remarks == [f"{tmp_path}/items.jsonl: the damaged last line, 13, is dropped"]
 
@@ -298,20 +308,20 @@ def test_a_damaged_last_line_is_dropped_with_a_remark(damage: bytes, tmp_path: P
 def test_a_power_cut_at_the_first_answer_starts_again(tmp_path: Path) -> None:
     for name in ("items.jsonl", "run.json"):
         (tmp_path / name).write_bytes(bytes(50))
-    run_eval(engine(), [Quiz()], [VANILLA, VOTE], tmp_path, batch_size=3)
+    run_eval(engine(), [make_quiz()], [VANILLA, VOTE], tmp_path, batch_size=3)
     assert read_answers(tmp_path) == parse_answers(complete_run()[0])
 
 
 def test_nan_logits_fail_only_their_item() -> None:
     broken = coterie.load(model(), **STEPS)
     broken.model.transformer.embedding[77] = torch.nan
-    quiz, reported = Quiz(odd={2: "5 77 3", 4: "77"}), []
+    quiz, reported = make_quiz(odd={2: "5 77 3", 4: "77"}), []
     (result,) = run_eval(broken, [quiz], [VANILLA], None, batch_size=4, on_answer=reported.append)
     failed = [answer for answer in result.answers if answer.error]
     assert [answer.id for answer in failed] == ["quiz/2", "quiz/4"]
     assert all("NaN" in (a.error or "") and not a.correct and not a.output for a in failed)
     assert len(reported) == len(result.answers) == 6
-    (intact,) = run_eval(engine(), [Quiz()], [VANILLA], None, batch_size=4)
+    (intact,) = run_eval(engine(), [make_quiz()], [VANILLA], None, batch_size=4)
     others = [i for i in range(6) if i not in (2, 4)]
     assert [result.answers[i].output for i in others] == [intact.answers[i].output for i in others]
     assert (result.num_failed, intact.num_failed, broken.rows) == (2, 0, ())
@@ -322,10 +332,10 @@ def test_nan_logits_fail_only_their_item() -> None:
 
 
 def test_answers_are_cut_to_the_room_beside_their_prompt() -> None:
-    quiz = Quiz(odd={1: " ".join(["5"] * 507), 3: " ".join(["5"] * 511)})
+    quiz = make_quiz(odd={1: " ".join(["5"] * 507), 3: " ".join(["5"] * 511)})
     remarks: list[str] = []
     (result,) = run_eval(engine(), [quiz], [VANILLA], None, batch_size=4, on_remark=remarks.append)
-    (intact,) = run_eval(engine(), [Quiz()], [VANILLA], None, batch_size=4)
+    (intact,) = run_eval(engine(), [make_quiz()], [VANILLA], None, batch_size=4)
     assert [a.new_tokens for a in result.answers] == [
         min(a.new_tokens, {1: 5, 3: 1}.get(n, 12)) for n, a in enumerate(intact.answers)
     ]
@@ -335,7 +345,7 @@ def test_answers_are_cut_to_the_room_beside_their_prompt() -> None:
 
 
 def test_a_prompt_without_room_has_an_empty_answer() -> None:
-    quiz, remarks = Quiz(odd={1: " ".join(["5"] * 512)}), list[str]()
+    quiz, remarks = make_quiz(odd={1: " ".join(["5"] * 512)}), list[str]()
     (result,) = run_eval(engine(), [quiz], [VANILLA], None, batch_size=4, on_remark=remarks.append)
     full = result.answers[1]
     assert (full.output, full.finish_reason, full.error) == ("", "length", None)
@@ -344,7 +354,7 @@ def test_a_prompt_without_room_has_an_empty_answer() -> None:
 
 @pytest.mark.parametrize("prompt", ["95", "7 500", "pen"])
 def test_a_prompt_that_the_model_cannot_read_is_a_remark_and_an_error(prompt: str) -> None:
-    quiz, remarks = Quiz(odd={3: prompt}), list[str]()
+    quiz, remarks = make_quiz(odd={3: prompt}), list[str]()
     (result,) = run_eval(engine(), [quiz], [VANILLA], None, on_remark=remarks.append)
     assert [n for n, answer in enumerate(result.answers) if answer.error] == [3]
     assert "1 prompts cannot be read: quiz/3: " in remarks[0]
@@ -352,14 +362,14 @@ def test_a_prompt_that_the_model_cannot_read_is_a_remark_and_an_error(prompt: st
 
 def test_a_task_without_a_readable_prompt_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(CoterieError, match="no prompt can be read: quiz/0: "):
-        run_eval(engine(), [Quiz(count=1, odd={0: "pen"})], [VANILLA], tmp_path / "run")
+        run_eval(engine(), [make_quiz(count=1, odd={0: "pen"})], [VANILLA], tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_model_without_answers_has_a_summary() -> None:
     broken = coterie.load(model(), **STEPS)
     broken.model.transformer.embedding[77] = torch.nan
-    (result,) = run_eval(broken, [Quiz(count=1, odd={0: "77"})], [VANILLA], None)
+    (result,) = run_eval(broken, [make_quiz(count=1, odd={0: "77"})], [VANILLA], None)
     (line,) = summarize([result], ["quiz"])
     assert (
         line.accuracy.successes,
@@ -382,14 +392,14 @@ def test_an_invalid_variant_is_refused_before_anything_is_written(tmp_path: Path
         Variant("vanilla", {"max_new_tokens": 999}),
     ):
         with pytest.raises(CoterieError):
-            run_eval(engine(), [Quiz()], [VANILLA, variant], tmp_path / "run")
+            run_eval(engine(), [make_quiz()], [VANILLA, variant], tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert engine().rows == ()
 
 
 def test_options_override_the_task_and_a_variant_overrides_both() -> None:
     eight, four = run_eval(
-        engine(), [Quiz(count=2)], [VANILLA, Variant("vanilla", {"max_new_tokens": 4})], None,
+        engine(), [make_quiz(count=2)], [VANILLA, Variant("vanilla", {"max_new_tokens": 4})], None,
         options={"max_new_tokens": 8, "early_stop": "off"},
     )  # fmt: skip
     assert [a.new_tokens for a in eight.answers] == [8, 8]
@@ -397,7 +407,7 @@ def test_options_override_the_task_and_a_variant_overrides_both() -> None:
 
 
 def test_batched_answers_equal_single_ones() -> None:
-    quiz, other = Quiz(count=4), Quiz("other", 2)
+    quiz, other = make_quiz(count=4), make_quiz("other", 2)
     alone, together = (
         run_eval(engine(), [quiz, other], [VOTE], None, batch_size=rows)[0] for rows in (1, 6)
     )
@@ -414,15 +424,15 @@ def test_batched_answers_equal_single_ones() -> None:
 
 
 def test_only_counted_forwards_have_weight() -> None:
-    dual = coterie.load(model("llada-moe"), plan="dual", **STEPS)
-    (result,) = run_eval(dual, [Quiz(tokens=16)], [VOTE], None, batch_size=4)
+    dual = coterie.load(model("llada-moe"), kv_cache="dual", **STEPS)
+    (result,) = run_eval(dual, [make_quiz(tokens=16)], [VOTE], None, batch_size=4)
     answers = result.answers
     assert all(0 < a.expert_forwards < a.forwards for a in answers)  # a re-forward at each block
     assert min(a.experts for a in answers) <= result.experts <= 4
     weighed = sum(a.experts * a.expert_forwards for a in answers)
     assert result.experts == pytest.approx(weighed / sum(a.expert_forwards for a in answers))
     (single,) = run_eval(
-        dual, [Quiz()], [Variant(VOTE.policy, {"unmask": "threshold:p=1e-9"})], None
+        dual, [make_quiz()], [Variant(VOTE.policy, {"unmask": "threshold:p=1e-9"})], None
     )
     assert (single.experts, single.vote_mass_kept, single.forwards_per_block) == (0.0, 1.0, 1.0)
 
@@ -430,8 +440,8 @@ def test_only_counted_forwards_have_weight() -> None:
 def test_background_grading_changes_no_answer(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    slow, reported = Quiz(count=9, pause=0.02), []
-    expected = run_eval(engine(), [Quiz(count=9)], [VANILLA, VOTE], None, batch_size=3)
+    slow, reported = make_quiz(count=9, pause=0.02), []
+    expected = run_eval(engine(), [make_quiz(count=9)], [VANILLA, VOTE], None, batch_size=3)
     monkeypatch.setattr("coterie.lab.evals.run._grades_in_background", lambda _: True)
     results = run_eval(
         engine(), [slow], [VANILLA, VOTE], tmp_path, batch_size=3, on_answer=reported.append
@@ -442,12 +452,12 @@ def test_background_grading_changes_no_answer(
 
 def test_a_task_without_items_is_refused_at_once() -> None:
     with pytest.raises(CoterieError, match="task other has no items"):
-        run_eval(engine(), [Quiz(), Quiz("other", 0)], [VANILLA], None)
+        run_eval(engine(), [make_quiz(), make_quiz("other", 0)], [VANILLA], None)
 
 
 def test_seconds_add_up_to_the_variants_time() -> None:
     results: list[EvalResult] = run_eval(
-        engine(), [Quiz(count=9)], [VANILLA, VOTE], None, batch_size=2
+        engine(), [make_quiz(count=9)], [VANILLA, VOTE], None, batch_size=2
     )
     for result in results:
         assert result.seconds > 0

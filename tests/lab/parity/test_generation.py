@@ -19,8 +19,8 @@ from coterie.decoding.refinements import parse_unmask
 from coterie.errors import CoterieError
 from coterie.lab.parity import __main__ as parity
 from coterie.lab.parity.generation import OUTPUT_IDS, generate_run, generation_results
-from coterie.lab.parity.parameters import ReferenceParameters
 from coterie.lab.parity.published import LOOP_BUILDERS, make_loop
+from coterie.lab.parity.recorded import ReferenceParameters
 from coterie.loading.load import load_model
 
 Meta = dict
@@ -127,7 +127,7 @@ CALLS = "gen_static_b4_calls_len_pos_store"
         (ask("threshold", math.nan), "threshold is nan"),
         (ask("remasking", "random"), "remasking is 'random'; known: low_confidence"),
         (ask("stopping_criteria_idx", ["x"]), "not token ids"),
-        (put("params", None), "params is None"),
+        (put("params", None), "params is missing"),
         (put("nfe", "39"), "nfe is '39', not a whole number"),
         (put("nfe", 40), "nfe is 40, but 39 calls are recorded"),
         (put("tag", 3), "without a tag"),
@@ -238,8 +238,10 @@ def test_command_fails_if_a_set_fails(damaged, capsys: pytest.CaptureFixture[str
     assert "DAMAGED" in told
     assert told.endswith("1 of 3 sets agree\n")
     assert parity.main(["--device=cpu", str(broken / "none")]) == 1
-    assert parity.main([]) == 2
-    assert parity.main(["--device=abacus", str(whole)]) == 2
+    for arguments in ([], ["--device=abacus", str(whole)]):
+        with pytest.raises(SystemExit) as stopped:
+            parity.main(arguments)
+        assert stopped.value.code == 2
     assert "unknown device 'abacus'" in capsys.readouterr().err
 
 
@@ -269,7 +271,7 @@ def test_every_parameter_of_dinfer_is_used() -> None:
         "inclusionAI/dInfer@fce4e32", ReferenceParameters("here", DINFER), mask_id=511, eos_id=508
     )
     (generation,) = loop.configs
-    plan, unmask = parse_plan(generation.plan), parse_unmask(generation.unmask)
+    plan, unmask = parse_plan(generation.kv_cache), parse_unmask(generation.unmask)
     assert plan.scheme == DualCache(before=16, after=8, warmup=4, aligned=True)
     assert plan.unroll == Unroll(4, 8)
     assert str(unmask) == (
@@ -313,7 +315,7 @@ def test_dinfer_fills_after_a_stop_with_early_stop() -> None:
 def test_llada_takes_every_step_of_its_schedule() -> None:
     values = {"steps": 24, "gen_length": 16, "block_length": 8, "remasking": "low_confidence"}
     loop = make_loop("ML-GSAI/LLaDA", ReferenceParameters("here", values), mask_id=511, eos_id=508)
-    plan = parse_plan(loop.configs[0].plan)
+    plan = parse_plan(loop.configs[0].kv_cache)
     block = plan.blocks(3, 16, 8)[0]
     assert plan.steps_until_check(block, 19, StepCounter(), num_masked=8) == 12
     with pytest.raises(CoterieError, match="do not divide evenly"):

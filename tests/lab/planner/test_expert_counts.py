@@ -13,13 +13,7 @@ from policy_strategies import law
 from coterie.errors import ConfigError
 from coterie.keys import to_json
 from coterie.lab.bench.shapes import SHAPES
-from coterie.lab.planner.expert_counts import (
-    PUBLISHED_LAW,
-    RoutingSample,
-    assumed_sample,
-    check_experts,
-    sample_of_trace,
-)
+from coterie.lab.planner.expert_counts import PUBLISHED_LAW, RoutingSample, assumed_sample
 from coterie.lab.replay.cache_simulation import ReplayPolicy
 from coterie.lab.replay.trace_file import read_trace
 from coterie.routing import parse_policy
@@ -80,11 +74,11 @@ def test_the_law_is_that_of_its_record() -> None:
 
 def test_a_recorded_trace_is_counted() -> None:
     trace = read_trace(KEPT / "words.trace")
-    counts = sample_of_trace(trace).counter()(policy("vanilla"), trace.header.experts)
+    counts = RoutingSample(trace, "").counter()(policy("vanilla"), trace.header.experts)
     assert 0 < counts.decode.mean_used <= trace.header.experts
 
 
 @pytest.mark.parametrize("experts", [3, 65])
 def test_a_number_that_no_block_uses_is_refused(experts: int) -> None:
     with pytest.raises(ConfigError, match="`unique_experts` is"):
-        check_experts(experts, ROUTER)
+        sample(experts)

@@ -13,7 +13,6 @@ from policy_strategies import law
 
 from coterie.cli.entry import root_command
 from coterie.errors import ConfigError
-from coterie.lab.planner.block_time import decode_passes, window_tokens
 from coterie.lab.planner.expert_counts import CountExperts, assumed_sample
 from coterie.lab.planner.measurement import GivenRates, gpu_rates
 from coterie.lab.planner.plan import Configuration, PlanDevice, PlanOptions, make_plan
@@ -71,7 +70,7 @@ NAMES = ("llada2-mini", "llada-moe")
 @cache
 def counter(name: str, steps: int = 4) -> CountExperts:
     model = PlannedModel.find(name)
-    tokens = window_tokens(model, steps)
+    tokens = model.window_tokens(steps)
     router, unique = model.spec.router, model.shape.unique_experts
     return assumed_sample(router, unique, tokens=tokens, steps=steps, source="test").counter()
 
@@ -132,7 +131,7 @@ def test_the_commands_of_a_folder_parse_and_name_it(family: str, tmp_path) -> No
     options = PlanOptions(("vanilla",), ("fp32",), steps=2)
     rates = replace(MACHINE, experts={"fp32": warm_fit(1e-5, 1e-6, 1e-7)})
     router = model.spec.router
-    tokens = window_tokens(model, 2)
+    tokens = model.window_tokens(2)
     sample = assumed_sample(router, router.k + 1, tokens=tokens, steps=2, source="test")
     (only,) = make_plan(model, [PlanDevice("cpu", rates, 2 * GIB)], sample.counter(), options)
     (line,) = only.commands
@@ -179,9 +178,9 @@ def test_the_document_of_a_configuration_keeps_its_keys() -> None:
 
 def test_the_passes_of_a_block_follow_the_familys_scheme() -> None:
     dual, causal = (PlannedModel.find(name) for name in ("llada-moe", "llada2-mini"))
-    assert [each.kind for each in decode_passes(dual, 3)] == ["refresh", "decode", "decode"]
-    assert [each.width for each in decode_passes(causal, 3)] == [32, 32, 32]
-    assert window_tokens(dual, 3) == 64
+    assert [each.kind for each in dual.decode_passes(3)] == ["refresh", "decode", "decode"]
+    assert [each.width for each in causal.decode_passes(3)] == [32, 32, 32]
+    assert dual.window_tokens(3) == 64
 
 
 def test_an_unknown_router_is_as_skewed_as_the_published_one(tmp_path) -> None:

@@ -37,15 +37,17 @@ from coterie.lab.replay.hardware_model import (
     hardware_models,
     parse_bandwidth,
     parse_bytes,
-    predict_time,
+    predict_seconds,
 )
-from coterie.lab.replay.overlap import cosine, jaccard, measure_overlap
 from coterie.lab.replay.recorder import bias_of, record_trace, trace_header
 from coterie.lab.replay.replay import (
     EVICTION_NAMES,
     ReplayGrid,
     ReplayResult,
+    cosine,
     decoding_only,
+    jaccard,
+    measure_overlap,
     replay,
     steps_per_block,
 )
@@ -201,51 +203,39 @@ def test_a_warm_start_saves_the_first_loads() -> None:
     assert (cold.experts_moved > 0, warm.experts_moved) == (True, 0)
 
 
+def predicted(hardware: HardwareModel, used: np.ndarray, loads: np.ndarray) -> tuple[float, float]:
+    """Seconds of all forwards, and those that stall; an expert has 100 bytes."""
+    seconds, stalls = predict_seconds(hardware, used, loads, 100)
+    return float(seconds.sum()), float(stalls.sum())
+
+
 def test_the_clock_by_hand() -> None:
     """Two layers: 6 hits and 2 misses, then 1 hit and 4 misses; 100 bytes each."""
     used, loads = np.array([[8, 5]]), np.array([[2, 4]])
-    alone = predict_time(HardwareModel(link_bandwidth=1000.0), used, loads, 100, decode_forwards=1)
-    assert (alone.forward_seconds, alone.stall_seconds) == pytest.approx((0.6, 0.6))
-    whole = predict_time(
-        HardwareModel(1000.0, 2000.0, other_seconds=0.5), used, loads, 100, decode_forwards=1
-    )
+    alone = predicted(HardwareModel(link_bandwidth=1000.0), used, loads)
+    assert alone == pytest.approx((0.6, 0.6))
+    whole = predicted(HardwareModel(1000.0, 2000.0, other_seconds=0.5), used, loads)
     # Hits take .3 and .05 s, copies .2 and .4 s, what was copied .1 and .2 s.
-    assert (whole.forward_seconds, whole.stall_seconds) == pytest.approx(
-        (0.5 + 0.3 + 0.1 + 0.4 + 0.2, 0.35)
-    )
-    bare = predict_time(
-        HardwareModel(1000.0, 2000.0, overlap=0.0), used, loads, 100, decode_forwards=1
-    )
-    assert (bare.forward_seconds, bare.stall_seconds) == pytest.approx(
-        (0.3 + 0.2 + 0.1 + 0.05 + 0.4 + 0.2, 0.6)
-    )
-    half = predict_time(
-        HardwareModel(1000.0, 2000.0, overlap=0.5), used, loads, 100, decode_forwards=1
-    )
-    assert (half.forward_seconds, half.stall_seconds) == pytest.approx(
-        (0.4 + 0.1 + 0.425 + 0.2, 0.1 + 0.375)
-    )
-    late = predict_time(
-        HardwareModel(1000.0, 2000.0, transfer_latency=0.2), used, loads, 100, decode_forwards=1
-    )
-    assert (late.forward_seconds, late.stall_seconds) == pytest.approx(
-        (0.4 + 0.1 + 0.6 + 0.2, 0.1 + 0.55)
-    )
-    none = predict_time(
-        HardwareModel(1000.0, transfer_latency=0.2), used, 0 * loads, 100, decode_forwards=1
-    )
-    assert (none.forward_seconds, none.stall_seconds) == (0, 0)
+    assert whole == pytest.approx((0.5 + 0.3 + 0.1 + 0.4 + 0.2, 0.35))
+    bare = predicted(HardwareModel(1000.0, 2000.0, overlap=0.0), used, loads)
+    assert bare == pytest.approx((0.3 + 0.2 + 0.1 + 0.05 + 0.4 + 0.2, 0.6))
+    half = predicted(HardwareModel(1000.0, 2000.0, overlap=0.5), used, loads)
+    assert half == pytest.approx((0.4 + 0.1 + 0.425 + 0.2, 0.1 + 0.375))
+    late = predicted(HardwareModel(1000.0, 2000.0, transfer_latency=0.2), used, loads)
+    assert late == pytest.approx((0.4 + 0.1 + 0.6 + 0.2, 0.1 + 0.55))
+    none = predicted(HardwareModel(1000.0, transfer_latency=0.2), used, 0 * loads)
+    assert none == (0, 0)
 
 
 def test_a_forward_that_decodes_carries_those_that_only_write_keys() -> None:
-    used, loads = np.array([[8, 5]] * 4), np.array([[2, 4]] * 4)
-    one, all_four = (
-        predict_time(
-            HardwareModel(1000.0, 2000.0, 0.5), used[:count], loads[:count], 100, decode_forwards=1
-        )
-        for count in (1, 4)
-    )
-    assert all_four.forward_seconds == pytest.approx(4 * one.forward_seconds)
+    trace = drawn(1)
+    kinds = ["decode" if index % 3 else "commit" for index in range(len(trace.forwards))]
+    forwards = zip(trace.forwards, kinds, strict=True)
+    mixed = replace(trace, forwards=tuple(replace(each, kind=kind) for each, kind in forwards))
+    one, other = (replay(each, grid(play("vanilla"))).points[0] for each in (trace, mixed))
+    share = kinds.count("decode") / len(kinds)
+    assert other.forward_seconds == pytest.approx(one.forward_seconds / share)
+    assert other.stall_seconds == pytest.approx(one.stall_seconds / share)
 
 
 def imagined(

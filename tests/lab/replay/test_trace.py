@@ -22,6 +22,7 @@ from coterie.lab.replay.recorder import bias_of, record_trace, trace_header
 from coterie.lab.replay.replay import decoding_only
 from coterie.lab.replay.trace import (
     KINDS,
+    RouterBlocks,
     Trace,
     TraceForward,
     TraceHeader,
@@ -96,9 +97,19 @@ def drawn_forwards(draw: st.DrawFn) -> tuple[TraceForward, TraceHeader]:
         made, used=made.vanilla_mask if draw(st.booleans()) else rng.random(used.shape) < 0.3
     )
     made = replace(made, kind=draw(st.sampled_from(KINDS)))
+    if size := draw(st.sampled_from((0, 1, 7, 32))):
+        offset = draw(st.integers(0, size - 1))
+        blocks = RouterBlocks.count(size, offset, tokens)
+        admitted = rng.random((blocks, layers, experts)) < 0.3
+        made = replace(made, router_blocks=RouterBlocks(size, offset, admitted))
     if draw(st.integers(0, 4)) == 0:
         none = {name: getattr(made, name)[:, :0] for name in ("vanilla_ids", "rank", "next_score")}
-        made = replace(made, **none, **dict.fromkeys(("voters", "masked", "filled"), marks[0][:0]))
+        made = replace(
+            made,
+            router_blocks=None,
+            **none,
+            **dict.fromkeys(("voters", "masked", "filled"), marks[0][:0]),
+        )
     sizes = {"bf16": 6}
     return made, TraceHeader("m", "p", "", "", tuple(range(layers)), experts, k, sizes)
 
@@ -115,6 +126,9 @@ def test_a_forward_comes_back_as_near_as_the_format_says(tmp_path_factory, drawn
         assert getattr(found, name) == getattr(forward, name)
     for name in ("voters", "masked", "filled", "vanilla_ids", "used"):
         assert np.array_equal(getattr(found, name), getattr(forward, name))
+    blocks, back = forward.router_blocks, found.router_blocks
+    assert (back and (back.size, back.offset)) == (blocks and (blocks.size, blocks.offset))
+    assert np.array_equal(back and back.admitted, blocks and blocks.admitted)
     for layer in range(len(said.layers) if forward.tokens else 0):
         margins = forward.rank[layer] - forward.next_score[layer][:, None]
         kept = found.rank[layer] - found.next_score[layer][:, None]
@@ -143,6 +157,8 @@ def test_the_largest_record_of_a_large_model_takes_eight_kib() -> None:
     assert len(encode_forward(vanilla, 256)) + 9 == 8177
     assert len(frame_record(encode_forward(vanilla, 256))) <= 8177 <= 8 * 1024
     assert len(encode_forward(forward, 256)) - len(encode_forward(vanilla, 256)) == 608
+    admitting = replace(vanilla, router_blocks=RouterBlocks(32, 0, used[None]))
+    assert len(encode_forward(admitting, 256)) - len(encode_forward(vanilla, 256)) == 616
 
 
 @given(st.integers(1, 400), st.integers(0, 90), st.integers(0, 2**32))
@@ -183,11 +199,12 @@ def test_a_trace_holds_what_was_watched(family: str) -> None:
                 assert np.abs(forward.rank[ordinal] - true).max() <= span / 8
 
 
+@pytest.mark.parametrize("family", ["llada2", "llada2.2"])
 @pytest.mark.parametrize("policy", EXACT)
-def test_exact_policies_elect_whom_they_would_have(policy: str) -> None:
+def test_exact_policies_elect_whom_they_would_have(policy: str, family: str) -> None:
     """As many as the eligible ones are, whom nobody takes among them."""
     assert fidelity(parse_policy(policy)) == "exact"
-    trace, seen = made()
+    trace, seen = made(family)
     layers = len(trace.header.layers)
     for at, one in enumerate(seen):
         places = shared(trace, at // layers)

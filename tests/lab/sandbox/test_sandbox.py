@@ -226,7 +226,7 @@ sys.modules["coterie"] = package = types.ModuleType("coterie")  # without the pa
 package.__path__ = {path!r}
 import coterie.lab.sandbox.backends as backends
 from coterie.lab.sandbox.runner import _run_in
-from coterie.lab.sandbox.result import Limits
+from coterie.lab.sandbox.backends import Limits
 command = backends.python_command
 def marked_command(*modules):
     interpreter, *options = command(*modules)

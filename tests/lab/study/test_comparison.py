@@ -12,14 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_study import QUIZ, lab, tally
 
-from coterie.lab.evals.cached_grading import CachedGradesTask
 from coterie.lab.evals.run import Variant
+from coterie.lab.evals.task import Grade, Item
 from coterie.lab.study.charts import pareto_front
-from coterie.lab.study.experts_per_token import (
-    LimitTopK,
-    evaluate_policy,
-)
-from coterie.lab.study.paired import claim_finding, compare_pairs, is_better
+from coterie.lab.study.comparison import claim_finding, compare_pairs, is_better
+from coterie.lab.study.experts_per_token import LimitTopK, evaluate_policy
 from coterie.lab.study.results import VariantResult, VariantResults
 from coterie.lab.study.variants import (
     MAX_EXPERT_DIFFERENCE,
@@ -116,12 +113,18 @@ def test_comparison_uses_the_same_items(tmp_path: Path) -> None:
 
 
 def test_grades_are_cached_by_item_and_output() -> None:
-    task = CachedGradesTask(QUIZ)
+    graded = []
+
+    def grade(output: str, item: Item) -> Grade:
+        graded.append((item.id, output))
+        return QUIZ.grader(output, item)
+
+    task = replace(QUIZ, grader=grade).with_cached_grades()
     first, second = task.items()[:2]
     outputs = ["1 2", "3 4", "1 2"]
     told = [task.grade(output, item) for item in (first, second) for output in outputs]
     assert told == [QUIZ.grade(output, item) for item in (first, second) for output in outputs]
-    assert len(task.grades) == 4
+    assert len(graded) == 4
 
 
 SCORES = st.tuples(st.integers(0, 2**31), st.integers(1, 8), st.integers(1, 4))

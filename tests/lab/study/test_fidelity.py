@@ -17,17 +17,17 @@ from hypothesis import strategies as st
 from policy_strategies import law, spellings
 from scipy import stats
 from tiny_models import family_generation, tiny_model
-from tiny_task import Prompts
+from tiny_study import drawings_of, findings_of, tables_of
+from tiny_task import make_prompts
 
 import coterie
 from coterie.engine.engine import Engine
 from coterie.engine.observation import LayerObservation, collect_observations, moe_output
 from coterie.errors import CoterieError
-from coterie.lab.evals.rank_stats import mean_interval, ranks, spearman
+from coterie.lab.evals.stats import mean_interval, ranks, spearman
 from coterie.lab.plotting import render_svg
 from coterie.lab.study import reconstruction
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Experiment, Finding
+from coterie.lab.study.experiment import Experiment, Finding, StudyContext
 from coterie.lab.study.fidelity import (
     MAX_FORWARDS,
     METRICS,
@@ -35,18 +35,16 @@ from coterie.lab.study.fidelity import (
     answer_mask,
     compare_policies,
     compare_to_curve,
+    content_mask,
     fidelity_scores,
     gaps_to_curve,
+    kl_divergence,
     measure_layer,
     observe_vanilla,
-    sample_layers,
-)
-from coterie.lab.study.first_forwards import (
-    content_mask,
-    kl_divergence,
     prompts_at_block_start,
     relative_squared_error,
     run_first_forward,
+    sample_layers,
 )
 from coterie.lab.study.importance import (
     AblateExpert,
@@ -64,10 +62,7 @@ from coterie.lab.study.maps import (
 from coterie.lab.study.reconstruction import ReconstructionExperiment
 from coterie.routing import POLICIES, parse_policy, route
 from coterie.telemetry import ExpertCounter
-from coterie.testing import (
-    FAMILY_CONFIGS,
-    write_checkpoint,
-)
+from coterie.testing import FAMILY_CONFIGS, write_checkpoint
 
 FAMILIES = tuple(FAMILY_CONFIGS)
 PROMPTS = ("5 17 33 2 9", "7 7 1", "40 41 42 43 44 45 46 60 61")
@@ -91,7 +86,7 @@ def lab(family: str = "llada2", shares: list[float] | None = None) -> StudyConte
     heard: list[float] = [] if shares is None else shares
     return StudyContext(
         engine=engine(family),
-        tasks=[Prompts("asking", PROMPTS)],
+        tasks=[make_prompts("asking", PROMPTS)],
         folder=Path("nowhere"),
         num_problems=3,
         num_prompts=3,
@@ -426,15 +421,15 @@ def test_kinds_of_positions() -> None:
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
 def test_experiment_writes_from_its_record(chapter: Experiment) -> None:
     kept = json.loads(facts(chapter)[0])
-    drawings = chapter.drawings(kept)
+    drawings = drawings_of(chapter, kept)
     assert len({drawing.name for drawing in drawings}) == len(drawings) > 1
     assert all(drawing.caption for drawing in drawings)
     assert render_svg(drawings[0].draw, name="a", scheme="dark").startswith("<svg")
-    for table in chapter.tables(kept):
+    for table in tables_of(chapter, kept):
         assert table.rows
         assert {len(row) for row in table.rows} == {len(table.heads)}
         assert max(table.numbers) < len(table.heads)
-    for finding in chapter.findings(kept):
+    for finding in findings_of(chapter, kept):
         text = finding.text if isinstance(finding, Finding) else finding
         assert text.endswith(".")
         assert "nan" not in text
@@ -443,7 +438,7 @@ def test_experiment_writes_from_its_record(chapter: Experiment) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
 def test_every_figure_renders_in_both_schemes(chapter: Experiment) -> None:
-    for drawing in chapter.drawings(json.loads(facts(chapter)[0])):
+    for drawing in drawings_of(chapter, json.loads(facts(chapter)[0])):
         light, dark = (
             render_svg(drawing.draw, name=drawing.name, scheme=s) for s in ("light", "dark")
         )
@@ -462,5 +457,5 @@ def test_experiment_reports_progress(chapter: Experiment) -> None:
 def test_bidirectional_model() -> None:
     for chapter in (ImportanceExperiment(), MapsExperiment()):
         kept = json.loads(facts(chapter, "llada-moe")[0])
-        assert chapter.findings(kept)
-        assert chapter.drawings(kept)
+        assert findings_of(chapter, kept)
+        assert drawings_of(chapter, kept)

@@ -19,10 +19,7 @@ from coterie.errors import CoterieError
 from coterie.lab.evals.run import Variant
 from coterie.lab.study import report
 from coterie.lab.study import study as room
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import (
-    ExperimentText,
-)
+from coterie.lab.study.experiment import ExperimentText, StudyContext
 from coterie.lab.study.results import JsonObject
 from coterie.lab.study.study import EXPERIMENTS
 
@@ -181,7 +178,7 @@ def test_record_has_provenance(tmp_path: Path) -> None:
 def test_expert_format_is_part_of_the_settings(tmp_path: Path) -> None:
     studied(tiny(tmp_path), tmp_path, [counted("a", (measured := []))])
     few = coterie.load(
-        tmp_path / "model", unmask="fixed:steps=2", block=8, device="cpu", experts="int4"
+        tmp_path / "model", unmask="fixed:steps=2", block=8, device="cpu", expert_dtype="int4"
     )
     studied(few, tmp_path, [counted("a", measured)])
     assert measured == ["a", "a"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -21,17 +22,17 @@ from torch import Tensor
 
 from coterie.errors import CoterieError
 from coterie.files import LockedFile
+from coterie.keys import from_json, keys_of
 from coterie.lab.training import export
-from coterie.lab.training.attend import masked_attention
-from coterie.lab.training.batch import TrainingBatch
 from coterie.lab.training.embedded import write_training_record
-from coterie.lab.training.experts import run_experts, sort_by_expert
+from coterie.lab.training.feed import TrainingBatch, start_process
 from coterie.lab.training.loop import TrainingConfig, TrainingState, saved_step, train
 from coterie.lab.training.network import (
     NetworkShape,
     TrainingNetwork,
-    additive_mask,
+    run_experts,
     select_experts,
+    sort_by_expert,
 )
 from coterie.lab.training.optim import orthogonalize
 from coterie.lab.training.signals import STOP_SIGNALS
@@ -64,25 +65,8 @@ CONFIG = TrainingConfig(
 
 def golden_shape(config: dict) -> NetworkShape:
     """The shape that an official configuration describes."""
-    return NetworkShape(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        rotary_fraction=config["partial_rotary_factor"],
-        rope_theta=config["rope_theta"],
-        dense_layers=config["first_k_dense_replace"],
-        dense_width=config["intermediate_size"],
-        experts=config["num_experts"],
-        k=config["num_experts_per_tok"],
-        groups=config["n_group"],
-        topk_groups=config["topk_group"],
-        expert_width=config["moe_intermediate_size"],
-        shared_experts=config["num_shared_experts"],
-        routed_scale=config["routed_scaling_factor"],
-    )
+    names = {name for key in keys_of(NetworkShape).values() for name in key.aliases}
+    return from_json(NetworkShape, {name: config[name] for name in names & config.keys()})
 
 
 def counting(step: int) -> TrainingBatch:
@@ -118,12 +102,19 @@ def gradients(value: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad((value * direction).sum(), leaves)
 
 
+def load_network(network: TrainingNetwork, folder: Path) -> None:
+    tensors, views = load_file(folder / "model.safetensors"), network.checkpoint_tensors()
+    assert tensors.keys() == views.keys()
+    for name, view in views.items():
+        view.copy_(tensors[name])
+
+
 def test_forward_equals_golden() -> None:
     folder = golden("llada2", "a")
     config = json.loads((folder / "config.json").read_text())
     reference = np.load(folder / "reference.npz")
     network = TrainingNetwork(golden_shape(config))
-    export.load_network(network, folder)
+    load_network(network, folder)
     allowed = torch.from_numpy(reference["attention_mask_bool"])
     logits, loads = network(
         torch.from_numpy(reference["input_ids"]),
@@ -167,17 +158,6 @@ def test_expert_order_is_invertible() -> None:
         torch.searchsorted(rows.expert_ends, rows.row_index.int(), right=True).tolist()
         == ids.tolist()
     )
-
-
-def test_attention_and_its_gradients_equal_the_library() -> None:
-    draw = torch.Generator().manual_seed(2)
-    q, k, v = (torch.randn(3, 2, 8, 4, generator=draw, requires_grad=True) for _ in range(3))
-    mask = additive_mask(torch.ones(3, 2, 2).tril().bool(), 4)
-    mine = masked_attention(q, k, v, mask)
-    plain = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(mine, plain)
-    for found, wanted in zip(gradients(mine, [q, k, v]), gradients(plain, [q, k, v]), strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_weights_ignore_the_selection_bias() -> None:
@@ -249,6 +229,30 @@ def test_a_signal_saves_after_the_step(
     assert steps == [4, 5, 6]
     for name, weight in whole.checkpoint_tensors().items():
         assert torch.equal(weight, again.checkpoint_tensors()[name]), name
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_run_and_its_state_stays(tmp_path: Path, victim: int) -> None:
+    def kill(step: int) -> None:
+        if step == 4:
+            processes = sorted(multiprocessing.active_children(), key=lambda one: one.pid or 0)
+            processes[victim].kill()  # the one that makes batches, or a worker
+
+    endless = replace(CONFIG, workers=2, steps=10**6)
+    with pytest.raises(CoterieError, match="has ended"):
+        train(counting, endless, tmp_path, on_step=kill)
+    assert saved_step(tmp_path) >= 3
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_whose_parent_has_ended_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    process = start_process((tmp_path / "done").touch)
+    process.join()
+    assert process.exitcode == 1
+    assert not (tmp_path / "done").exists()
 
 
 def test_a_full_disk_names_the_file_and_leaves_the_old_state(
@@ -340,7 +344,7 @@ def test_export_loads_back(tmp_path: Path) -> None:
     network = TrainingNetwork(SMALL, seed=5)
     export.save_network(network, tmp_path)
     again = TrainingNetwork(SMALL, seed=6)
-    export.load_network(again, tmp_path)
+    load_network(again, tmp_path)
     for name, weight in network.checkpoint_tensors().items():
         assert torch.equal(weight.bfloat16().float(), again.checkpoint_tensors()[name].float()), (
             name

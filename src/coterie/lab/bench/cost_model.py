@@ -120,10 +120,11 @@ def roofline_seconds(
 
     The longer of both hides the share ``overlap`` of the shorter; at 1 it is the sum of the longer.
     """
-    return sum(
-        overlapped(size / bandwidth, part_flops[part] / rates[_kernel_kind(part)], overlap)
-        for part, size in part_bytes.items()
-    )
+    total = 0.0
+    for part, size in part_bytes.items():
+        rate = rates[part if part in ("router", "experts") else "matrix"]
+        total += overlapped(size / bandwidth, part_flops[part] / rate, overlap)
+    return total
 
 
 def overlapped(first: float, second: float, overlap: float) -> float:
@@ -137,8 +138,8 @@ def compute_probe(
     """A model's kinds of matrix products, with ``tokens`` tokens each; ``slab`` has its experts."""
     x = torch.randn(tokens, spec.hidden).to(device, matrix_dtype)
     kernels: dict[KernelKind, tuple[Callable[[], object], float]] = {}
-    kinds: dict[KernelKind, torch.dtype] = {"matrix": matrix_dtype, "router": torch.float32}
-    for kind, dtype in kinds.items():
+    kinds: tuple[KernelKind, ...] = ("matrix", "router")
+    for kind, dtype in zip(kinds, (matrix_dtype, torch.float32), strict=True):
         weight = ops.prepare_matrix(torch.randn(MATRIX_ROWS, spec.hidden).to(device, dtype))
         kernels[kind] = (partial(ops.linear, x, weight), 2 * tokens * MATRIX_ROWS * spec.hidden)
     experts = len(slab.slot_of)
@@ -174,32 +175,32 @@ def forward_cost(transformer: Transformer, blocks: RandomBlocks) -> ForwardCost:
             parts["dense"] += [feed_forward.gate_up, feed_forward.down]
     parts["head"] = [transformer.head]
     parts["keys and values"] = [*blocks.cache.keys, *blocks.cache.values]
-    part_buffers: dict[ForwardPart, list[Tensor]] = {
-        name: weight_buffers(buffers) for name, buffers in parts.items()
+    buffers_of: dict[ForwardPart, list[Tensor]] = {
+        name: weight_buffers(weights) for name, weights in parts.items() if weights
     }
     sizes: dict[ForwardPart, int] = {
-        name: sum(buffer.nbytes for buffer in buffers)
-        for name, buffers in part_buffers.items()
-        if buffers
+        name: sum(each.nbytes for each in buffers) for name, buffers in buffers_of.items()
     }
-    flat = [buffer.view(1, -1) for buffers in part_buffers.values() for buffer in buffers]
+    flat = [buffer.view(1, -1) for buffers in buffers_of.values() for buffer in buffers]
     flops = part_flops(spec, blocks.window.width, int(blocks.window.visible.max()))
+    flops_of_parts: dict[ForwardPart, int] = {p: flops[p] for p in sizes if p in flops}
+    logit_flops = 2 * spec.hidden * spec.vocabulary
+    always_read, pair_flops = readable_rows(flat), flops_per_pair(spec)
     return ForwardCost(
-        slabs,
-        expert_bytes,
-        readable_rows(flat),
-        sizes,
-        {part: flops[part] for part in sizes if part in flops},
-        flops_per_pair=flops_per_pair(spec),
-        flops_per_logit=2 * spec.hidden * spec.vocabulary,
+        slabs, expert_bytes, always_read, sizes, flops_of_parts, pair_flops, logit_flops
     )
 
 
 def part_bytes(spec: ModelSpec, dtype: torch.dtype) -> dict[ForwardPart, int]:
-    """Bytes of the weights that every forward reads, from the spec alone."""
+    """Bytes of the weights that every forward reads, from the spec alone.
+
+    Experts, vectors and looked-up rows are no part.
+    """
     sizes: dict[ForwardPart, int] = {}
+    head = "embedding" if spec.tie_embeddings else "head"
     for name, shape, stored_dtype in loaded_tensors(spec, dtype):
-        if (part := _part_of(name, spec)) is not None:
+        of_layer = PART_OF_WEIGHT.get(name.partition(".")[2].partition(".")[2])
+        if (part := "head" if name == head else of_layer) is not None:
             sizes[part] = sizes.get(part, 0) + prod(shape) * stored_dtype.itemsize
     return sizes
 
@@ -227,17 +228,6 @@ def part_flops(spec: ModelSpec, tokens: int, visible_length: int) -> dict[Forwar
 def flops_per_pair(spec: ModelSpec) -> int:
     """FLOPs of one token in one expert."""
     return 6 * spec.hidden * spec.expert_width
-
-
-def _part_of(name: str, spec: ModelSpec) -> ForwardPart | None:
-    """The part that reads a weight; None for experts, vectors and looked-up rows."""
-    if name == ("embedding" if spec.tie_embeddings else "head"):
-        return "head"
-    return PART_OF_WEIGHT.get(name.partition(".")[2].partition(".")[2])
-
-
-def _kernel_kind(part: ForwardPart) -> KernelKind:
-    return part if part in ("router", "experts") else "matrix"
 
 
 def first_slab(transformer: Transformer) -> Slab:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from typing import Literal
 
 import torch
@@ -33,7 +32,7 @@ from coterie.model.cache import KVCache
 from coterie.model.forward_context import ForwardContext
 from coterie.model.transformer import Transformer
 from coterie.routing import check_layers, parse_policy
-from coterie.telemetry import NullRecorder, TensorRecorder
+from coterie.telemetry import TensorRecorder
 from coterie.values import Window
 
 NUM_BLOCKS = 4  # blocks in rotation
@@ -186,10 +185,8 @@ def _time_block(
     context = replace(run.context, logits_indices=torch.arange(num_logits, device=device))
     read = time_once(partial(cost.read, run.used), device)
     forward = time_once(partial(transformer, run.tokens, context), device)
-    flops, bandwidth = (
-        cost.flops_by_part(run.pairs, num_logits),
-        sum(run.part_bytes.values()) / read,
-    )
+    flops = cost.flops_by_part(run.pairs, num_logits)
+    bandwidth = sum(run.part_bytes.values()) / read
     roofline = roofline_seconds(run.part_bytes, flops, bandwidth=bandwidth, rates=rates)
     # Rounding may make the roofline less than the read.
     return dict(zip(SERIES, (read, max(read, roofline), forward), strict=True))
@@ -230,7 +227,7 @@ def _run_block(
     """Runs a block once, which is also the warm-up."""
     parsed = parse_policy(policy)
     check_layers(parsed, len(transformer.spec.moe_layers))
-    context = ForwardContext(blocks.window, blocks.cache, parsed, NullRecorder(), forward=(0,))
+    context = ForwardContext(blocks.window, blocks.cache, parsed, forward=(0,))
     recorder = TensorRecorder()
     transformer(blocks.tokens[number], replace(context, recorder=recorder))
     used = {layer: routing.used.cpu() for layer, _, routing in recorder.routings}
@@ -243,15 +240,12 @@ def _run_block(
 def _policy_timing(
     policy: str, cost: ForwardCost, runs: Sequence[_BlockRun], logits: float, done: Sequence[Repeat]
 ) -> ForwardTiming:
-    unique_experts = statistics.fmean(
-        float(mask.sum()) for run in runs for mask in run.used.values()
-    )
-    part_bytes: dict[ForwardPart, float] = {
-        **runs[0].part_bytes,
-        "experts": statistics.fmean(run.part_bytes["experts"] for run in runs),
-    }
-    part_flops = cost.flops_by_part(statistics.fmean(run.pairs for run in runs), logits)
+    mean = statistics.fmean
+    unique_experts = mean(float(mask.sum()) for run in runs for mask in run.used.values())
+    expert_bytes = mean(run.part_bytes["experts"] for run in runs)
+    part_flops = cost.flops_by_part(mean(run.pairs for run in runs), logits)
     samples = {name: [repeat[policy][name] for repeat in done] for name in SERIES}
+    part_bytes: dict[ForwardPart, float] = {**runs[0].part_bytes, "experts": expert_bytes}
     return ForwardTiming(policy, unique_experts, part_bytes, part_flops, samples)
 
 
@@ -260,13 +254,10 @@ def parse_num_logits(text: str, tokens: int) -> LogitCount:
     if text != "block" and not text.isdecimal():
         raise ConfigError(f"`logits={text}`: neither a number nor block")
     num_logits = "block" if text == "block" else int(text)
-    logits_per_forward(num_logits, tokens)
+    logits_per_forward(num_logits, tokens)  # checks it
     return num_logits
 
 
-def peak_memory() -> int | None:
-    """The peak memory of this process in bytes; None where the system does not report it."""
-    with suppress(ModuleNotFoundError):
-        resource = import_module("resource")
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return None
+def peak_memory() -> int:
+    """The peak memory of this process in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

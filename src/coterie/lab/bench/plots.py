@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coterie.errors import ConfigError
-from coterie.lab.bench.concurrency import setting_name
+from coterie.lab.bench.answers import setting_name
 from coterie.lab.plotting import IntervalSeries, indexed_style, interval_chart, write_figure
 from coterie.lab.timing import timing_stats
 from coterie.strict_json import read_object

@@ -124,8 +124,9 @@ class _TimedStore:
     def resident(self, layer: int) -> Tensor | None:
         return self.inner.resident(layer)
 
-    def slots(self, layer: int) -> int | None:
-        return self.inner.slots(layer)
+    @property
+    def capacity(self) -> int | None:
+        return self.inner.capacity
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +14,8 @@ from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import CheckpointError, ConfigError, TaskError
 from coterie.files import atomic_write
 from coterie.keys import Key, from_json, keys_of, names_of, to_json
-from coterie.lab.evals.traffic import AnswerTraffic
 from coterie.lab.journal import LockedFile
+from coterie.offload.traffic import Traffic
 from coterie.routing import update_policy_text
 from coterie.strict_json import read_object
 
@@ -26,11 +26,48 @@ DIGESTS = {"model": "the model", "sha256": "the data", "questions": "the content
 CONSEQUENCES = ("items", "questions")  # values that follow from options
 FIELDS = {  # of options, by key of ``run.json``
     "memory": "expert_memory", "lasts": "reset_every", "coarse": "fallback_model",
-    "warm": "warm_start", "imagined": "simulated",
+    "warm": "warm_start", "imagined": "simulated", "experts": "expert_dtype",
 }  # fmt: skip
 ITEM_ERROR = re.compile(
     r"\b(?:NaN|infinite|not finite)\b|^the (?:prompt cannot be read|answer has no text): "
 )
+
+
+@dataclass(frozen=True)
+class AnswerTraffic:
+    """Experts used and bytes moved over one or more answers, passes that write keys included.
+
+    ``bytes_vanilla`` is what the unmodified model would move on the same forwards with an LRU cache
+    of the same size; None if it was not counted.
+    """
+
+    used: Annotated[int, Key("used")]
+    hits: Annotated[int, Key("hits")]
+    bytes_moved: Annotated[int, Key("moved")]
+    bytes_without_cache: Annotated[int, Key("without_cache")]
+    bytes_vanilla: Annotated[int | None, Key("vanilla")] = None
+    wait_seconds: Annotated[float, Key("waited")] = 0.0
+
+    @staticmethod
+    def from_traffic(traffic: Traffic) -> AnswerTraffic:
+        return AnswerTraffic(
+            traffic.experts_used, traffic.hits, traffic.bytes_moved, traffic.bytes_without_cache,
+            traffic.vanilla_bytes, traffic.stall_seconds,
+        )  # fmt: skip
+
+    def __add__(self, other: AnswerTraffic) -> AnswerTraffic:
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        totals: list[Any] = [None if None in pair else sum(pair) for pair in pairs]
+        return AnswerTraffic(*totals)
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / self.used if self.used else 1.0
+
+    @property
+    def saved_vs_vanilla(self) -> float | None:
+        """Fraction of vanilla's bytes on the same forwards that were not moved."""
+        return 1 - self.bytes_moved / self.bytes_vanilla if self.bytes_vanilla else None
 
 
 @dataclass(frozen=True)
@@ -124,7 +161,9 @@ class AnswerLog:
             if answer.key in self.answers:
                 raise RuntimeError(f"answered twice: {answer.key}")
             if self._file is not None:
-                self._append(self._file, _encode_answer(answer), sync=answer is answers[-1])
+                # ASCII, since an output may hold any character, line separators included.
+                line = json.dumps(to_json(answer), allow_nan=False) + "\n"
+                self._append(self._file, line.encode("ascii"), sync=answer is answers[-1])
             self.answers[answer.key] = answer
 
     def _append(self, file: LockedFile, line: bytes, *, sync: bool) -> None:
@@ -189,11 +228,6 @@ def _has_type(key: str, value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _encode_answer(answer: Answer) -> bytes:
-    # ASCII, since an output may hold any character, line separators included.
-    return (json.dumps(to_json(answer), allow_nan=False) + "\n").encode("ascii")
 
 
 def _decode_answer(line: bytes) -> Answer | None:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from coterie.errors import TaskError
 from coterie.lab.evals.task import Grade, Item, Task, TaskOptions
 from coterie.lab.evals.tasks import check_task_name, embedded, gsm8k, math500, open_tasks
+from coterie.lab.evals.tasks.source import decode_text, json_lines
 from coterie.lab.evals.tasks.verify import require_math_verify
 from coterie.lab.problems import PROBLEM_MAKERS
 
 MAX_GENERATED = 100_000  # items of one seed
 MAX_IDS_SHOWN = 3
-EXPECTED_LINE = "a line has id, output and gold"
+EXPECTED_LINE = "lines with id, output and gold"
 OUTPUT_KINDS = {
     "id": (str | int, "neither a string nor an integer"),
     "output": (str, "not a string"),
@@ -49,37 +50,26 @@ ItemIndex = Mapping[str, tuple[Task, Item]]
 
 @dataclass(frozen=True)
 class GradingJob:
-    """Outputs and their references: the gold of a line, or the item with its id."""
+    """Outputs, and the grading of each against the gold of its line, or the item with its id."""
 
     outputs: Sequence[OutputToGrade]
-    gold_grader: GoldGrader | None
-    items: ItemIndex
+    graders: Sequence[Callable[[], Grade]]
 
     def grades(self) -> Iterator[Grade]:
         """Grades in the order of the lines, several at a time."""
         pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
         try:
-            yield from pool.map(self._grade, self.outputs)
+            yield from pool.map(lambda grade: grade(), self.graders)
         finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _grade(self, output: OutputToGrade) -> Grade:
-        if self.gold_grader is not None and output.gold is not None:
-            return self.gold_grader.grade(output.output, output.gold)
-        task, item = self.items[_normalize_id(output.id)]
-        return task.grade(output.output, item)
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def read_outputs(content: bytes, source: str) -> list[OutputToGrade]:
     """Parses all lines; raises TaskError with the first line that cannot be read."""
-    try:
-        lines = enumerate(content.decode("utf-8-sig").split("\n"), start=1)
-    except UnicodeDecodeError as error:
-        number = error.object.count(b"\n", 0, error.start) + 1
-        raise TaskError(f"{source}, line {number}: not UTF-8") from None
-    outputs = [_parse_output(number, line, source) for number, line in lines if line.strip()]
+    lines = json_lines(decode_text(content, source, EXPECTED_LINE), source, EXPECTED_LINE)
+    outputs = [_parse_output(number, row, source) for number, row in lines]
     if not outputs:
-        raise TaskError(f"{source}: empty; {EXPECTED_LINE}")
+        raise TaskError(f"{source}: empty; expected {EXPECTED_LINE}")
     return outputs
 
 
@@ -92,51 +82,45 @@ def prepare_grading(
     TaskError for an invalid gold, with its line, and for unknown ids.
     """
     check_task_name(task)
-    gold_grader = GOLD_GRADERS.get(task)
-    without_gold = [output for output in outputs if gold_grader is None or output.gold is None]
+    by_gold = GOLD_GRADERS.get(task)
+    without_gold = [output for output in outputs if by_gold is None or output.gold is None]
     items = _index_items(task, without_gold, options) if without_gold else {}
     unknown = [output for output in without_gold if _normalize_id(output.id) not in items]
     if unknown:
         raise TaskError(_unknown_ids_message(task, unknown, items, source))
-    if gold_grader is not None:
-        for output in outputs:
-            _check_gold(gold_grader, output, source)
-        if task == "math500":
-            require_math_verify()
-    return GradingJob(outputs, gold_grader, items)
+    graders: list[Callable[[], Grade]] = []
+    for output in outputs:
+        if by_gold is None or output.gold is None:
+            benchmark, item = items[_normalize_id(output.id)]
+            graders.append(partial(benchmark.grade, output.output, item))
+            continue
+        try:
+            by_gold.check(output.gold)
+        except TaskError as error:
+            raise TaskError(f"{source}, line {output.number}: gold {error}") from None
+        graders.append(partial(by_gold.grade, output.output, output.gold))
+    if task == "math500":
+        require_math_verify()
+    return GradingJob(outputs, graders)
 
 
-def _parse_output(number: int, line: str, source: str) -> OutputToGrade:
+def _parse_output(number: int, row: Any, source: str) -> OutputToGrade:
     position = f"{source}, line {number}"
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise TaskError(f"{position}: invalid or truncated JSON ({error})") from None
     if not isinstance(row, dict):
-        raise TaskError(f"{position}: not an object; {EXPECTED_LINE}")
+        raise TaskError(f"{position}: not an object; expected {EXPECTED_LINE}")
     for key, (kind, message) in OUTPUT_KINDS.items():
         if key not in row and key != "gold":
-            raise TaskError(f"{position}: {key!r} is missing; {EXPECTED_LINE}")
+            raise TaskError(f"{position}: {key!r} is missing; expected {EXPECTED_LINE}")
         if isinstance(row.get(key), bool) or not isinstance(row.get(key), kind):
             raise TaskError(f"{position}: {key!r} is {message}")
     gold = row.get("gold")
     return OutputToGrade(number, row["id"], row["output"], None if gold is None else str(gold))
 
 
-def _check_gold(gold_grader: GoldGrader, output: OutputToGrade, source: str) -> None:
-    try:
-        if output.gold is not None:
-            gold_grader.check(output.gold)
-    except TaskError as error:
-        raise TaskError(f"{source}, line {output.number}: gold {error}") from None
-
-
 def _index_items(task: str, outputs: Sequence[OutputToGrade], options: TaskOptions) -> ItemIndex:
     """Items by every accepted form of their id: "HumanEval/0", "humaneval/0", "0"."""
-    is_generated = task in PROBLEM_MAKERS
-    tasks = (
-        _generated_tasks(task, outputs, options) if is_generated else open_tasks([task], options)
-    )
+    generated = task in PROBLEM_MAKERS
+    tasks = _generated_tasks(task, outputs, options) if generated else open_tasks([task], options)
     index: dict[str, tuple[Task, Item]] = {}
     for benchmark in tasks:
         for item in benchmark.items():

@@ -6,14 +6,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from coterie.keys import to_json
+from coterie.lab.evals.answer_log import AnswerTraffic
 from coterie.lab.evals.results import EvalResult
-from coterie.lab.evals.stats import PairedDifference, Proportion, holm_adjust, paired_difference
-from coterie.lab.evals.traffic import TrafficSavings, traffic_savings
+from coterie.lab.evals.stats import (
+    PairedDifference,
+    Proportion,
+    holm_adjust,
+    paired_difference,
+    ratio_interval,
+)
 
 RUN_FIGURES = (
     *("experts", "expert_bytes", "vote_mass_kept", "forwards_per_block"),
     *("new_tokens", "tokens_per_second", "seconds"),
 )  # counts, means and times of an ``EvalResult``
+
+
+@dataclass(frozen=True)
+class TrafficSavings:
+    """Fraction of a first variant's bytes that another did not move for the same items."""
+
+    value: float
+    interval: tuple[float, float]  # bootstrap over items, 95 %
 
 
 @dataclass(frozen=True)
@@ -36,12 +50,21 @@ class PolicySummary:
 
     def to_dict(self) -> dict[str, object]:
         """The summary as JSON values; experts and bytes are per layer and decoding forward."""
+        change = self.change
         return {
             "policy": self.result.policy,
             "accuracy": _proportion_dict(self.accuracy),
             "by_task": {name: _proportion_dict(share) for name, share in self.by_task.items()},
             "also": {name: _proportion_dict(share) for name, share in self.other_metrics.items()},
-            "change": None if self.change is None else _change_dict(self.change, self.p_holm),
+            "change": change
+            and {
+                "value": change.difference,
+                "gained": change.gained,
+                "lost": change.lost,
+                "interval": list(change.interval),
+                "p": change.p_value,
+                "p_holm": self.p_holm,
+            },
             "relative_accuracy": self.relative_accuracy,
             **_run_figures(self.result),
             **_traffic_dict(self),
@@ -86,6 +109,18 @@ def summarize(results: Sequence[EvalResult], tasks: Sequence[str]) -> list[Polic
         for other, change, p in zip(others, changes, adjusted, strict=True)
     ]
     return [first, *compared]
+
+
+def traffic_savings(
+    first: Sequence[AnswerTraffic | None], other: Sequence[AnswerTraffic | None]
+) -> TrafficSavings | None:
+    """Savings over the items that succeeded in both; None if the first moved nothing."""
+    pairs = [(a.bytes_moved, b.bytes_moved) for a, b in zip(first, other, strict=True) if a and b]
+    if not sum(moved for moved, _ in pairs):
+        return None
+    before, after = zip(*pairs, strict=True)
+    low, high = ratio_interval(after, before)
+    return TrafficSavings(1 - sum(after) / sum(before), (1 - high, 1 - low))
 
 
 def proportion(correct: Sequence[bool]) -> Proportion:
@@ -149,14 +184,3 @@ def _with_ends(
 
 def _proportion_dict(accuracy: Proportion) -> dict[str, object]:
     return {"value": accuracy.value, "n": accuracy.n, "interval": list(accuracy.interval)}
-
-
-def _change_dict(change: PairedDifference, p_holm: float | None) -> dict[str, object]:
-    return {
-        "value": change.difference,
-        "gained": change.gained,
-        "lost": change.lost,
-        "interval": list(change.interval),
-        "p": change.p_value,
-        "p_holm": p_holm,
-    }

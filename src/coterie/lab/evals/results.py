@@ -9,8 +9,7 @@ from statistics import fmean
 
 from coterie.engine.generation_config import GenerationConfig
 from coterie.keys import by_key
-from coterie.lab.evals.answer_log import Answer
-from coterie.lab.evals.traffic import AnswerTraffic
+from coterie.lab.evals.answer_log import Answer, AnswerTraffic
 from coterie.routing import format_policy, parse_policy
 
 

@@ -25,24 +25,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from coterie.checkpoints.fingerprint import fingerprint
 from coterie.checkpoints.source import find_folder
 from coterie.engine.engine import Engine
 from coterie.engine.generation_config import GenerationConfig
-from coterie.errors import CoterieError, TaskError
-from coterie.lab.evals.answer_log import Answer, AnswerKey, AnswerLog
+from coterie.errors import CheckpointError, CoterieError, TaskError
+from coterie.lab.evals.answer_log import Answer, AnswerKey, AnswerLog, AnswerTraffic
 from coterie.lab.evals.generation import (
     EvalRequest,
     GenerationOutcome,
     generate_outcomes,
     read_prompt,
 )
-from coterie.lab.evals.model_files import ModelFiles
 from coterie.lab.evals.results import EvalResult, Variant
 from coterie.lab.evals.task import Grade, Item, Task
-from coterie.lab.evals.traffic import AnswerTraffic
 from coterie.loading.load import Model
+from coterie.model.checkpoint import Checkpoint
 
 __all__ = ["Answer", "AnswerCallback", "EvalResult", "Variant", "run_eval"]
 
@@ -96,11 +96,10 @@ def run_eval(
     _check_run(engine, tasks, requests, folder, batch_size=batch_size)
     for remark in _check_lengths(engine, requests, by_name.values(), options):
         on_remark(remark)
-    run_config = run_identity(
-        engine, tasks, limit=limit, shuffle_seed=shuffle_seed, reset_every=reset_every,
-        options=options,
-    )  # fmt: skip
-    with AnswerLog(folder, run_config, on_remark) as log, _grader_pool() as graders:
+    settings: dict[str, Any] = {"limit": limit, "shuffle_seed": shuffle_seed}
+    settings |= {"reset_every": reset_every, "options": options}
+    run_config = run_identity(engine, tasks, **settings)
+    with AnswerLog(folder, run_config, on_remark) as log, grader_pool() as graders:
         for key in (_answer_key(name, request) for name in by_name for request in requests):
             if key in log.answers:
                 on_answer(log.answers[key])
@@ -152,9 +151,11 @@ def run_identity(
     }
 
 
-def make_answer(variant: str, outcome: GenerationOutcome, grade: Grade) -> Answer:
-    """The answer that is stored."""
-    result, request = outcome.result, outcome.request
+def make_answer(variant: str, outcome: GenerationOutcome) -> Answer:
+    """The graded answer that is stored; an outcome without a result is wrong."""
+    result, request, grade = outcome.result, outcome.request, Grade(False, None)
+    if result is not None:
+        grade = request.task.grade(result.text, request.item)
     answer = Answer(
         variant, request.task.name, request.item.id, grade.correct, grade.extracted,
         dict(grade.other_metrics), seconds=outcome.seconds, error=outcome.error,
@@ -192,14 +193,14 @@ class _Scheduler:
 
         With a cache a chunk has whole segments.
         """
-        files, size = ModelFiles.of(self.engine.model), CHUNK_FACTOR * self.batch_size
+        files, size = _file_stamps(self.engine.model), CHUNK_FACTOR * self.batch_size
         if self._has_cache:
             size = self.reset_every * -(-CHUNK_FACTOR // self.reset_every)
         for start in range(0, len(requests), size):
             for variant in variants:
                 chunk = requests[start : start + size]
                 for answers in self._answers(variant, chunk, log.answers):
-                    files.check_unchanged()
+                    _check_files(files)
                     log.add(answers)
                     yield answers
 
@@ -224,25 +225,17 @@ class _Scheduler:
         self, variant: Variant, requests: Sequence[EvalRequest]
     ) -> Iterator[list[Answer]]:
         """Generates and grades; yields answers in order of completion."""
-        pending: list[tuple[GenerationOutcome, Future[Grade]]] = []
+        pending: list[Future[Answer]] = []
         in_background = _grades_in_background(self.engine)
         own_requests = [request.replace(variant.generation) for request in requests]
         for outcomes in generate_outcomes(
             self.engine, own_requests, variant.policy, batch_size=self.batch_size
         ):
-            pending += [
-                (outcome, self.graders.submit(grade_outcome, outcome)) for outcome in outcomes
-            ]
-            ready = [entry for entry in pending if entry[1].done() or not in_background]
-            yield _graded(variant, ready)
-            pending = [entry for entry in pending if not any(entry is one for one in ready)]
-        yield _graded(variant, pending)
-
-
-def _graded(
-    variant: Variant, entries: Sequence[tuple[GenerationOutcome, Future[Grade]]]
-) -> list[Answer]:
-    return [make_answer(variant.name, outcome, future.result()) for outcome, future in entries]
+            pending += [self.graders.submit(make_answer, variant.name, one) for one in outcomes]
+            ready = [future for future in pending if future.done() or not in_background]
+            yield [future.result() for future in ready]
+            pending = [future for future in pending if future not in ready]
+        yield [future.result() for future in pending]
 
 
 def _check_unchanged(answer: Answer, stored: Answer | None) -> bool:
@@ -258,13 +251,6 @@ def _check_unchanged(answer: Answer, stored: Answer | None) -> bool:
 def _grades_in_background(engine: Engine) -> bool:
     """Whether to grade during generation; on a CPU both would compete for cores."""
     return engine.model.transformer.device.type != "cpu"
-
-
-def grade_outcome(outcome: GenerationOutcome) -> Grade:
-    """The grade of an outcome; without a result it is wrong."""
-    if outcome.result is None:
-        return Grade(correct=False, extracted=None)
-    return outcome.request.task.grade(outcome.result.text, outcome.request.item)
 
 
 def _select_items(task: Task, limit: int | None, shuffle_seed: int | None) -> list[Item]:
@@ -388,8 +374,35 @@ def _hash_items(task: Task, items: Iterable[Item]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _file_stamps(model: Model) -> dict[Path, Sequence[int]]:
+    """The stamps of the weights of a model and of its low-precision fallback.
+
+    Files are mapped: writing to one changes the model.
+    """
+    plan = model.placement.plan
+    fallback = None if plan is None else plan.config.fallback_model
+    folders = [model.folder, None if fallback is None else find_folder(fallback.folder)]
+    paths = [file for folder in folders if folder for file in Checkpoint.of(folder).files]
+    return {path: _stamp(path) for path in paths}
+
+
+def _check_files(stamps: Mapping[Path, Sequence[int]]) -> None:
+    """Raises CheckpointError for a changed file, and OSError for a missing one."""
+    for path, stamp in stamps.items():
+        if _stamp(path) != stamp:
+            raise CheckpointError(
+                f"{path}: the file was changed after the model was loaded; restore it, and "
+                "the same command continues"
+            )
+
+
+def _stamp(path: Path) -> Sequence[int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 @contextmanager
-def _grader_pool() -> Iterator[ThreadPoolExecutor]:
+def grader_pool() -> Iterator[ThreadPoolExecutor]:
     """Threads, since graders mostly wait for child processes; an interrupt does not wait."""
     pool = ThreadPoolExecutor(min(MAX_GRADERS, os.cpu_count() or 1), thread_name_prefix="grader")
     try:

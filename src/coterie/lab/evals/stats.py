@@ -1,4 +1,4 @@
-"""Confidence intervals and paired tests for binary outcomes."""
+"""Confidence intervals, paired tests for binary outcomes, and rank correlation."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
 RATIO_RESAMPLES, SEED = 2000, 0
 MAX_CELLS = 1 << 22  # random numbers per draw
+FloatValues = Sequence[float] | NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,33 @@ def ratio_interval(parts: Sequence[float], wholes: Sequence[float]) -> tuple[flo
         sample = rng.integers(0, n, (min(RATIO_RESAMPLES - len(ratios), max(1, MAX_CELLS // n)), n))
         sums = denominators[sample].sum(1)
         ratios += (numerators[sample].sum(1) / np.where(sums > 0, sums, 1.0)).tolist()
-    low, high = np.quantile(ratios, [0.025, 0.975])
+    return central_interval(ratios)
+
+
+def spearman(first: FloatValues, second: FloatValues) -> float:
+    """Spearman's rank correlation, with mean ranks for ties; 0 where one side is constant."""
+    a, b = ranks(first), ranks(second)
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size else 0.0
+
+
+def ranks(values: FloatValues) -> NDArray[np.float64]:
+    """Ranks from 1, ascending; equal values share their mean rank."""
+    _, inverse, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+
+
+def mean_interval(by_prompt: FloatValues, *, draws: int = 2000) -> tuple[float, float]:
+    """The 95 % interval of the mean, by a bootstrap over prompts (one value each)."""
+    values = np.asarray(by_prompt, dtype=np.float64)
+    indices = np.random.default_rng(SEED).integers(0, len(values), size=(draws, len(values)))
+    return central_interval(values[indices].mean(axis=1))
+
+
+def central_interval(samples: FloatValues) -> tuple[float, float]:
+    """The central 95 % of samples."""
+    low, high = np.quantile(samples, [0.025, 0.975])
     return float(low), float(high)
 
 

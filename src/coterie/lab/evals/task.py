@@ -1,11 +1,10 @@
-"""The benchmark protocol: items, their prompts and how answers are graded."""
+"""A benchmark: its items, their prompts and how answers are graded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 from coterie.errors import TaskError
 
@@ -36,61 +35,49 @@ class Grade:
     other_metrics: Mapping[str, bool] = field(default_factory=dict)
 
 
-class Task(Protocol):
-    """A benchmark with all options resolved that affect its prompts and grades."""
-
-    @property
-    def name(self) -> str: ...
-
-    def settings(self) -> Mapping[str, object]:
-        """The options as JSON values, for records: shots, template, extraction, data."""
-        ...
-
-    def generation(self) -> Mapping[str, object]:
-        """The benchmark's default fields of ``GenerationConfig`` (``max_new_tokens``)."""
-        ...
-
-    def items(self) -> Sequence[Item]:
-        """All items in the benchmark's order."""
-        ...
-
-    def prompt(self, item: Item) -> str:
-        """The prompt, without a chat template."""
-        ...
-
-    def grade(self, output: str, item: Item) -> Grade:
-        """Grades any output; never raises because of its content."""
-        ...
-
-
 @dataclass(frozen=True)
-class QuestionTask:
-    """A task of one template, with grades that depend on the output and ``gold`` alone.
+class Task:
+    """A benchmark with all options resolved that affect its prompts and grades.
 
-    ``about`` are its settings; one without a "template" gets that of the prompts.
+    ``grader`` grades any output of an item; it never raises because of its content. ``about`` are
+    settings for records: shots, extraction, data. One without "template" gets that of the prompts.
     """
 
     name: str
-    questions: tuple[Item, ...]
+    questions: tuple[Item, ...]  # in the benchmark's order
     template: str
-    grader: Callable[[str, str], Grade]  # output, gold
+    grader: Callable[[str, Item], Grade]
     about: Mapping[str, object]
     max_new_tokens: int | None = None  # None: the engine's default
 
     def settings(self) -> Mapping[str, object]:
+        """The options as JSON values, for records."""
         return {"template": self.template, **self.about}
 
     def generation(self) -> Mapping[str, object]:
+        """The benchmark's default fields of ``GenerationConfig``."""
         return {} if self.max_new_tokens is None else {"max_new_tokens": self.max_new_tokens}
 
     def items(self) -> Sequence[Item]:
         return self.questions
 
     def prompt(self, item: Item) -> str:
+        """The prompt, without a chat template."""
         return self.template.replace(QUESTION, item.question)
 
     def grade(self, output: str, item: Item) -> Grade:
-        return self.grader(output, item.gold)
+        return self.grader(output, item)
+
+    def with_cached_grades(self) -> Task:
+        """Policies often give the same output, and code is slow to run."""
+        grades: dict[tuple[str, str], Grade] = {}
+
+        def grade(output: str, item: Item) -> Grade:
+            if (item.id, output) not in grades:
+                grades[item.id, output] = self.grader(output, item)
+            return grades[item.id, output]
+
+        return replace(self, grader=grade)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,25 +14,18 @@ from coterie.lab.parity.forward import Deviation, forward_deviations
 from coterie.lab.parity.generation import ParityResult, generation_results
 from coterie.loading.load import choose_device
 
-DEVICE = "--device="
-
 
 def main(arguments: Sequence[str]) -> int:
-    """Exit status: 0 if every folder agrees, 1 if one does not or is damaged, 2 for usage."""
-    folders = [argument for argument in arguments if not argument.startswith(DEVICE)]
-    devices = [argument.removeprefix(DEVICE) for argument in arguments if argument not in folders]
-    if not folders or any(folder.startswith("-") for folder in folders):
-        print(
-            f"usage: scripts/parity [{DEVICE}cuda] SET [SET ...]   (folders of reference data)",
-            file=sys.stderr,
-        )
-        return 0 if "--help" in arguments or "-h" in arguments else 2
+    """Exit status: 0 if every folder agrees, 1 if one does not or is damaged."""
+    parser = argparse.ArgumentParser(prog="scripts/parity", description=__doc__)
+    parser.add_argument("folders", nargs="+", metavar="SET", type=Path)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(arguments)
     try:
-        device = str(choose_device(devices[-1] if devices else "cpu"))
+        device = str(choose_device(options.device))
     except CoterieError as error:
-        print(error, file=sys.stderr)
-        return 2
-    agreeing = [_compare(Path(folder), device) for folder in folders]
+        parser.error(str(error))
+    agreeing = [_compare(folder, device) for folder in options.folders]
     if len(agreeing) > 1:
         print(f"{sum(agreeing)} of {len(agreeing)} sets agree")
     return 0 if all(agreeing) else 1

@@ -37,10 +37,10 @@ def has_block_rules(folder: Path) -> bool:
 def block_rule_results(folder: Path, device: str = "cpu") -> Iterator[tuple[bool, str]]:
     """For each case of the files that are there: whether it agrees, and one line."""
     if (file := folder / ROUTING).exists():
-        for number, case in enumerate(_cases(file)):
+        for number, case in enumerate(_read_document(file)["cases"]):
             yield _result(f"routing by block, case {number}", _routing_problem(case, device))
     if (file := folder / EDITS).exists():
-        document: dict[str, Any] = read_object(file)  # type: ignore[assignment]
+        document = _read_document(file)
         for number, case in enumerate(document["cases"]):
             yield _result(f"edits, case {number}", _edit_problem(document, case))
     if (file := folder / TRACES).exists():
@@ -50,9 +50,8 @@ def block_rule_results(folder: Path, device: str = "cpu") -> Iterator[tuple[bool
                 yield _result(f"trace {trace['id']}, {key}", _trace_problem(trace, key))
 
 
-def _cases(file: Path) -> list[Any]:
-    document: dict[str, Any] = read_object(file)  # type: ignore[assignment]
-    return document["cases"]
+def _read_document(file: Path) -> Mapping[str, Any]:
+    return read_object(file)
 
 
 def _result(name: str, problem: str) -> tuple[bool, str]:

@@ -19,7 +19,6 @@ from coterie.model.cache import KVCache
 from coterie.model.forward_context import ForwardContext
 from coterie.routing import Vanilla
 from coterie.strict_json import read_object
-from coterie.telemetry import NullRecorder
 from coterie.values import NO_MASK, Window
 
 CASES = "cases.json"
@@ -90,9 +89,7 @@ def _case_deviations(case: CanvasCases, model: Model) -> Iterator[Deviation]:
     def forward(tokens: Tensor, start: int, block: int, expected: Tensor | None) -> Tensor:
         visible = torch.tensor([start + len(tokens)])
         window = Window(torch.tensor([start]), len(tokens), visible, block)
-        context = ForwardContext(
-            window, cache, Vanilla(), NullRecorder(), expected=expected, encodes=block == 1
-        )
+        context = ForwardContext(window, cache, Vanilla(), expected=expected, encodes=block == 1)
         return transformer(tokens[None].to(transformer.device), context)
 
     forward(prompt, 0, 1, None)

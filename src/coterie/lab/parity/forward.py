@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from coterie.errors import CheckpointError
-from coterie.lab.parity.arrays import ReferenceArrays
+from coterie.lab.parity.recorded import ReferenceArrays
 from coterie.loading.load import Model, load_model
 from coterie.model.attention import AttentionMetadata
 from coterie.model.forward_context import ForwardContext

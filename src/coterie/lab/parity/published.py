@@ -29,7 +29,7 @@ from coterie.decoding.unmask import (
 )
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import CheckpointError
-from coterie.lab.parity.parameters import ReferenceParameters
+from coterie.lab.parity.recorded import ReferenceParameters
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _generation(
     return GenerationConfig(
         max_new_tokens=parameters.integer("gen_length"),
         block=parameters.integer("block_length"),
-        plan=str(plan),
+        kv_cache=str(plan),
         unmask=str(unmask),
         temperature=parameters.number("temperature", 0.0),
         top_k=parameters.integer("top_k", 0),

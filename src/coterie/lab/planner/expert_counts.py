@@ -88,23 +88,26 @@ class RoutingSample:
         return count
 
 
-def sample_of_trace(trace: Trace) -> RoutingSample:
-    """Counts of a recorded trace."""
-    return RoutingSample(trace, f"experts as recorded from {trace.header.model}")
-
-
 def assumed_sample(
     router: RouterSpec, unique_experts: float, *, tokens: int, steps: int, source: str
 ) -> RoutingSample:
-    """Random routing in which 32 tokens use ``unique_experts`` in a layer; ``tokens`` are drawn."""
+    """Random routing in which 32 tokens use ``unique_experts`` in a layer; ``tokens`` are drawn.
+
+    Raises ConfigError for a number that no block can use.
+    """
+    if not router.k <= unique_experts <= router.experts:
+        raise ConfigError(
+            f"`unique_experts` is {unique_experts:g}; a block uses {router.k} to "
+            f"{router.experts} of them"
+        )
     shape = SyntheticShape(SAMPLE_LAYERS, router.experts, router.k, BLOCK_LENGTH, steps, True)
     law = fitted_law(shape, unique_experts)
     shape = replace(shape, tokens=tokens)
     trace = synthetic_trace(shape, law, blocks=SAMPLE_BLOCKS, seed=7)
-    count = _vanilla_count(trace)
     return RoutingSample(
         trace,
-        f"a block of {tokens} tokens uses {count:.0f} of {router.experts} experts under vanilla "
+        f"a block of {tokens} tokens uses {_vanilla_count(trace):.0f} of {router.experts} experts "
+        "under vanilla "
         f"({source}), alike from step to step as published for LLaDA2.0-mini",
     )
 
@@ -124,15 +127,6 @@ def fitted_law(shape: SyntheticShape, unique_experts: float) -> RoutingLaw:
         middle = (low + high) / 2
         low, high = (middle, high) if count(middle) > unique_experts else (low, middle)
     return replace(PUBLISHED_LAW, block_variance=(low + high) / 2)
-
-
-def check_experts(experts: float, router: RouterSpec) -> float:
-    """A number of experts a block; raises ConfigError for one that no block can use."""
-    if not router.k <= experts <= router.experts:
-        raise ConfigError(
-            f"`unique_experts` is {experts:g}; a block uses {router.k} to {router.experts} of them"
-        )
-    return experts
 
 
 def _vanilla_count(trace: Trace) -> float:

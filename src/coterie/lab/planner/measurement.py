@@ -35,7 +35,6 @@ from coterie.lab.replay.hardware_model import HardwareModel
 from coterie.lab.timing import (
     LatencyFit,
     TimedFunction,
-    TimingStats,
     fit_latency,
     predict_seconds,
     time_interleaved,
@@ -110,13 +109,11 @@ def measure_rates(
         on_progress(f"timing experts in {name}")
         with forward_threads(shape, tokens):
             timings[name] = time_experts(shape, name, tokens)
-    timed = timings.values()
     # A layer smaller than a cache is read in calls too short to show the bandwidth.
     measured = max(
         measure_read_bandwidth(READ_SECONDS),
-        statistics.median(x for timing in timed for x in timing.read_bandwidths),
+        statistics.median(x for timing in timings.values() for x in timing.read_bandwidths),
     )
-    overlaps = [timing.overlap for timing in timed]
     on_progress("timing matrices")
     with forward_threads(shape, tokens):
         matrix, router = measure_matrix_rates(shape, formats[0], tokens)
@@ -125,9 +122,9 @@ def measure_rates(
         matrix,
         router,
         {name: timing.warm for name, timing in timings.items()},
-        statistics.fmean(overlaps),
-        0.0,
-        None,
+        statistics.fmean(timing.overlap for timing in timings.values()),
+        layer_seconds=0.0,
+        copies=None,
     )
     on_progress("timing a small forward")
     rates = replace(rates, layer_seconds=measure_layer_seconds(shape, formats[0], rates, tokens))
@@ -175,7 +172,8 @@ def time_experts(shape: ModelShape, name: ExpertDtype, tokens: int) -> LayerTimi
         call = partial(ops.run_experts, x[:pairs], spread_routing(size, pairs, experts), slab)
         functions["warm", size, pairs] = partial(_warm_calls, call)
     stats = time_interleaved(functions, _rounds(functions), device=CPU)
-    fit = _warm_fit(stats, warm)
+    warm_seconds = [stats["warm", *case]["median"] / WARM_CALLS for case in warm]
+    fit = fit_latency([size for size, _ in warm], [pairs for _, pairs in warm], warm_seconds)
     reads = [stats["read", size, 0]["median"] for size in sizes]
     layers = [stats["layer", size, tokens * k]["median"] for size in sizes]
     products = [predict_seconds(fit, size, tokens * k) for size in sizes]
@@ -331,10 +329,3 @@ def _rounds(functions: Mapping[Any, TimedFunction]) -> int:
 def _warm_calls(call: TimedFunction) -> None:
     for _ in range(WARM_CALLS):
         call()
-
-
-def _warm_fit(
-    stats: Mapping[tuple[str, int, int], TimingStats], cases: Sequence[tuple[int, int]]
-) -> LatencyFit:
-    seconds = [stats["warm", *case]["median"] / WARM_CALLS for case in cases]
-    return fit_latency([case[0] for case in cases], [case[1] for case in cases], seconds)

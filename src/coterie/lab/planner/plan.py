@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
+
+from coterie.checkpoints.source import EMBEDDED
+from coterie.decoding.kv_schemes import ForwardPass
 from coterie.errors import ConfigError
 from coterie.keys import Key, to_json
 from coterie.lab.bench.model import ExpertDtype
-from coterie.lab.planner.block_time import predict_block
-from coterie.lab.planner.commands import run_commands
-from coterie.lab.planner.expert_counts import CountExperts
+from coterie.lab.planner.expert_counts import BlockCounts, CountExperts, PassCounts
 from coterie.lab.planner.measurement import cost_of
 from coterie.lab.planner.planned_model import PlannedModel
 from coterie.lab.planner.rates import MachineRates, ShapeCost
@@ -22,6 +26,8 @@ from coterie.ops import cpu
 from coterie.routing import check_layers, parse_policy
 
 PERCENTS = (*range(5, 45, 5), *range(50, 100, 10))  # of the experts, in memory
+PROMPT = "Solve 3x + 4 = 19 for x."
+PLACEHOLDER = "FOLDER"  # the original model of a shape, which a plan does not know
 TIERS = {"cpu": ("memory", "disk"), "cuda": ("gpu", "memory")}  # the nearest first
 
 
@@ -104,10 +110,10 @@ def make_plan(
     """
     for policy in options.policies:
         check_layers(parse_policy(policy), len(model.spec.moe_layers))
-    planned = _Planned(model, count, options)
+    planner = _Planner(model, count, options)
     costs = [cost_of(model.shape, name) for name in options.formats]
     found = [
-        _configuration(planned, device, cost, policy, percent)
+        planner.configuration(device, cost, policy, percent)
         for device in devices
         for cost in costs
         for percent in _fitting_percents(cost, device)
@@ -157,39 +163,89 @@ def _slots(cost: ShapeCost, percent: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Planned:
+class _Planner:
     """What all configurations of a plan share."""
 
     model: PlannedModel
     count: CountExperts
     options: PlanOptions
 
+    def configuration(
+        self, device: PlanDevice, cost: ShapeCost, policy: str, percent: int
+    ) -> Configuration:
+        model, slots = self.model, _slots(cost, percent)
+        commits_routed = self.options.commit_routing == "policy"
+        counts = self.count(
+            ReplayPolicy(parse_policy(policy), routes_commits=commits_routed), slots
+        )
+        passes = list(self._passes(counts, slots))
+        sizes = [cost.bytes(each.visible, counted) for each, counted, _ in passes]
+        seconds = [
+            cost.seconds(
+                device.rates, counted, tokens=each.width, num_logits=logits, positions=each.visible
+            )
+            for each, counted, logits in passes
+        ]
+        steps = self.options.steps
+        return Configuration(
+            device=device.name,
+            format_name=cost.format_name,
+            policy=policy,
+            share=percent / 100,
+            slots=slots,
+            tiers=TIERS[device.name][: 1 if percent == 100 else 2],
+            memory=memory_bytes(cost, slots),
+            experts=counts.decode.mean_used,
+            loads=counts.decode.mean_loads,
+            forward_bytes=sum(sizes[:steps]) / steps,
+            fetched_bytes=counts.decode.mean_loads * len(cost.spec.moe_layers) * cost.expert_bytes,
+            forward_seconds=sum(seconds[:steps]) / steps,
+            converted_to=None if cost.format_name == model.stored_format else cost.format_name,
+            tokens_per_second=model.block / sum(seconds),
+            commands=self._commands(device.name, cost.format_name, policy, percent),
+        )
 
-def _configuration(
-    planned: _Planned, device: PlanDevice, cost: ShapeCost, policy: str, percent: int
-) -> Configuration:
-    model, options, slots = planned.model, planned.options, _slots(cost, percent)
-    commits_routed = options.commit_routing == "policy"
-    counts = planned.count(ReplayPolicy(parse_policy(policy), routes_commits=commits_routed), slots)
-    block = predict_block(model, cost, device.rates, counts, slots=slots, steps=options.steps)
-    fetched = counts.decode.mean_loads * len(cost.spec.moe_layers) * cost.expert_bytes
-    return Configuration(
-        device=device.name,
-        format_name=cost.format_name,
-        policy=policy,
-        share=percent / 100,
-        slots=slots,
-        tiers=TIERS[device.name][: 1 if percent == 100 else 2],
-        memory=memory_bytes(cost, slots),
-        experts=counts.decode.mean_used,
-        loads=counts.decode.mean_loads,
-        forward_bytes=block.forward_bytes,
-        fetched_bytes=fetched,
-        forward_seconds=block.forward_seconds,
-        converted_to=None if cost.format_name == model.stored_format else cost.format_name,
-        tokens_per_second=model.block / block.seconds,
-        commands=run_commands(
-            *(model, device.name, cost.format_name, policy, percent),
-            commit_routing=options.commit_routing,
-        ),
-    )
+    def _passes(
+        self, counts: BlockCounts, slots: int
+    ) -> Iterator[tuple[ForwardPass, PassCounts, int]]:
+        """The forwards of a block with their experts and logits: those that decode, then commits.
+
+        A pass over the whole row uses all experts of each layer.
+        """
+        model, steps, router = self.model, self.options.steps, self.model.spec.router
+        for step, each in enumerate(model.decode_passes(steps)):
+            counted, logits = counts.decode, model.block - step * model.block // steps
+            if each.kind == "refresh":
+                used = np.full((1, 1), router.experts)
+                loads = used - min(slots, router.experts)
+                counted = PassCounts(used, loads, each.width * router.k)
+            yield each, counted, logits
+        for each in model.decode_plan.commit_passes(model.middle_block):
+            yield each, counts.commit, 0
+
+    def _commands(
+        self, device: str, format_name: str, policy: str, percent: int
+    ) -> tuple[str, ...]:
+        """One command, or two where the experts must be packed first to be fetched from a disk."""
+        model, commit_routing = self.model, self.options.commit_routing
+        resident, on_gpu = percent == 100, device == "cuda"
+        if resident and model.is_shape and not on_gpu:
+            shaped = ["bench", "generate", "--shape", model.name, "--expert-dtype", format_name]
+            return (_command(*shaped, "--policy", policy),)
+        options = ["--policy", policy, *(["--device", device] if on_gpu else [])]
+        options += [] if commit_routing == "vanilla" else ["--commit-routing", commit_routing]
+        options += [] if resident else ["--expert-memory", f"{percent}%"]
+        converted = [] if format_name == model.stored_format else ["--expert-dtype", format_name]
+        source = PLACEHOLDER if model.is_shape else model.name
+        name = [] if model.name == EMBEDDED else ["--model", source]
+        if resident or on_gpu or model.spec.panels:
+            return (_command("generate", PROMPT, *name, *converted, *options),)
+        packed = f"{Path(model.name.partition('@')[0]).name}-{format_name}"
+        return (
+            _command("quantize", source, packed, "--expert-dtype", format_name),
+            _command("generate", PROMPT, "--model", packed, *options),
+        )
+
+
+def _command(*words: str) -> str:
+    return shlex.join(["coterie", *words])

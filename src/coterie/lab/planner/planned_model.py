@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from coterie.checkpoints.source import CONFIG_FILES, EMBEDDED, find_folder
+from coterie.decoding.canvas import Block
+from coterie.decoding.kv_schemes import DecodePlan, ForwardPass, StepCounter, parse_plan
 from coterie.errors import ConfigError
 from coterie.families import ModelConfig, detect_family
 from coterie.lab.bench.model import ExpertDtype
@@ -19,6 +21,7 @@ from coterie.model.spec import ModelSpec
 
 LARGE_COUNT = 128  # experts from which the coresets of LLaDA2.0-mini are planned
 SMALL_BETAS = SHAPES["llada-moe"].betas
+BLOCKS_BEFORE, BLOCKS_AFTER = 7, 4  # of the block that is predicted: the middle of an answer
 QUANTISED: tuple[ExpertDtype, ...] = ("int8", "int4")
 
 
@@ -32,7 +35,7 @@ class PlannedModel:
 
     @staticmethod
     def find(name: str | None) -> PlannedModel:
-        """From a shape, a folder, a hub id, or None for the model in the package."""
+        """The model of a shape, a folder or a hub id; None is the model in the package."""
         if name in SHAPES:
             return PlannedModel(name, SHAPES[name], is_shape=True)
         config = ModelConfig.of(find_folder(name, CONFIG_FILES) / "config.json")
@@ -50,7 +53,7 @@ class PlannedModel:
 
     @property
     def spec(self) -> ModelSpec:
-        """As stored."""
+        """The model's spec as it is stored."""
         return self.shape.spec
 
     @property
@@ -59,8 +62,23 @@ class PlannedModel:
         return self.spec.block or self.shape.family.defaults.block
 
     @property
-    def is_embedded(self) -> bool:
-        return self.name == EMBEDDED
+    def decode_plan(self) -> DecodePlan:
+        return parse_plan(self.shape.family.defaults.kv_cache)
+
+    @property
+    def middle_block(self) -> Block:
+        return Block(BLOCKS_BEFORE, BLOCKS_BEFORE * self.block, (BLOCKS_BEFORE + 1) * self.block)
+
+    def decode_passes(self, steps: int) -> Iterator[ForwardPass]:
+        """The forwards that decode the middle block, as many tokens in each."""
+        plan, block = self.decode_plan, self.middle_block
+        length = block.stop + BLOCKS_AFTER * self.block
+        for step in range(steps):
+            yield plan.next_pass(block, length, StepCounter(BLOCKS_BEFORE * steps + step, step))
+
+    def window_tokens(self, steps: int) -> int:
+        """Tokens of the narrowest forward that decodes: the block, and its surroundings if any."""
+        return min(each.width for each in self.decode_passes(steps))
 
     @property
     def stored_format(self) -> ExpertDtype:
@@ -97,8 +115,3 @@ def _assumed_experts(spec: ModelSpec) -> int:
     mini = SHAPES["llada2-mini"]
     skew = find_skew(mini.spec.router, mini.unique_experts)
     return max(spec.router.k, round(mean_unique_experts(spec.router, BLOCK_LENGTH, skew, 8)))
-
-
-def default_folder(name: str, format_name: str) -> str:
-    """The folder that a converted model is written to by the commands of a plan."""
-    return f"{Path(name.partition('@')[0]).name}-{format_name}"

@@ -1,19 +1,17 @@
-"""Fits a replay's hardware model to timed forwards, and validates it on forwards left out.
+"""Fits a replay's hardware model to timed forwards.
 
 Disk and memory bandwidth change within minutes: forwards to fit must alternate with the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coterie.errors import ConfigError
-from coterie.keys import to_json
 from coterie.lab.replay.hardware_model import (
     CountArray,
     HardwareModel,
@@ -38,48 +36,6 @@ class TimedForwards:
     seconds: SecondsArray
 
 
-@dataclass(frozen=True)
-class RateValidation:
-    """The fitted hardware model, and measured and predicted seconds of a forward by run."""
-
-    hardware: HardwareModel
-    fitted: frozenset[str]  # runs that the model was fitted to
-    measured: Mapping[str, float]
-    predicted: Mapping[str, float]
-
-    def relative_error(self, name: str) -> float:
-        return self.predicted[name] / self.measured[name] - 1
-
-    @property
-    def held_out_errors(self) -> list[float]:
-        return [abs(self.relative_error(n)) for n in self.measured if n not in self.fitted]
-
-    def to_dict(self) -> dict[str, object]:
-        return {
-            "machine": {**to_json(self.hardware), "as_typed": format_hardware(self.hardware)},
-            "worst": max(self.held_out_errors),
-            "median": median(self.held_out_errors),
-            "runs": {name: self._run_dict(name) for name in self.measured},
-        }
-
-    def _run_dict(self, name: str) -> dict[str, object]:
-        times = {"ms": 1e3 * self.measured[name], "predicted_ms": 1e3 * self.predicted[name]}
-        return {"fitted": name in self.fitted, **times, "relative_error": self.relative_error(name)}
-
-
-def validate(
-    runs: Mapping[str, TimedForwards], fit_names: Collection[str], expert_bytes: int
-) -> RateValidation:
-    """Fit the runs of these names, and predict all."""
-    hardware = fit_rates([runs[name] for name in fit_names], expert_bytes)
-    seconds = {name: float(run.seconds.mean()) for name, run in runs.items()}
-    predicted = {
-        name: float(predict_seconds(hardware, run.used, run.loads, expert_bytes)[0].mean())
-        for name, run in runs.items()
-    }
-    return RateValidation(hardware, frozenset(fit_names), seconds, predicted)
-
-
 def fit_rates(runs: Sequence[TimedForwards], expert_bytes: int) -> HardwareModel:
     """The hardware model with the least squared error, relative to each run's mean time.
 
@@ -96,21 +52,8 @@ def fit_rates(runs: Sequence[TimedForwards], expert_bytes: int) -> HardwareModel
     return _to_hardware(min(fits, key=lambda fit: (_residuals(runs, expert_bytes, fit) ** 2).sum()))
 
 
-def format_hardware(hardware: HardwareModel) -> str:
-    """The options of `coterie replay` for this hardware model."""
-    memory = hardware.memory_bandwidth
-    options = {
-        "--link-bandwidth": f"{hardware.link_bandwidth / 1e9:.3g}GB/s",
-        "--memory-bandwidth": None if memory is None else f"{memory / 1e9:.3g}GB/s",
-        "--other-ms": f"{1e3 * hardware.other_seconds:.3g}",
-        "--transfer-latency-ms": f"{1e3 * hardware.transfer_latency:.3g}",
-        "--overlap": f"{hardware.overlap:.3g}",
-    }
-    return " ".join(f"{flag} {value}" for flag, value in options.items() if value is not None)
-
-
 def _to_hardware(parameters: Vector) -> HardwareModel:
-    """From logarithms of memory, link, other and latency, and the logit of overlap."""
+    """The rates from logarithms of memory, link, other and latency, and the logit of overlap."""
     memory, link, other, latency = (float(value) for value in np.exp(parameters[:4]))
     return HardwareModel(link, memory, other, float(1 / (1 + np.exp(-parameters[4]))), latency)
 

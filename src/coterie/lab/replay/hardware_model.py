@@ -41,27 +41,6 @@ class HardwareModel:
     transfer_latency: Annotated[float, Key("latency")] = 0.0  # seconds of a layer with a miss
 
 
-@dataclass(frozen=True)
-class PredictedTime:
-    """Seconds of all forwards per decoding forward; in stall seconds nothing is computed."""
-
-    forward_seconds: float
-    stall_seconds: float
-
-
-def predict_time(
-    hardware: HardwareModel,
-    used: CountArray,
-    loads: CountArray,
-    expert_bytes: int,
-    *,
-    decode_forwards: int,
-) -> PredictedTime:
-    """Time of forwards that use and load these numbers of experts, [P, L]."""
-    total, stall = predict_seconds(hardware, used, loads, expert_bytes)
-    return PredictedTime(float(total.sum()) / decode_forwards, float(stall.sum()) / decode_forwards)
-
-
 def predict_seconds(
     hardware: HardwareModel, used: CountArray, loads: CountArray, expert_bytes: int
 ) -> tuple[SecondsArray, SecondsArray]:

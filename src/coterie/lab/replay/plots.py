@@ -39,11 +39,12 @@ def draw_bytes_moved(result: ReplayResult) -> Figure:
             lines.setdefault(key, set()).add((point.slots, size))
     evictions = list(dict.fromkeys(eviction for _, eviction in lines))
     for (policy, eviction), points in lines.items():
+        style = plotting.policy_style(policy)
         axes.plot(
             *zip(*sorted(points), strict=True),
             LINE_STYLES[evictions.index(eviction) % len(LINE_STYLES)],
-            color=plotting.policy_colour(policy),
-            marker=plotting.policy_marker(policy),
+            color=style.colour,
+            marker=style.marker,
             label=f"{policy}, {eviction}" if len(evictions) > 1 else policy,
         )
     axes.set_ylim(bottom=0)
@@ -58,8 +59,8 @@ def draw_overlap(result: ReplayResult) -> Figure:
     figure, axes = plotting.new_axes("layer with a router", f"experts in common {pairs}")
     for name, overlap in result.overlaps.items():
         values = overlap.step_jaccard if within else overlap.block_jaccard
-        colour, marker = plotting.policy_colour(name), plotting.policy_marker(name)
-        axes.plot(range(1, len(values) + 1), values, color=colour, marker=marker, label=name)
+        style, indices = plotting.policy_style(name), range(1, len(values) + 1)
+        axes.plot(indices, values, color=style.colour, marker=style.marker, label=name)
     axes.set_ylim(0, 1)
     axes.locator_params(axis="x", integer=True)
     plotting.add_legend(axes, columns=1)

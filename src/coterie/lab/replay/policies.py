@@ -104,9 +104,10 @@ def trace_scores(
     rank = _stack([forward.rank[ordinal] for forward in forwards]).maximum(next_score + MIN_MARGIN)
     names = ("voters", "masked", "filled")
     flags = [_stack([getattr(forward, name) for forward in forwards]) for name in names]
+    admitted = _stack([_admitted_experts(forward, ordinal) for forward in forwards])
     if joint:
-        tensors = (ids, rank, next_score, *flags)
-        ids, rank, next_score, *flags = (x.flatten(0, 1).unsqueeze(0) for x in tensors)
+        tensors = (ids, rank, next_score, admitted, *flags)
+        ids, rank, next_score, admitted, *flags = (x.flatten(0, 1).unsqueeze(0) for x in tensors)
     voters, masked, filled = flags
     bias = torch.zeros(header.experts) if trace.bias is None else torch.tensor(trace.bias[ordinal])
     p = (rank - bias[ids]).clamp(1e-9, MAX_PROBABILITY)
@@ -128,7 +129,15 @@ def trace_scores(
         moe_index=ordinal,
         forward_indices=tuple(forward.decode_index for forward in forwards),
         vanilla_ids=ids,
+        admitted=None if forwards[0].router_blocks is None else admitted,
     )
+
+
+def _admitted_experts(forward: TraceForward, ordinal: int) -> Mask:
+    """[N, E]: the experts that each token's router block admits, all of them without blocks."""
+    if forward.router_blocks is None:
+        return np.ones((forward.tokens, forward.used.shape[-1]), dtype=bool)
+    return forward.router_blocks.admitted_by_token(forward.tokens, ordinal)
 
 
 def forward_votes(trace: Trace, forward: TraceForward) -> np.ndarray:

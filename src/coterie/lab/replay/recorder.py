@@ -15,14 +15,21 @@ from coterie.engine.engine import Engine, Prompt
 from coterie.engine.events import Result
 from coterie.engine.generation_config import GenerationConfig
 from coterie.engine.observation import LayerObservation, observe_forwards
-from coterie.lab.replay.trace import SCORED_KINDS, Floats, Mask, TraceForward, TraceHeader
+from coterie.lab.replay.trace import (
+    SCORED_KINDS,
+    Floats,
+    Mask,
+    RouterBlocks,
+    TraceForward,
+    TraceHeader,
+)
 from coterie.lab.replay.trace_file import TraceWriter
 from coterie.loading.load import Model
 from coterie.model.moe import MoE
 from coterie.model.spec import ModelSpec
 from coterie.model.weights import expert_bytes
 from coterie.quantization import FORMATS
-from coterie.routing.router import select_topk
+from coterie.routing.router import admitted_experts, select_topk, vanilla_ids
 from coterie.values import Scores
 
 
@@ -74,6 +81,7 @@ def forward_record(observations: Sequence[LayerObservation], row: int, number: i
         next_score=next_score,
         used=np.stack([_used_mask(observation, row) for observation in observations]),
         kind=first.kind,
+        router_blocks=_router_blocks(observations, row) if tokens else None,
     )
 
 
@@ -88,7 +96,7 @@ def trace_header(
     """The header of a trace of this engine."""
     model, spec, router = engine.model, engine.model.spec, engine.model.spec.router
     return TraceHeader(
-        *(model.name, policy, generation.plan, generation.unmask),
+        *(model.name, policy, generation.kv_cache, generation.unmask),
         *(spec.moe_layers, router.experts, router.k, bytes_by_precision(spec)),
         biased_weight=router.biased_weight,
         commit_routing=generation.commit_routing,
@@ -113,19 +121,39 @@ def bytes_by_precision(spec: ModelSpec) -> dict[str, int]:
 
 def _topk_scores(scores: Scores, row: int, tokens: int) -> tuple[np.ndarray, Floats, Floats]:
     """One row's top-k ids [N, k], their scores [N, k] and the score of the next expert [N]."""
-    k, ids = scores.router.k, scores.vanilla_ids
+    k = scores.router.k
     if not tokens:
         empty = np.zeros((0, k), np.float32)
         return empty.astype(np.int16), empty, empty[:, 0]
-    only = slice(row, row + 1)
-    row_ids = None if ids is None else ids[only]
-    starts = None if scores.starts is None else scores.starts[only]
-    row_scores = replace(scores, logits=scores.logits[only], vanilla_ids=row_ids, starts=starts)
-    topk_ids = select_topk(row_scores, None) if row_ids is None else row_ids
+    row_scores = _row_of(scores, row)
+    topk_ids = vanilla_ids(row_scores)
     next_id = select_topk(row_scores, None, min(k + 1, scores.router.experts))[..., -1:]
     gathered = (row_scores.selection_scores.gather(-1, x)[0] for x in (topk_ids, next_id))
     rank, next_score = (scores.float().cpu().numpy() for scores in gathered)
-    return topk_ids[0].cpu().numpy().astype(np.int16), rank, next_score[:, 0]
+    # Of the experts that the router drops before top-k, the next one may have a higher score.
+    next_score = np.minimum(next_score[:, 0], rank[:, -1])
+    return topk_ids[0].cpu().numpy().astype(np.int16), rank, next_score
+
+
+def _router_blocks(observations: Sequence[LayerObservation], row: int) -> RouterBlocks | None:
+    """The experts that the blocks of a row's window admit; None without a capacity."""
+    layers = [admitted_experts(_row_of(each.scores, row)) for each in observations]
+    masks = [mask[0] for mask in layers if mask is not None]  # [N, E] each
+    if not masks:
+        return None
+    scores = observations[0].scores
+    size = scores.router.block
+    offset = 0 if scores.starts is None else int(scores.starts[row]) % size
+    first_tokens = [max(0, start - offset) for start in range(0, offset + len(masks[0]), size)]
+    admitted = torch.stack([mask[first_tokens] for mask in masks], dim=1)  # [B, L, E]
+    return RouterBlocks(size, offset, admitted.cpu().numpy())
+
+
+def _row_of(scores: Scores, row: int) -> Scores:
+    """The scores of one row, as far as vanilla routing reads them."""
+    only = slice(row, row + 1)
+    starts, ids = (None if x is None else x[only] for x in (scores.starts, scores.vanilla_ids))
+    return replace(scores, logits=scores.logits[only], vanilla_ids=ids, starts=starts)
 
 
 def _used_mask(observation: LayerObservation, row: int) -> Mask:

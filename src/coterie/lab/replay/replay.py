@@ -7,8 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
 
 from coterie.errors import ConfigError
+from coterie.keys import Key, to_json
 from coterie.lab.replay.cache_simulation import (
     CacheConfig,
     CacheReplay,
@@ -19,10 +24,9 @@ from coterie.lab.replay.cache_simulation import (
     replay_cache,
     select_experts,
 )
-from coterie.lab.replay.hardware_model import HardwareModel, PredictedTime, predict_time
-from coterie.lab.replay.overlap import StepOverlap, measure_overlap
+from coterie.lab.replay.hardware_model import HardwareModel, predict_seconds
 from coterie.lab.replay.policies import Fidelity, fidelity
-from coterie.lab.replay.trace import Trace
+from coterie.lab.replay.trace import Mask, Trace
 from coterie.offload.capacity import Capacity
 from coterie.offload.eviction import EVICTIONS, Eviction, parse_eviction
 from coterie.offload.traffic import Traffic, Transfer
@@ -65,7 +69,7 @@ class ReplayCase:
 
 @dataclass(frozen=True)
 class ReplayPoint:
-    """The outcome of a case; only ``predicted_time`` is not counted."""
+    """The outcome of a case. Seconds are predicted, of all forwards per decoding one."""
 
     case: ReplayCase
     fidelity: Fidelity
@@ -73,7 +77,8 @@ class ReplayPoint:
     experts: float  # used by a layer in a decoding forward
     loads: float  # of these, the ones that were copied
     traffic: Traffic  # of all forwards
-    predicted_time: PredictedTime
+    forward_seconds: float
+    stall_seconds: float  # in which nothing is computed
     vote_share: float
     coresets_reused: float | None  # with coreset reuse: share of later steps that reused one
 
@@ -97,8 +102,8 @@ class ReplayPoint:
             "bytes_avoided": traffic.bytes_saved,
             "bytes_avoided_against_vanilla": traffic.bytes_saved_vs_vanilla,
             "saved_against_vanilla": traffic.fraction_saved,
-            "ms": 1e3 * self.predicted_time.forward_seconds,
-            "stall_ms": 1e3 * self.predicted_time.stall_seconds,
+            "ms": 1e3 * self.forward_seconds,
+            "stall_ms": 1e3 * self.stall_seconds,
             "votes_kept": self.vote_share,
             "coresets_kept": self.coresets_reused,
         }
@@ -113,11 +118,11 @@ class ReplayResult:
     steps_per_block: float
 
     def to_dict(self, trace: Trace, path: Path) -> dict[str, object]:
-        """As JSON, with the recorded run."""
+        """The replay as JSON, with the recorded run."""
         header = trace.header
         return {
             "trace": str(path), "torn": trace.truncated, "model": header.model,
-            "traced_under": header.policy, "plan": header.plan, "unmask": header.unmask,
+            "traced_under": header.policy, "plan": header.kv_cache, "unmask": header.unmask,
             "layers": list(header.layers), "experts": header.experts,
             "prompts": dict(header.prompts), "made": dict(header.provenance),
             "forwards": trace.kinds, "steps_per_block": self.steps_per_block,
@@ -213,7 +218,7 @@ def _replay_case(
     count, size = int(is_decode.sum()), grid.expert_bytes[case.precision]
     used, misses, baseline = (int(x.sum()) for x in (run.used, run.loads, vanilla.loads))
     transfers = {"elsewhere": Transfer(misses, misses * size)}
-    hardware = grid.links[case.link]
+    seconds, stalls = predict_seconds(grid.links[case.link], run.used, run.loads, size)
     point = ReplayPoint(
         case,
         fidelity(case.replay_policy.policy),
@@ -221,8 +226,71 @@ def _replay_case(
         experts=float(run.used[is_decode].mean()),
         loads=float(run.loads[is_decode].mean()),
         traffic=Traffic(count, size, used, used - misses, transfers, baseline),
-        predicted_time=predict_time(hardware, run.used, run.loads, size, decode_forwards=count),
+        forward_seconds=float(seconds.sum()) / count,
+        stall_seconds=float(stalls.sum()) / count,
         vote_share=vote_share(trace_votes, selected),
         coresets_reused=selected.reused / selected.reusable if selected.reusable else None,
     )
     return point, selected
+
+
+LayerMeans = tuple[float, ...]
+METRICS = ("step_jaccard", "block_jaccard", "step_cosine", "block_cosine")
+
+
+@dataclass(frozen=True)
+class StepOverlap:
+    """Means over pairs of consecutive decoding forwards of a row, for each layer; empty without.
+
+    ``steps`` pairs lie within one block, ``blocks`` pairs span two. Jaccard: experts in both over
+    experts in either. Cosine: of the votes.
+    """
+
+    steps: Annotated[int, Key("steps")]
+    blocks: Annotated[int, Key("blocks")]
+    step_jaccard: Annotated[LayerMeans, Key("step_jaccard")]
+    block_jaccard: Annotated[LayerMeans, Key("block_jaccard")]
+    step_cosine: Annotated[LayerMeans, Key("step_cosine")]
+    block_cosine: Annotated[LayerMeans, Key("block_cosine")]
+
+    def mean(self, name: str) -> float | None:
+        """The mean over layers of one of the METRICS."""
+        values = to_json(self)[name]
+        return sum(values) / len(values) if values else None
+
+    def to_dict(self) -> dict[str, object]:
+        return {**to_json(self), "means": {name: self.mean(name) for name in METRICS}}
+
+
+def measure_overlap(trace_votes: TraceVotes, used: Mask) -> StepOverlap:
+    """The overlap of the experts used, [F, L, E], and of the trace's votes."""
+    forwards, votes = trace_votes.trace.forwards, trace_votes.votes
+    pairs: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # whether in one block
+    last_of_row: dict[int, int] = {}
+    for index in trace_votes.trace.decode_indices:
+        row, block = forwards[index].row, forwards[index].block_start
+        if (previous := last_of_row.get(row)) is not None:
+            pairs[forwards[previous].block_start == block].append((previous, index))
+        last_of_row[row] = index
+    groups = within, between = (pairs[True], pairs[False])
+    return StepOverlap(
+        *(len(within), len(between)),
+        *(_means([jaccard(used[a], used[b]) for a, b in group]) for group in groups),
+        *(_means([cosine(votes[a], votes[b]) for a, b in group]) for group in groups),
+    )
+
+
+def jaccard(first: Mask, second: Mask) -> NDArray[np.float64]:
+    """[L] from masks [L, E]; 1 where both are empty."""
+    union = (first | second).sum(-1)
+    return np.where(union > 0, (first & second).sum(-1) / np.maximum(union, 1), 1.0)
+
+
+def cosine(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[L] from vectors [L, E]; 0 where one is zero."""
+    norms = np.linalg.norm(first, axis=-1) * np.linalg.norm(second, axis=-1)
+    return np.where(norms > 0, (first * second).sum(-1) / np.maximum(norms, 1e-300), 0.0)
+
+
+def _means(values: list[NDArray[np.float64]]) -> LayerMeans:
+    return tuple(np.mean(values, axis=0).tolist()) if values else ()

@@ -6,13 +6,16 @@ A record:
 
     size u32, crc32 u32 of what follows; then one byte, 1 where the rest is compressed (zlib); then
     number u32, row u32, forward u32, block i32, start i32, tokens u16, flags u16;
+    size u32 of router blocks, offset u32 of the window in its first one (with flag 8);
     voters, masked, filled: a bit for each token;
     for each layer: scores (``pack_scores``), top-k ids (``pack_ids``);
-    used: a bit for each layer and expert, where it differs from the top-k ids (flag 1).
+    used: a bit for each layer and expert, where it differs from the top-k ids (flag 1);
+    admitted: a bit for each router block, layer and expert (flag 8).
 
-The next two bits of the flags are the kind of forward: decode, commit, prefill or refresh. For the
-last two only ``used`` is stored, and ``tokens`` is 0. With 32 tokens, 19 layers, 256 experts and
-top-8, a record takes at most 8,177 bytes; a policy that changes ``used`` adds 608 bytes.
+Two bits of the flags are the kind of forward: decode, commit, prefill or refresh. For the last two
+only ``used`` is stored, and ``tokens`` is 0. With 32 tokens, 19 layers, 256 experts and top-8, a
+record takes at most 8,177 bytes. A policy that changes ``used`` adds 608 bytes, and a router whose
+blocks admit experts 616 bytes.
 
 Ids are exact and scores have few bits, so a replay is exact for policies that need only the ids
 and nearly exact for others (``policies.fidelity``). Tokens, steps and hidden states stay those of
@@ -22,6 +25,7 @@ the recorded run: a trace does not show how another policy would change them.
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zlib
 from collections.abc import Mapping
@@ -45,9 +49,10 @@ KINDS: tuple[ForwardKind, ...] = ("decode", "commit", "prefill", "refresh")
 SCORED_KINDS = ("decode", "commit")  # they compute one block; the others compute a whole row
 FRAME_HEADER = struct.Struct("<II")
 RECORD_HEADER = struct.Struct("<IIIiiHH")
+BLOCKS_HEADER = struct.Struct("<II")
 SCALE_HEADER = struct.Struct("<3f")  # least next score, span of next scores, largest margin
 MARGIN_LEVELS, NEXT_LEVELS = 16, 255
-HAS_USED_MASK = 1
+HAS_USED_MASK, HAS_ADMITTED = 1, 8
 MAX_BYTES = 1 << 24  # of a header or a record; a larger size means damage
 
 
@@ -57,7 +62,7 @@ class TraceHeader:
 
     model: Annotated[str, Key("model")]
     policy: Annotated[str, Key("policy")]
-    plan: Annotated[str, Key("plan")]
+    kv_cache: Annotated[str, Key("plan")]
     unmask: Annotated[str, Key("unmask")]
     layers: Annotated[tuple[int, ...], Key("layers")]  # the layers with a router
     experts: Annotated[int, Key("experts")]
@@ -67,6 +72,27 @@ class TraceHeader:
     commit_routing: Annotated[str, Key("commit")] = "vanilla"
     prompts: Annotated[Mapping[str, object], Key("prompts")] = field(default_factory=dict)
     provenance: Annotated[Mapping[str, object], Key("made")] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RouterBlocks:
+    """The experts that each router block of a window admits (LLaDA2.2).
+
+    Blocks have ``size`` tokens; ``offset`` tokens of the first one lie before the window.
+    """
+
+    size: int
+    offset: int
+    admitted: Mask  # [B, L, E]
+
+    def admitted_by_token(self, tokens: int, ordinal: int) -> Mask:
+        """[N, E]: the experts that each token's block admits in a layer."""
+        return self.admitted[(np.arange(tokens) + self.offset) // self.size, ordinal]
+
+    @staticmethod
+    def count(size: int, offset: int, tokens: int) -> int:
+        """The number of blocks in a window of N tokens."""
+        return (offset + tokens - 1) // size + 1
 
 
 @dataclass(frozen=True)
@@ -89,6 +115,7 @@ class TraceForward:
     next_score: Floats  # [L, N] the score of the expert ranked k + 1
     used: Mask  # [L, E] the experts that the forward computed
     kind: ForwardKind = "decode"
+    router_blocks: RouterBlocks | None = None  # None: the router admits all experts
 
     @property
     def tokens(self) -> int:
@@ -131,13 +158,19 @@ def encode_forward(forward: TraceForward, experts: int) -> bytes:
     place = (forward.number, forward.row, forward.decode_index)
     starts = (forward.block_start, forward.window_start)
     flags = HAS_USED_MASK * has_used | KINDS.index(forward.kind) << 1
+    blocks = forward.router_blocks
+    flags |= HAS_ADMITTED * (blocks is not None)
     parts = [RECORD_HEADER.pack(*place, *starts, forward.tokens, flags)]
+    if blocks is not None:
+        parts.append(BLOCKS_HEADER.pack(blocks.size, blocks.offset))
     parts += map(pack_mask, (forward.voters, forward.masked, forward.filled))
     layers = zip(forward.vanilla_ids, forward.rank, forward.next_score, strict=True)
     for ids, rank, next_score in layers if forward.tokens else ():
         parts += [pack_scores(rank, next_score), pack_ids(ids, experts)]
     if has_used:
         parts.append(pack_mask(forward.used))
+    if blocks is not None:
+        parts.append(pack_mask(blocks.admitted))
     return b"".join(parts)
 
 
@@ -157,10 +190,10 @@ def unframe_record(content: bytes, header: TraceHeader) -> bytes:
         raise CheckpointError("it does not begin as records do")
     stream = zlib.decompressobj()
     try:
-        body = stream.decompress(data, RECORD_HEADER.size)
+        body = stream.decompress(data, RECORD_HEADER.size + BLOCKS_HEADER.size)
         size = record_size(body, header)
         # One byte more than the record, since the end of the stream is noticed there.
-        body += stream.decompress(stream.unconsumed_tail, size + 1 - len(body))
+        body += stream.decompress(stream.unconsumed_tail, max(1, size + 1 - len(body)))
     except zlib.error:
         raise CheckpointError("it cannot be decompressed") from None
     if not stream.eof or stream.unused_data:
@@ -173,12 +206,16 @@ def record_size(body: bytes, header: TraceHeader) -> int:
     if len(body) < RECORD_HEADER.size:
         raise CheckpointError("it is too short")
     *_, tokens, flags = RECORD_HEADER.unpack_from(body)
-    if flags >> 3 or not (tokens or flags & HAS_USED_MASK):
+    admits = bool(flags & HAS_ADMITTED)
+    if flags >> 4 or (not tokens and (admits or not flags & HAS_USED_MASK)):
         raise CheckpointError("its flags are unknown")
     layers, experts, k = len(header.layers), header.experts, header.k
     layer_size = scores_size(tokens, k) + ids_size(tokens * k, experts) if tokens else 0
     used_size = mask_size(layers * experts) if flags & HAS_USED_MASK else 0
     size = RECORD_HEADER.size + 3 * mask_size(tokens) + layers * layer_size + used_size
+    if admits:
+        blocks = RouterBlocks.count(*read_block_size(body), tokens)
+        size += BLOCKS_HEADER.size + mask_size(blocks * layers * experts)
     if size > MAX_BYTES:
         raise CheckpointError("its size is wrong")
     return size
@@ -190,7 +227,8 @@ def decode_forward(body: bytes, header: TraceHeader) -> TraceForward:
         raise CheckpointError("its size is wrong")
     number, row, decode_index, block, start, tokens, flags = RECORD_HEADER.unpack_from(body)
     layers, experts, k = len(header.layers), header.experts, header.k
-    offset = RECORD_HEADER.size
+    admits = bool(flags & HAS_ADMITTED)
+    offset = RECORD_HEADER.size + BLOCKS_HEADER.size * admits
 
     def take(size: int) -> bytes:
         nonlocal offset
@@ -218,7 +256,22 @@ def decode_forward(body: bytes, header: TraceHeader) -> TraceForward:
         used = unpack_mask(take(mask_size(used.size)), used.size).reshape(used.shape)
     else:
         used = forward.vanilla_mask
-    return replace(forward, used=used)
+    if not admits:
+        return replace(forward, used=used)
+    place = read_block_size(body)
+    shape = (RouterBlocks.count(*place, tokens), layers, experts)
+    admitted = unpack_mask(take(mask_size(math.prod(shape))), math.prod(shape)).reshape(shape)
+    return replace(forward, used=used, router_blocks=RouterBlocks(*place, admitted))
+
+
+def read_block_size(body: bytes) -> tuple[int, int]:
+    """The size of a record's router blocks, and the offset of its window in the first one."""
+    if len(body) < RECORD_HEADER.size + BLOCKS_HEADER.size:
+        raise CheckpointError("it is too short")
+    size, offset = BLOCKS_HEADER.unpack_from(body, RECORD_HEADER.size)
+    if offset >= size:
+        raise CheckpointError(f"its window starts {offset} tokens into a block of {size}")
+    return size, offset
 
 
 def bits_per_id(experts: int) -> int:

@@ -6,13 +6,14 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Self
 
 import numpy as np
 
 from coterie.errors import CheckpointError, ConfigError
-from coterie.files import LockedFile, open_file, read_errors
+from coterie.files import LockedFile, opened
 from coterie.keys import from_json, to_json
 from coterie.lab.replay.trace import (
     FORMAT,
@@ -86,23 +87,17 @@ def read_trace(path: Path) -> Trace:
 
     Raises CheckpointError for a file that is not a trace, has another version or is damaged.
     """
-    try:
-        with _open(path) as file:
-            header, bias = _read_header(file, path)
-            forwards = list(_read_forwards(file, path, header))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    with _opened_trace(path) as file:
+        header, bias = _read_header(file)
+        forwards = list(_read_forwards(file, header))
     complete = tuple(forward for forward in forwards if forward is not None)
     return Trace(header, bias, complete, truncated=len(complete) < len(forwards))
 
 
 def is_trace(path: Path) -> bool:
     """Whether a file starts as traces do; raises CheckpointError where it cannot be read."""
-    try:
-        with _open(path) as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    with _opened_trace(path) as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def _lock_new_trace(path: Path, *, overwrite: bool) -> LockedFile:
@@ -117,13 +112,14 @@ def _lock_new_trace(path: Path, *, overwrite: bool) -> LockedFile:
     raise ConfigError(f"{path}: exists already; name a new file, or set `overwrite`")
 
 
-def _open(path: Path) -> BinaryIO:
-    """The file; raises CheckpointError for a device or a pipe, which may never end."""
-    with read_errors(path):
-        return os.fdopen(open_file(path), "rb")
+@contextmanager
+def _opened_trace(path: Path) -> Iterator[BinaryIO]:
+    """A regular file; the errors inside get its name."""
+    with opened(path) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
+        yield file
 
 
-def _read_header(file: BinaryIO, path: Path) -> tuple[TraceHeader, Floats | None]:
+def _read_header(file: BinaryIO) -> tuple[TraceHeader, Floats | None]:
     line = file.readline(MAX_BYTES)
     try:
         fields = json.loads(line)
@@ -131,29 +127,29 @@ def _read_header(file: BinaryIO, path: Path) -> tuple[TraceHeader, Floats | None
     except (ValueError, RecursionError):
         fields, recognised = {}, False
     if not recognised or not line.endswith(b"\n"):
-        raise CheckpointError(f"{path}: not a trace; `coterie trace -o NEW` makes one")
+        raise CheckpointError("not a trace; `coterie trace -o NEW` makes one")
     if (version := fields.pop("version", None)) != VERSION:
-        raise CheckpointError(f"{path}: a trace of version {version}; this reads {VERSION}")
+        raise CheckpointError(f"a trace of version {version}; this reads {VERSION}")
     shape, checksum = fields.pop("bias_shape", None), fields.pop("bias_crc32", None)
-    header = _parse_header(fields, path)
+    header = _parse_header(fields)
     expected = [len(header.layers), header.experts]
     if shape not in (None, expected):
-        raise CheckpointError(f"{path}: header: bias_shape is not {expected}")
+        raise CheckpointError(f"header: bias_shape is not {expected}")
     raw = b"" if shape is None else file.read(4 * expected[0] * expected[1])
     bias = None if shape is None or zlib.crc32(raw) != checksum else np.frombuffer(raw, "<f4")
     if zlib.crc32(raw) != checksum or (bias is not None and not np.isfinite(bias).all()):
-        raise CheckpointError(f"{path}: the router's bias is cut off or damaged")
+        raise CheckpointError("the router's bias is cut off or damaged")
     return header, None if bias is None else bias.reshape(expected)
 
 
-def _parse_header(fields: Mapping[str, object], path: Path) -> TraceHeader:
+def _parse_header(fields: Mapping[str, object]) -> TraceHeader:
     """Raises CheckpointError for a missing, an unknown or a wrong field."""
     try:
         layers = fields["layers"]
         header = from_json(TraceHeader, {**fields, "layers": tuple(layers)})  # type: ignore[arg-type]
     except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: header: {error} is missing or wrong") from None
-    texts = (header.model, header.policy, header.plan, header.unmask, header.commit_routing)
+        raise CheckpointError(f"header: {error} is missing or wrong") from None
+    texts = (header.model, header.policy, header.kv_cache, header.unmask, header.commit_routing)
     sizes = header.expert_bytes if isinstance(header.expert_bytes, dict) else {"": None}
     valid = {
         "a name": all(isinstance(text, str) for text in texts),
@@ -166,7 +162,7 @@ def _parse_header(fields: Mapping[str, object], path: Path) -> TraceHeader:
         "prompts or made": isinstance(header.prompts, dict) and isinstance(header.provenance, dict),
     }
     if wrong := [name for name, is_valid in valid.items() if not is_valid]:
-        raise CheckpointError(f"{path}: header: {wrong[0]} is wrong")
+        raise CheckpointError(f"header: {wrong[0]} is wrong")
     return header
 
 
@@ -174,9 +170,7 @@ def _is_count(value: object, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def _read_forwards(
-    file: BinaryIO, path: Path, header: TraceHeader
-) -> Iterator[TraceForward | None]:
+def _read_forwards(file: BinaryIO, header: TraceHeader) -> Iterator[TraceForward | None]:
     """Forwards in order; None at the end where the last record is incomplete."""
     count = 0
     while frame := file.read(FRAME_HEADER.size):
@@ -195,5 +189,5 @@ def _read_forwards(
                 raise CheckpointError("checksum")
             yield decode_forward(unframe_record(content, header), header)
         except CheckpointError as error:
-            raise CheckpointError(f"{path}: record {count} is damaged ({error})") from None
+            raise CheckpointError(f"record {count} is damaged ({error})") from None
         count += 1

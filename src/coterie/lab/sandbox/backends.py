@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import CodeType
-from typing import Protocol
+from typing import Annotated, Protocol
 
-from coterie.lab.sandbox.result import Limits
+from coterie.keys import Key
 from coterie.lab.sandbox.syscalls import seccomp_filter
 
 SYSTEM_PATHS = ("/usr", "/lib", "/lib32", "/lib64", "/nix/store")
@@ -35,6 +35,25 @@ TEMPORARY_UIDS = range(61184, 65520)  # ids that systems reserve for transient u
 ENVIRONMENT = {"PYTHONHASHSEED": "0"} | {
     name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ
 }
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Resource limits of one program, its child processes included.
+
+    ``cpu_seconds`` is processor time, so that load on the machine fails no program.
+    ``wall_seconds`` also ends a program that sleeps. ``memory`` limits the address space of each
+    process and the resident memory of all of them. ``disk`` limits the private folder and each
+    file; ``output`` limits stdout and stderr. These three are in bytes.
+    """
+
+    cpu_seconds: Annotated[int, Key("processor")] = 5
+    wall_seconds: Annotated[float, Key("seconds")] = 20.0
+    memory: Annotated[int, Key("memory")] = 1 << 30
+    disk: Annotated[int, Key("disk")] = 8 << 20
+    output: Annotated[int, Key("output")] = 16 << 20
+    processes: Annotated[int, Key("processes")] = 8
+    files: Annotated[int, Key("files")] = 32
 
 
 @dataclass(frozen=True)
@@ -161,11 +180,8 @@ def visible_paths() -> tuple[str, ...]:
     """Paths that a program can read: system libraries and the interpreter."""
     prefix = Path(sys.base_prefix).resolve()
     interpreter = [prefix / part for part in ("bin", "lib", "lib64")]
-    paths = (
-        [Path(path) for path in SYSTEM_PATHS] + interpreter + [Path(path) for path in CONFIG_PATHS]
-    )
     visible: list[Path] = []
-    for path in paths:
+    for path in (*map(Path, SYSTEM_PATHS), *interpreter, *map(Path, CONFIG_PATHS)):
         if path.exists() and not path.is_symlink() and not any(map(path.is_relative_to, visible)):
             visible.append(path)
     return tuple(map(str, visible))

@@ -7,11 +7,14 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Literal
 
 from coterie.errors import CoterieError, TaskError
 from coterie.lab.sandbox.backends import (
     ENVIRONMENT,
+    Limits,
     SandboxBackend,
     SupervisorCommand,
     Unsandboxed,
@@ -19,12 +22,23 @@ from coterie.lab.sandbox.backends import (
     script_text,
     temporary_uids,
 )
-from coterie.lab.sandbox.result import ExecutionResult, Limits
 
 DEFAULT_LIMITS = Limits()
 PROBE_LIMITS = Limits(cpu_seconds=2, wall_seconds=10.0)
 STARTUP_SECONDS = 20.0  # allowance for the supervisor before and after its program
 MAX_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class ExecutionResult:
+    """``reason`` is one short printable line, such as "AssertionError()"; empty when passed."""
+
+    status: Literal["passed", "failed", "timeout"]
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.status == "passed"
 
 
 def run_program(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from matplotlib.figure import Figure
@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 from coterie.errors import CoterieError
 from coterie.lab.evals.run import Variant
 from coterie.lab.study.charts import DASHES, line_chart, policy_series
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
-from coterie.lab.study.paired import compare_pairs
-from coterie.lab.study.results import JsonObject, VariantResult
+from coterie.lab.study.comparison import compare_pairs
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
+from coterie.lab.study.results import VariantResult
 from coterie.lab.study.variants import GUARD_OPTIONS, short_name
 
 BLOCK_SIZES = (8, 16, 32, 64)
@@ -23,16 +22,14 @@ ResultsByPolicy = dict[str, dict[int, VariantResult]]
 """Policy -> block size -> result."""
 
 
-class BlockSizeExperiment(Experiment):
+class BlockSizeExperiment(Experiment, name="block-size"):
     """The same problems with blocks of several sizes, each compared with vanilla at that size."""
 
-    text = ExperimentText.load("block-size")
-
-    def measure(self, context: StudyContext) -> JsonObject:
+    def measure(self, context: StudyContext) -> Entry:
         half_k = max(1, context.engine.model.spec.router.k // 2)
         usual = context.engine.generation.block
         policies = [VANILLA, DES_VOTE, GUARDED, f"topk:k={half_k}"]
-        entries: list[JsonObject] = []
+        entries: list[Entry] = []
         skipped: list[str] = []
         for index, size in enumerate(BLOCK_SIZES):
             overrides = {} if size == usual else {"block": size}
@@ -55,18 +52,13 @@ class BlockSizeExperiment(Experiment):
             "skipped": skipped,
         }
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
+    def report(self, record: Entry) -> Iterator[Part]:
         by_policy, usual = _by_policy(record), record["usual"]
-        draw_accuracy = partial(draw_by_size, by_policy, "accuracy", accuracy=True)
+        draw = partial(draw_by_size, by_policy, "accuracy", accuracy=True)
+        yield Drawing(self.name, self.text.caption("accuracy", usual=usual), draw)
         label = f"unique experts of {record['experts']}"
-        draw_experts = partial(draw_by_size, by_policy, label, accuracy=False)
-        return [
-            Drawing(self.name, self.text.caption("accuracy", usual=usual), draw_accuracy),
-            Drawing(f"{self.name}-experts", self.text.caption("experts"), draw_experts),
-        ]
-
-    def tables(self, record: Entry) -> Sequence[Table]:
-        by_policy = _by_policy(record)
+        draw = partial(draw_by_size, by_policy, label, accuracy=False)
+        yield Drawing(f"{self.name}-experts", self.text.caption("experts"), draw)
         cell = "{0.accuracy:.1%}, {0.experts:.1f}, {0.forwards_per_block:.2f}"
         columns = {
             f"block {size}": lambda policy, size=size: (
@@ -75,16 +67,12 @@ class BlockSizeExperiment(Experiment):
             for size in by_policy[VANILLA]
         }
         n = next(iter(by_policy[VANILLA].values())).accuracy_share().n
-        return [self.text.table("sizes", list(by_policy), columns, n=n)]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
-        by_policy = _by_policy(record)
+        yield self.text.table("sizes", list(by_policy), columns, n=n)
+        yield self._robustness(DES_VOTE, by_policy)
+        yield self._robustness(GUARDED, by_policy)
         accuracies = {size: r.accuracy for size, r in sorted(by_policy[VANILLA].items())}
-        return [
-            *(self._robustness(policy, by_policy) for policy in (DES_VOTE, GUARDED)),
-            self.text.sentence("vanilla", sizes=_by_size_text(accuracies)),
-            *record["skipped"],
-        ]
+        yield self.text.sentence("vanilla", sizes=_by_size_text(accuracies))
+        yield from record["skipped"]
 
     def _robustness(self, policy: str, by_policy: ResultsByPolicy) -> Finding:
         votes, vanilla = by_policy[policy], by_policy[VANILLA]

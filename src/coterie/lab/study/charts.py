@@ -150,13 +150,3 @@ def timing_series(
     medians = [timing["median"] * 1e3 for timing in timings]
     quartiles = [(timing["low"] * 1e3, timing["high"] * 1e3) for timing in timings]
     return Series(label, x, medians, style, line, quartiles)
-
-
-def milliseconds(timing: TimingStats, digits: int = 2) -> str:
-    """The median in milliseconds."""
-    return f"{timing['median'] * 1e3:.{digits}f}"
-
-
-def quartiles_text(timing: TimingStats, digits: int = 2) -> str:
-    """The quartiles in milliseconds: "0.98 to 1.21"."""
-    return f"{timing['low'] * 1e3:.{digits}f} to {timing['high'] * 1e3:.{digits}f}"

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
+from coterie.lab.evals.stats import PairedDifference, holm_adjust
 from coterie.lab.plotting import FIGURE_HEIGHT, SeriesStyle, indexed_style, policy_style
 from coterie.lab.study.charts import Series, guide_series, line_chart, pareto_front
-from coterie.lab.study.context import StudyContext
 from coterie.lab.study.experiment import (
     Drawing,
     Entry,
     Experiment,
     ExperimentText,
     Finding,
+    Part,
+    StudyContext,
     Table,
     decimal_bytes,
     format_p,
+    judge,
 )
-from coterie.lab.study.paired import claim_finding, comparison_table, count_sentence
-from coterie.lab.study.results import JsonObject, Pair, VariantResult, VariantResults
+from coterie.lab.study.results import Pair, VariantResult, VariantResults
 from coterie.lab.study.variants import Templates, beta_text, run_comparison
 
 TEXT = ExperimentText.load("comparison")
 DEFINITIONS = tomllib.loads(Path(__file__).with_name("comparisons.toml").read_text("utf-8"))
 CONDITION = {"size": "at the same size", "beta": "at the same beta", "experts": "at equal experts"}
+SIGNIFICANCE_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,8 @@ def draw_comparison(
 class PolicyComparison(Experiment):
     """Groups of policies on the same problems, as defined in comparisons.toml.
 
-    ``findings_after`` those of the comparisons, ``make_tables`` and ``draw`` are for what an
-    experiment has of its own. Without ``draw`` it has no figure.
+    ``own_parts`` come after the findings of the comparisons. Without ``has_usual_parts``, they
+    take the place of the figures and tables of all policies too.
     """
 
     text: ExperimentText
@@ -116,50 +120,38 @@ class PolicyComparison(Experiment):
     rivals: Mapping[str, Templates] = field(default_factory=dict)
     comparisons: Sequence[GroupComparison] = ()
     charts: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    style: Mapping[str, bool] = field(default_factory=dict)  # options of ``draw``
-    draw: Callable[..., Figure] | None = draw_comparison
-    make_tables: Callable[[ExperimentText, VariantResults], Sequence[Table]] | None = None
-    findings_after: Callable[[ExperimentText, VariantResults], Sequence[Finding | str]] = (
-        lambda *_: ()
-    )
+    style: Mapping[str, bool] = field(default_factory=dict)  # options of ``draw_comparison``
+    notes: Sequence[str] = ()  # keys of sentences
+    own_parts: Callable[[ExperimentText, VariantResults], Iterable[Part]] = lambda *_: ()
+    has_usual_parts: bool = True
 
     @staticmethod
-    def load(name: str) -> PolicyComparison:
-        definition = dict(DEFINITIONS[name])
-        comparisons = [GroupComparison(**entry) for entry in definition.pop("comparisons", ())]
-        return PolicyComparison(ExperimentText.load(name), **definition, comparisons=comparisons)
+    def load(name: str, **own: Any) -> PolicyComparison:
+        values = {**DEFINITIONS[name], **own}
+        comparisons = [GroupComparison(**entry) for entry in values.pop("comparisons", ())]
+        return PolicyComparison(ExperimentText.load(name), comparisons=comparisons, **values)
 
-    def measure(self, context: StudyContext) -> JsonObject:
+    def measure(self, context: StudyContext) -> Entry:
         return run_comparison(context, self.groups, self.rivals).to_record()
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
-        results = self._results(record)
-        if self.draw is None:
-            return []
-        caption, charts = self.text.caption("figure"), self.charts or {self.name: ()}
-        return [
-            Drawing(name, caption, partial(self.draw, results, labels, **self.style))
-            for name, labels in charts.items()
-        ]
+    def report(self, record: Entry) -> Iterator[Part]:
+        results = VariantResults.from_record(record, list(self.groups))
+        if self.has_usual_parts:
+            yield from self._usual_parts(results)
+        yield from (comparison.finding(self.text, results) for comparison in self.comparisons)
+        yield from self.own_parts(self.text, results)
+        yield from map(self.text.sentence, self.notes)
 
-    def tables(self, record: Entry) -> Sequence[Table]:
-        """Every policy, and every matched pair where the text has a caption for them."""
-        results = self._results(record)
-        if self.make_tables:
-            return self.make_tables(self.text, results)
+    def _usual_parts(self, results: VariantResults) -> Iterator[Part]:
+        """Figures and tables of every policy and, with a caption for them, every matched pair."""
+        for name, labels in (self.charts or {self.name: ()}).items():
+            draw = partial(draw_comparison, results, labels, **self.style)
+            yield Drawing(name, self.text.caption("figure"), draw)
+        yield variant_table(results)
         oriented = [pair for each in self.comparisons for pair in each.pairs(results)]
         pairs = [(a, b) if (a, b) in oriented else (b, a) for a, b in results.pairs]
-        has_pairs = pairs and "pairs" in self.text.captions
-        pair_tables = [comparison_table(pairs, self.text.caption("pairs"))] if has_pairs else []
-        return [variant_table(results), *pair_tables]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
-        results = self._results(record)
-        compared = (comparison.finding(self.text, results) for comparison in self.comparisons)
-        return [*compared, *self.findings_after(self.text, results)]
-
-    def _results(self, record: Entry) -> VariantResults:
-        return VariantResults.from_record(record, list(self.groups))
+        if pairs and "pairs" in self.text.captions:
+            yield comparison_table(pairs, self.text.caption("pairs"))
 
 
 def group_series(
@@ -207,3 +199,87 @@ def variant_rows(results: VariantResults) -> list[dict[str, object]]:
         }
         for result, change in zip(results.all, changes, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """``second`` minus ``first``. ``p`` is adjusted for the comparisons of the same list (Holm)."""
+
+    first: VariantResult
+    second: VariantResult
+    change: PairedDifference
+    p: float
+
+    @property
+    def sign(self) -> int:
+        """+1 or -1 where both the interval and the test exclude zero, else 0."""
+        low, high = self.change.interval
+        if self.p >= SIGNIFICANCE_LEVEL or low <= 0 <= high:
+            return 0
+        return 1 if self.change.difference > 0 else -1
+
+    @property
+    def size(self) -> float:
+        return abs(self.change.difference)
+
+    @property
+    def sentence(self) -> str:
+        """Both accuracies and the difference."""
+        return TEXT.sentence("comparison", c=self, p=format_p(self.p))
+
+
+def compare_pairs(pairs: Iterable[Pair]) -> list[PairedComparison]:
+    """The comparison of every pair, tested together."""
+    changes = [(first, second, second.compare_to(first)) for first, second in pairs]
+    adjusted = holm_adjust([change.p_value for *_, change in changes])
+    return [
+        PairedComparison(first, second, change, p)
+        for (first, second, change), p in zip(changes, adjusted, strict=True)
+    ]
+
+
+def is_better(comparisons: Sequence[PairedComparison]) -> bool | None:
+    """Whether ``second`` is better: at least once, and never worse; None if never different."""
+    signs = {comparison.sign for comparison in comparisons}
+    return False if -1 in signs else True if 1 in signs else None
+
+
+def claim_finding(claim: str, pairs: Iterable[Pair], **names: str) -> Finding:
+    """The finding on "``second`` is better": counts of wins and losses, and the largest of each.
+
+    ``names`` are ``second``, ``first`` and the ``condition``: "at equal experts".
+    """
+    comparisons = compare_pairs(pairs)
+    if not comparisons:
+        return judge(TEXT.sentence("none", **names), claim, None)
+    wins, losses = ([c for c in comparisons if c.sign == sign] for sign in (1, -1))
+    n, ties = len(comparisons), len(comparisons) - len(wins) - len(losses)
+    counts = TEXT.sentence("claim", n=n, wins=len(wins), losses=len(losses), ties=ties, **names)
+    largest = [max(group, key=lambda c: c.size).sentence for group in (wins, losses) if group]
+    return judge(" ".join([counts, *largest]), claim, is_better(comparisons))
+
+
+def count_sentence(pairs: Iterable[Pair], unit: str, label: str = "", **names: str) -> str:
+    """Counts of wins and losses, and the largest difference; ``names`` as in ``claim_finding``."""
+    comparisons = compare_pairs(pairs)
+    if not comparisons:
+        return TEXT.sentence("none", **names)
+    signs, second = [comparison.sign for comparison in comparisons], names["second"]
+    return TEXT.sentence(
+        "counts",
+        label=label or f"{second[:1].upper()}{second[1:]} against {names['first']}",
+        n=len(signs),
+        wins=signs.count(1),
+        losses=signs.count(-1),
+        unit=unit,
+        largest=max(comparisons, key=lambda c: c.size),
+    )
+
+
+def comparison_table(pairs: Sequence[Pair], caption: str) -> Table:
+    """One comparison per row."""
+    comparisons, items = compare_pairs(pairs), len(pairs[0][0].correct_flags())
+    p_column = {"p": lambda c: format_p(c.p, bare=True)}
+    return TEXT.table(
+        "comparisons", comparisons, p_column, caption=caption, items=items, n=len(comparisons)
+    )

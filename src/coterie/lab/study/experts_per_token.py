@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
 
 from coterie.lab.evals.generation import EvalRequest, generate_outcomes
-from coterie.lab.evals.run import EvalResult, Variant, grade_outcome, make_answer
-from coterie.lab.study.comparison import draw_comparison, variant_table
-from coterie.lab.study.context import BATCH_SIZE, StudyContext
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
-from coterie.lab.study.paired import claim_finding
-from coterie.lab.study.results import JsonObject, VariantResult, VariantResults
+from coterie.lab.evals.run import EvalResult, Variant, make_answer
+from coterie.lab.study.comparison import claim_finding, draw_comparison, variant_table
+from coterie.lab.study.experiment import BATCH_SIZE, Drawing, Entry, Experiment, Part, StudyContext
+from coterie.lab.study.results import VariantResult, VariantResults
 from coterie.lab.study.variants import expand_policies, run_comparison
 from coterie.routing import parse_policy
 from coterie.routing.router import select_topk
@@ -36,12 +34,10 @@ class LimitTopK:
         return expert_mask(ids, scores.router.experts)
 
 
-class ExpertsPerTokenExperiment(Experiment):
+class ExpertsPerTokenExperiment(Experiment, name="experts-per-token"):
     """The same votes, the same coreset, half the experts for each token."""
 
-    text = ExperimentText.load("experts-per-token")
-
-    def measure(self, context: StudyContext) -> JsonObject:
+    def measure(self, context: StudyContext) -> Entry:
         k = context.engine.model.spec.router.k
         half = max(1, k // 2)
         half_k_results = []
@@ -54,20 +50,16 @@ class ExpertsPerTokenExperiment(Experiment):
         narrow = [result.name for result in half_k_results]
         return {**results.to_record(), "half": half, "narrow": narrow}
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
-        draw = partial(draw_comparison, _results_with_half_k(record), by_family=False)
-        return [Drawing(self.name, self.text.caption("figure"), draw)]
-
-    def tables(self, record: Entry) -> Sequence[Table]:
-        return [variant_table(_results_with_half_k(record), self.text.caption("table"))]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
+    def report(self, record: Entry) -> Iterator[Part]:
         results = _results_with_half_k(record)
+        draw = partial(draw_comparison, results, by_family=False)
+        yield Drawing(self.name, self.text.caption("figure"), draw)
+        yield variant_table(results, self.text.caption("table"))
         full_k, half_k = results.groups.values()
         half, k = f"K = {record['half']}", f"K = {results.k}"
         pairs = list(zip(half_k, full_k, strict=True))
         claim, at = self.text.claim("full", k=k, half=half), "at the same coreset"
-        return [claim_finding(claim, pairs, second=k, first=half, condition=at)]
+        yield claim_finding(claim, pairs, second=k, first=half, condition=at)
 
 
 def evaluate_policy(
@@ -84,8 +76,7 @@ def evaluate_policy(
     for outcomes in generate_outcomes(context.engine, requests, policy, batch_size=BATCH_SIZE):
         for outcome in outcomes:
             request = outcome.request
-            answer = make_answer(name, outcome, grade_outcome(outcome))
-            answers[request.task.name, request.item.id] = answer
+            answers[request.task.name, request.item.id] = make_answer(name, outcome)
     in_order = tuple(answers[request.task.name, request.item.id] for request in requests)
     eval_result = EvalResult(Variant(policy_spec), in_order)
     return replace(VariantResult.from_eval_result(eval_result), name=name)

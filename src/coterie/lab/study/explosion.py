@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, product
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor
 from coterie.engine.observation import LayerObservation, observe_forwards
 from coterie.errors import CoterieError, TaskError
 from coterie.lab.study.charts import dash_repeats, guide_series, line_chart, policy_series
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Part, StudyContext
+from coterie.lab.study.variants import coreset_size
 from coterie.telemetry import routing_stats
 
 BLOCK_SIZES = (8, 16, 24, 32, 48, 64)
@@ -24,14 +25,12 @@ SLOW_UNMASK = "fixed:steps=32"  # it passes every number of masks
 
 
 @dataclass(frozen=True)
-class ExplosionExperiment(Experiment):
+class ExplosionExperiment(Experiment, name="explosion"):
     """Unique experts of every decoding forward on real prompts, by block size and policy.
 
     The ``budget`` of a curve is the size of the policy's coreset where that is fixed. ``masked``
     has vanilla forwards of the ``usual`` block by positions still masked.
     """
-
-    text = ExperimentText.load("explosion")
 
     blocks: Sequence[int] = BLOCK_SIZES
 
@@ -53,6 +52,8 @@ class ExplosionExperiment(Experiment):
         context.on_progress(len(runs) / (len(runs) + 1), "slow decoding")
         usual, half = context.engine.generation.block, prompts[: -(-len(prompts) // 2)]
         counts, masked = count_experts(context, half, block=usual, unmask=SLOW_UNMASK)
+        votes = [policy for policy in POLICIES if policy.startswith("des-vote")]
+        budgets = {policy: coreset_size(policy, spec.router.experts) for policy in votes}
         return {
             "experts": spec.router.experts,
             "k": spec.router.k,
@@ -60,69 +61,42 @@ class ExplosionExperiment(Experiment):
             "prompts": len(prompts),
             "layers": list(spec.moe_layers),
             "curves": [
-                {"policy": p, "budget": coreset_budget(p, spec.router.experts), "points": points}
+                {"policy": p, "budget": budgets.get(p), "points": points}
                 for p, points in curves.items()
             ],
             "masked": bin_by_masked(masked, counts.mean(dim=0), usual),
             "skipped": list(skipped.values()),
         }
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
-        bins, y = record["masked"], f"unique experts of {record['experts']}"
-        masked, means = [entry["masked"] for entry in bins], [entry["mean"] for entry in bins]
-        series = policy_series("vanilla", masked, means)
-        xlim, ylim = (record["usual"] + 1, 0), (0, record["experts"])
-        return [
-            Drawing(self.name, self.text.caption("blocks"), lambda: _draw_blocks(record, y)),
-            Drawing(
-                f"{self.name}-masked",
-                self.text.caption("masked", record=record),
-                lambda: line_chart([series], "positions still masked", y, xlim=xlim, ylim=ylim),
-            ),
-        ]
-
-    def tables(self, record: Entry) -> Sequence[Table]:
-        blocks = [point["block"] for point in record["curves"][0]["points"]]
-        uniform = [expected_uniform(record["experts"], record["k"], block) for block in blocks]
-        means = {c["policy"]: [point["mean"] for point in c["points"]] for c in record["curves"]}
-        rows = [(name, *values) for name, values in (means | {"random routing": uniform}).items()]
-        columns = {f"block {block}": f"{{0[{i}]:.1f}}" for i, block in enumerate(blocks, start=1)}
-        return [self.text.table("blocks", rows, columns, record=record)]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
-        experts, k, points = record["experts"], record["k"], record["curves"][0]["points"]
+    def report(self, record: Entry) -> Iterator[Part]:
+        experts, k, curves, text = record["experts"], record["k"], record["curves"], self.text
+        y, masked = f"unique experts of {experts}", record["masked"]
+        yield Drawing(self.name, text.caption("blocks"), partial(_draw_blocks, record, y))
+        means = [[entry[key] for entry in masked] for key in ("masked", "mean")]
+        series = policy_series("vanilla", *means)
+        limits = {"xlim": (record["usual"] + 1, 0), "ylim": (0, experts)}
+        draw = partial(line_chart, [series], "positions still masked", y, **limits)
+        yield Drawing(f"{self.name}-masked", text.caption("masked", record=record), draw)
+        points = curves[0]["points"]
+        uniform = [expected_uniform(experts, k, point["block"]) for point in points]
+        rows = [(each["policy"], *(p["mean"] for p in each["points"])) for each in curves]
+        columns = {f"block {p['block']}": f"{{0[{i}]:.1f}}" for i, p in enumerate(points, start=1)}
+        yield text.table("blocks", [*rows, ("random routing", *uniform)], columns, record=record)
+        ends = {"first": points[0], "last": points[-1], "times": points[-1]["mean"] / k}
         grows = len(points) > 1 and all(a["mean"] < b["mean"] for a, b in pairwise(points))
-        times = points[-1]["mean"] / k
-        shares = [p["mean"] / expected_uniform(experts, k, p["block"]) for p in points]
-        return [
-            self.text.finding(
-                "growth", grows, record=record, first=points[0], last=points[-1], times=times
-            ),
-            self.text.finding("skew", max(shares) < 1, low=min(shares), high=max(shares)),
-            *(
-                self.text.finding(
-                    "flat",
-                    max(point["high"] for point in curve["points"]) <= curve["budget"],
-                    curve=curve,
-                    first=curve["points"][0],
-                    last=curve["points"][-1],
-                )
-                for curve in record["curves"]
-                if curve["budget"] is not None
-            ),
-            *record["skipped"],
-        ]
+        yield text.finding("growth", grows, record=record, **ends)
+        shares = [point["mean"] / mean for point, mean in zip(points, uniform, strict=True)]
+        yield text.finding("skew", max(shares) < 1, low=min(shares), high=max(shares))
+        for curve in (curve for curve in curves if curve["budget"] is not None):
+            own = curve["points"]
+            holds = max(point["high"] for point in own) <= curve["budget"]
+            yield text.finding("flat", holds, curve=curve, first=own[0], last=own[-1])
+        yield from record["skipped"]
 
 
 def expected_uniform(experts: int, k: int, tokens: float) -> float:
     """Expected unique experts under uniform random routing: M (1 - (1 - K/M)^N)."""
     return experts * (1 - (1 - k / experts) ** tokens)
-
-
-def coreset_budget(policy: str, experts: int) -> int | None:
-    """The coreset size of the DES-Vote policies in ``POLICIES``; None for the other policies."""
-    family, _, beta = policy.partition(":beta=")
-    return int(float(beta) * experts + 1e-9) if family == "des-vote" else None
 
 
 def summarize_block_size(block: int, counts: Tensor) -> Entry:
@@ -142,16 +116,16 @@ def summarize_block_size(block: int, counts: Tensor) -> Entry:
     }
 
 
-def bin_by_masked(masked: Tensor, mean: Tensor, block: int, bins: int = 8) -> list[Entry]:
+def bin_by_masked(masked: Tensor, mean: Tensor, block: int) -> list[Entry]:
     """Means over forwards with similar numbers of masks; a bin is an eighth of a block."""
-    bin_index = ((masked.double() - 1) * bins / block).floor().clamp(0, bins - 1)
+    bin_index = ((masked.double() - 1) * 8 / block).floor().clamp(0, 7)
     return [
         {
             "masked": float(masked[in_bin].double().mean()),
             "forwards": int(in_bin.sum()),
             "mean": float(mean[in_bin].double().mean()),
         }
-        for in_bin in (bin_index == index for index in range(bins))
+        for in_bin in (bin_index == index for index in range(8))
         if bool(in_bin.any())
     ]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,19 +13,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from coterie.engine.engine import Engine
-from coterie.lab.evals.rank_stats import mean_interval, spearman
+from coterie.lab.evals.stats import mean_interval, spearman
 from coterie.lab.plotting import FIGURE_WIDTH, foreground, grid_colour, policy_style
 from coterie.lab.study.charts import guide_series, line_chart, policy_series
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
-from coterie.lab.study.fidelity import sample_layers
-from coterie.lab.study.first_forwards import (
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
+from coterie.lab.study.fidelity import (
     Prompt,
     content_mask,
     kl_divergence,
     prompts_at_block_start,
     relative_squared_error,
     run_first_forward,
+    sample_layers,
 )
 from coterie.lab.study.variants import GUARD_OPTIONS
 from coterie.routing import parse_policy
@@ -100,7 +98,7 @@ class LayerAblation:
         }
 
 
-class ImportanceExperiment(Experiment):
+class ImportanceExperiment(Experiment, name="importance"):
     """First forwards of blocks that are all answer: each expert in use is removed in turn.
 
     The tokens of a removed expert use their next best one, and the model's output is compared with
@@ -108,9 +106,7 @@ class ImportanceExperiment(Experiment):
     block with the most importance, an entry per layer.
     """
 
-    text = ExperimentText.load("importance")
-
-    def measure(self, context: StudyContext) -> Mapping[str, object]:
+    def measure(self, context: StudyContext) -> Entry:
         router, layers = context.engine.model.spec.router, sample_layers(context)
         prompts = prompts_at_block_start(context.engine, context.questions())[:NUM_BLOCKS]
         blocks: list[list[LayerAblation]] = []
@@ -140,33 +136,27 @@ class ImportanceExperiment(Experiment):
             },
         }
 
-    def drawings(self, record: Any) -> Sequence[Drawing]:
-        shown = record["shown"]
-        drawings = [
-            Drawing(
-                f"importance-layer-{block['layer']}",
-                self.text.caption("block", record=record, block=block),
-                partial(_draw_block, block),
-            )
-            for block in (shown if len(shown) == 1 else (shown[0], shown[-1]))
-        ]
-        caption = self.text.caption("coverage", record=record)
-        return [*drawings, Drawing("importance-covered", caption, partial(_draw_coverage, record))]
-
-    def tables(self, record: Any) -> Sequence[Table]:
+    def report(self, record: Entry) -> Iterator[Part]:
+        shown, text = record["shown"], self.text
+        for block in shown if len(shown) == 1 else (shown[0], shown[-1]):
+            caption = text.caption("block", record=record, block=block)
+            name = f"importance-layer-{block['layer']}"
+            yield Drawing(name, caption, partial(_draw_block, block))
+        caption = text.caption("coverage", record=record)
+        yield Drawing("importance-covered", caption, partial(_draw_coverage, record))
         by_measure = record["correlations"]
         rows = [
             dict(zip(by_measure, entries, strict=True))
             for entries in zip(*by_measure.values(), strict=True)
         ]
+        yield text.table("correlations", rows, record=record, layers=len(record["layers"]))
         coverages = [entry for family in record["curves"].values() for entry in family]
-        return [
-            self.text.table("correlations", rows, record=record, layers=len(record["layers"])),
-            self.text.table("coverage", coverages),
-        ]
+        yield text.table("coverage", coverages)
+        yield from self._findings(record)
 
-    def findings(self, record: Any) -> Sequence[Finding | str]:
-        correlations, curves = record["correlations"], record["curves"]
+    def _findings(self, record: Entry) -> Iterator[Finding | str]:
+
+        correlations, curves, text = record["correlations"], record["curves"], self.text
         weight, hidden = (correlations[measure][0] for measure in ("output", "hidden"))
         low, high = weight["used_interval"]
         predicts = True if low > 0.5 else False if high < 0.5 else None
@@ -180,13 +170,11 @@ class ImportanceExperiment(Experiment):
         example = next((e for e in vote if e["policy"] == "des-vote:beta=0.3"), vote[0])
         pairs = [*zip(vote, curves["proportional"], strict=True)]
         ahead = sum(own["share"] > other["share"] for other, own in pairs)
-        return [
-            self.text.finding("weight", predicts, weight=weight, hidden=hidden, record=record),
-            self.text.sentence("votes", votes=", ".join(by_vote), best=best),
-            self.text.finding("coverage", covers, example=example, wins=sum(wins), sizes=len(wins)),
-            self.text.sentence("proportional", wins=ahead, sizes=len(pairs), pair=pairs[3]),
-            self.text.sentence("used", record=record),
-        ]
+        yield text.finding("weight", predicts, weight=weight, hidden=hidden, record=record)
+        yield text.sentence("votes", votes=", ".join(by_vote), best=best)
+        yield text.finding("coverage", covers, example=example, wins=sum(wins), sizes=len(wins))
+        yield text.sentence("proportional", wins=ahead, sizes=len(pairs), pair=pairs[3])
+        yield text.sentence("used", record=record)
 
 
 def ablate_layer(engine: Engine, prompt: Prompt, layer: int) -> LayerAblation:
@@ -288,7 +276,7 @@ def _draw_block(block: Entry) -> Figure:
     return figure
 
 
-def _draw_coverage(record: Any) -> Figure:
+def _draw_coverage(record: Entry) -> Figure:
     best = record["curves"]["DES-Vote"]
     sizes, maxima = ([entry[key] for entry in best] for key in ("experts", "best"))
     series = [guide_series(sizes, maxima, "maximum")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,14 +19,12 @@ from coterie.errors import CoterieError, TaskError
 from coterie.lab import timing
 from coterie.lab.bench.routings import find_skew, route_on_device, skewed_scores
 from coterie.lab.bench.shapes import LayerShape, random_slab
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Entry
+from coterie.lab.study.experiment import Entry, StudyContext
 from coterie.loading.free_memory import free_memory
 from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import MoE
 from coterie.model.transformer import Transformer
 from coterie.routing import parse_policy
-from coterie.telemetry import NullRecorder
 from coterie.values import ExpertRequest, PackedExperts, Policy, Routing, Scores, Slab, Window
 
 Key = TypeVar("Key", bound=Hashable)
@@ -215,12 +213,40 @@ def layer_runner(moe: MoE, observation: LayerObservation, policy: Policy) -> Cal
         window=Window(torch.zeros_like(span), tokens, span),
         cache=None,
         policy=policy,
-        recorder=NullRecorder(),
         voters=scores.voters,
         progress=scores.progress,
         forward=scores.forward_indices,
     )
     return lambda: moe(observation.x, step, scores.importance)
+
+
+# Makes a function to time from an MoE layer, its observation and a policy.
+RunMaker = Callable[[MoE, LayerObservation, Policy], Callable[[], object]]
+
+
+def time_observed_layers(
+    engine: Engine,
+    observations: Sequence[LayerObservation],
+    policies: Sequence[str],
+    makers: Mapping[str, RunMaker],
+    *,
+    rounds: int,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> dict[tuple[str, str], timing.TimingStats]:
+    """Time every maker's function under every policy, in turns; means over the observations."""
+    moes = {moe.layer: moe for moe in moe_layers(engine.model.transformer)}
+    runs = {
+        (name, policy, index): make(moes[observation.layer], observation, parse_policy(policy))
+        for name, make in makers.items()
+        for policy in policies
+        for index, observation in enumerate(observations)
+    }
+    device, indices = engine.model.transformer.device, range(len(observations))
+    timings = timing.time_interleaved(runs, rounds, device=device, on_progress=on_progress)
+    return {
+        (name, policy): timing.mean_timing_stats([timings[name, policy, i] for i in indices])
+        for name, policy in product(makers, policies)
+    }
 
 
 def routed_blocks(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -19,17 +19,18 @@ from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation
 from coterie.lab.plotting import indexed_style, new_panels
 from coterie.lab.study.charts import Series, dash_repeats, guide_series, line_chart, policy_series
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, ExperimentText, Finding, Table
-from coterie.lab.study.fidelity import count_kept_experts, observe_vanilla, sample_layers
-from coterie.lab.study.first_forwards import (
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Part, StudyContext
+from coterie.lab.study.fidelity import (
     BlockForward,
     Prompt,
     content_mask,
+    count_kept_experts,
+    observe_vanilla,
     prompts_at_block_start,
     run_first_forward,
+    sample_layers,
 )
-from coterie.lab.study.variants import GUARD_OPTIONS
+from coterie.lab.study.variants import GUARD_OPTIONS, short_name
 from coterie.routing import parse_policy, route
 from coterie.values import Routing
 
@@ -45,7 +46,7 @@ SLOW_STEPS = 8  # forwards per block in slow decoding; a confident model needs o
 POSITION_KINDS = ("masked", "written", "fill")
 
 
-class MapsExperiment(Experiment):
+class MapsExperiment(Experiment, name="maps"):
     """Hit rates in slow decoding (eight forwards per block); hidden states in first forwards.
 
     In the first forward of a block, vanilla and the policy have the same input. In the record,
@@ -53,9 +54,7 @@ class MapsExperiment(Experiment):
     end-of-text token.
     """
 
-    text = ExperimentText.load("maps")
-
-    def measure(self, context: StudyContext) -> Mapping[str, object]:
+    def measure(self, context: StudyContext) -> Entry:
         router, engine = context.engine.model.spec.router, context.engine
         context.on_progress(0.0, "slow decoding")
         questions, layers = context.questions(), sample_layers(context)
@@ -91,44 +90,36 @@ class MapsExperiment(Experiment):
             ],
         }
 
-    def drawings(self, record: Any) -> Sequence[Drawing]:
+    def report(self, record: Entry) -> Iterator[Part]:
         draws = {
             "hit-rate-positions": partial(_draw_maps, record, "positions", "position in the block"),
             "hit-rate-steps": partial(_draw_maps, record, "steps", "forward of the block"),
             "cosine-by-depth": partial(_draw_depths, record),
             "sorted-activation": partial(_draw_activation, record),
         }
-        return [
-            Drawing(name, self.text.caption(name, record=record, steps=SLOW_STEPS), draw)
-            for name, draw in draws.items()
-        ]
-
-    def tables(self, record: Any) -> Sequence[Table]:
+        for name, draw in draws.items():
+            yield Drawing(name, self.text.caption(name, record=record, steps=SLOW_STEPS), draw)
         shares, rows = record["share"], [_at_head(entry) for entry in record["depths"]]
         by_kind = {f"{k} ({shares[k]:.0%})": f"{{kinds[{k}]:.1%}}" for k in POSITION_KINDS}
-        kinds = self.text.table("kinds", record["maps"], by_kind)
-        return [kinds, self.text.table("depths", rows)]
-
-    def findings(self, record: Any) -> Sequence[Finding | str]:
-        depths = {entry["policy"]: _at_head(entry) for entry in record["depths"]}
-        vote, seq, topk, random = (
-            depths[policy]
-            for policy in ("des-vote:beta=0.3", "des-seq:k=3", "topk:k=4", "random:beta=0.3")
-        )
-        beats_seq, beats_random = (vote["cosine"] > other["cosine"] for other in (seq, random))
+        yield self.text.table("kinds", record["maps"], by_kind)
+        yield self.text.table("depths", rows)
         plain, guarded = (m for m in record["maps"] if m["policy"].startswith(POLICIES[2]))
         kinds = [
             f"{kind} {plain['kinds'][kind]:.0%} and {guarded['kinds'][kind]:.0%}"
             for kind in POSITION_KINDS
         ]
+        yield self.text.sentence("kinds", plain=plain, kinds=", ".join(kinds), record=record)
+        depths = {row["policy"]: row for row in rows}
+        vote, seq, topk, random = (
+            depths[policy]
+            for policy in ("des-vote:beta=0.3", "des-seq:k=3", "topk:k=4", "random:beta=0.3")
+        )
+        beats_seq, beats_random = (vote["cosine"] > other["cosine"] for other in (seq, random))
+        yield self.text.finding("seq", beats_seq, vote=vote, seq=seq)
+        yield self.text.finding("random", beats_random, random=random, topk=topk)
         layers = [f"layer {e['layer']} {e['effective']:.0f}" for e in record["activation"]]
         top = max(entry["choices"][0] for entry in record["activation"]) * record["experts"]
-        return [
-            self.text.sentence("kinds", plain=plain, kinds=", ".join(kinds), record=record),
-            self.text.finding("seq", beats_seq, vote=vote, seq=seq),
-            self.text.finding("random", beats_random, random=random, topk=topk),
-            self.text.sentence("skew", layers=", ".join(layers), top=top, record=record),
-        ]
+        yield self.text.sentence("skew", layers=", ".join(layers), top=top, record=record)
 
 
 @dataclass(frozen=True)
@@ -261,7 +252,7 @@ def _hidden_states(forward: BlockForward) -> list[Tensor]:
     return [*(x[0, forward.block] for _, x in layers), forward.hidden[0]]
 
 
-def _draw_maps(record: Any, key: str, label: str) -> Figure:
+def _draw_maps(record: Entry, key: str, label: str) -> Figure:
     """One panel per policy, all on one scale."""
     maps, layers = record["maps"], record["layers"]
     figure, subplots = new_panels(len(maps), columns=1, height=1.25)
@@ -270,7 +261,7 @@ def _draw_maps(record: Any, key: str, label: str) -> Figure:
     for entry, ax in zip(maps, subplots, strict=True):
         rates = np.array(entry[key])
         images.append(ax.imshow(rates, aspect="auto", vmin=low, vmax=1))
-        ax.set_title(_short_name(entry["policy"]), fontsize=9)
+        ax.set_title(short_name(entry["policy"]).replace(":", " "), fontsize=9)
         ax.set(yticks=range(len(layers)), yticklabels=layers, ylabel="layer")
         ax.grid(visible=False)
         if key == "steps":
@@ -282,12 +273,13 @@ def _draw_maps(record: Any, key: str, label: str) -> Figure:
     return figure
 
 
-def _draw_depths(record: Any) -> Figure:
+def _draw_depths(record: Entry) -> Figure:
     depths, policies = record["depths"], [entry["policy"] for entry in record["depths"]]
     size = len(depths[0]["cosine"])
+    labels = [short_name(policy).replace(":", " ") for policy in policies]
     series = [
-        policy_series(policy, range(size), entry["cosine"], label=_short_name(policy), line=line)
-        for policy, entry, line in zip(policies, depths, dash_repeats(policies), strict=True)
+        policy_series(entry["policy"], range(size), entry["cosine"], label=label, line=line)
+        for entry, label, line in zip(depths, labels, dash_repeats(policies), strict=True)
     ]
     y = "cosine to vanilla's hidden state"
     figure = line_chart(series, "after layer", y, ylim=(None, 1.01), height=3.8)
@@ -297,7 +289,7 @@ def _draw_depths(record: Any) -> Figure:
     return figure
 
 
-def _draw_activation(record: Any) -> Figure:
+def _draw_activation(record: Entry) -> Figure:
     experts, series = record["experts"], []
     for index, layer in enumerate(record["activation"]):
         x, style = range(1, 1 + experts), replace(indexed_style(index), marker="")
@@ -307,7 +299,3 @@ def _draw_activation(record: Any) -> Figure:
     figure = line_chart(series, x, y, xlim=(0, experts + 1), ylim=(0, None), columns=4)
     figure.axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     return figure
-
-
-def _short_name(policy: str) -> str:
-    return policy.replace(f",{GUARD_OPTIONS}", ", guarded").replace(":", " ")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -12,22 +12,14 @@ import torch
 from matplotlib.figure import Figure
 
 from coterie.engine.engine import Engine
-from coterie.engine.observation import collect_observations
+from coterie.engine.observation import LayerObservation, collect_observations
 from coterie.lab import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH, find_skew, skewed_scores
 from coterie.lab.plotting import policy_style
-from coterie.lab.study.charts import line_chart, milliseconds, timing_series
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import (
-    Drawing,
-    Entry,
-    Experiment,
-    ExperimentText,
-    Finding,
-    Table,
-    judge,
-)
-from coterie.lab.study.layers import NUM_PROMPTS, layer_runner, moe_layers
+from coterie.lab.study.charts import line_chart, timing_series
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
+from coterie.lab.study.layers import NUM_PROMPTS, RunMaker, layer_runner, time_observed_layers
+from coterie.model.moe import MoE
 from coterie.routing import parse_policy, route
 from coterie.routing.router import route_by_mask
 from coterie.values import DecodeProgress, Policy, RouterSpec, Routing, Scores
@@ -47,6 +39,7 @@ UNIQUE_SHARE = 0.5  # unique experts relative to uniform random routing: sets th
 MAX_SELECTION_SHARE = 0.1  # of the layer's time: the limit of a negligible selection
 
 SelectFunction = Callable[[Scores, Policy], Routing]
+SelectionRun = Callable[[], Routing]
 
 # Every version of the selection by name. Models run ``fused``: one kernel where the device and the
 # policy support it, otherwise eager torch.
@@ -54,15 +47,13 @@ VERSIONS: dict[str, SelectFunction] = {"eager": route_by_mask, "fused": route}
 
 
 @dataclass(frozen=True)
-class SelectionExperiment(Experiment):
+class SelectionExperiment(Experiment, name="selection"):
     """Random scores for several numbers of experts, then the model's own layers, in turns.
 
     In the record, ``points`` are selections for a block of ``tokens`` among ``experts``, ``layers``
     are the model's own MoE layers on real blocks, and ``large`` has the random layers of the record
     ``latency`` with a number of experts that is timed here.
     """
-
-    text = ExperimentText.load("selection")
 
     rounds: int = ROUNDS
 
@@ -89,21 +80,17 @@ class SelectionExperiment(Experiment):
             "large": large_layer_timings(context),
         }
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
+    def report(self, record: Entry) -> Iterator[Part]:
         machine = timing.describe_conditions(record["machine"])
         fixed = {"experts": ("tokens", BLOCK_LENGTH), "tokens": ("experts", EXPERT_COUNTS[-1])}
-        drawings = []
         for version, (axis, (other, value)) in product(VERSIONS, fixed.items()):
             caption = self.text.caption(
                 axis, version=version, value=value, machine=machine, record=record
             )
             points = [p for p in record["points"] if p["version"] == version and p[other] == value]
             draw = partial(_draw, points, axis)
-            drawings.append(Drawing(f"{self.name}-{version}-{axis}", caption, draw))
-        return drawings
-
-    def tables(self, record: Entry) -> Sequence[Table]:
-        seconds, tables = medians(record), []
+            yield Drawing(f"{self.name}-{version}-{axis}", caption, draw)
+        seconds = medians(record)
         for version in VERSIONS:
             columns = {
                 f"{experts}, N = {tokens}": lambda policy, key=(version, experts, tokens): (
@@ -111,7 +98,7 @@ class SelectionExperiment(Experiment):
                 )
                 for experts, tokens in product(EXPERT_COUNTS, TABLE_TOKENS)
             }
-            tables.append(self.text.table("versions", POLICIES, columns, version=version))
+            yield self.text.table("versions", POLICIES, columns, version=version)
         layers = [
             {
                 **entry,
@@ -121,27 +108,27 @@ class SelectionExperiment(Experiment):
             }
             for entry in record["layers"]
         ]
-        return [*tables, self.text.table("layers", layers, tokens=layers[0]["tokens"])]
+        yield self.text.table("layers", layers, tokens=layers[0]["tokens"])
+        yield from self._findings(record, seconds)
 
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
+    def _findings(self, record: Entry, seconds: Mapping[Any, float]) -> Iterator[Finding | str]:
         vanilla, *others = record["layers"]
         des = [entry for entry in others if entry["policy"].startswith("des-")]
-        seconds, size = medians(record), {"experts": EXPERT_COUNTS[-1], "block": BLOCK_LENGTH}
+        yield from (self._cost_finding(entry, vanilla) for entry in des)
+        yield from (self._large_layer_finding(entry, seconds) for entry in record["large"])
+        size, most_experts = (
+            {"experts": EXPERT_COUNTS[-1], "block": BLOCK_LENGTH},
+            EXPERT_COUNTS[-1],
+        )
         fewest, most = TOKEN_COUNTS[0], TOKEN_COUNTS[-1]
-        few, many = (seconds[DES_VOTE, "fused", EXPERT_COUNTS[-1], n] for n in (fewest, most))
+        few, many = (seconds[DES_VOTE, "fused", most_experts, n] for n in (fewest, most))
         width = {"policy": DES_VOTE, "most": most, "fewest": fewest, "ratio": many / few}
-        findings = [
-            *(self._cost_finding(entry, vanilla) for entry in des),
-            *(self._large_layer_finding(entry, seconds) for entry in record["large"]),
-            self.text.sentence("width", **width, **size),
-        ]
+        yield self.text.sentence("width", **width, **size)
         for policy in (VANILLA, DES_VOTE):
-            times = {v: 1e6 * seconds[policy, v, EXPERT_COUNTS[-1], BLOCK_LENGTH] for v in VERSIONS}
+            times = {v: 1e6 * seconds[policy, v, most_experts, BLOCK_LENGTH] for v in VERSIONS}
             ratio = times["eager"] / times["fused"]
-            findings.append(
-                self.text.sentence("fused", policy=policy, ratio=ratio, **times, **size)
-            )
-        return [*findings, *timing.load_warnings(record["machine"])]
+            yield self.text.sentence("fused", policy=policy, ratio=ratio, **times, **size)
+        yield from timing.load_warnings(record["machine"])
 
     def _cost_finding(self, entry: Entry, vanilla: Entry) -> Finding:
         extra = entry["selection"]["median"] - vanilla["selection"]["median"]
@@ -150,7 +137,7 @@ class SelectionExperiment(Experiment):
             "cost",
             share <= MAX_SELECTION_SHARE,
             policy=entry["policy"],
-            ms=milliseconds(entry["selection"]),
+            ms=f"{1e3 * entry['selection']['median']:.2f}",
             extra=abs(extra) * 1e3,
             word="more" if extra > 0 else "less",
             share=abs(share),
@@ -159,15 +146,16 @@ class SelectionExperiment(Experiment):
     def _large_layer_finding(self, large: Entry, seconds: Mapping[Any, float]) -> Finding:
         size, layer_seconds = (large["experts"], BLOCK_LENGTH), large["seconds"]["median"]
         extra = seconds[DES_VOTE, "fused", *size] - seconds[VANILLA, "fused", *size]
-        text = self.text.sentence(
+        return self.text.finding(
             "large",
+            extra <= MAX_SELECTION_SHARE * layer_seconds,
+            claim="cost",
             large=large,
             ms=layer_seconds * 1e3,
             policy=DES_VOTE,
             extra=extra * 1e3,
             share=extra / layer_seconds,
         )
-        return judge(text, self.text.claim("cost"), extra <= MAX_SELECTION_SHARE * layer_seconds)
 
 
 def medians(record: Entry) -> dict[tuple[str, str, int, int], float]:
@@ -227,26 +215,15 @@ def time_selections(
 def time_model_layers(engine: Engine, prompts: Sequence[str], *, rounds: int) -> list[Entry]:
     """Layer and selection in turns, over real decoding forwards of one row at a time."""
     observations = collect_observations(engine, prompts, batch_size=1, max_forwards=1)
-    moes = {moe.layer: moe for moe in moe_layers(engine.model.transformer)}
-    runs: dict[tuple[str, str, int], Callable[[], object]] = {}
-    for spelling in POLICIES:
-        policy = parse_policy(spelling)
-        for index, observation in enumerate(observations):
-            scores, moe = replace(observation.scores, vanilla_ids=None), moes[observation.layer]
-            runs["layer", spelling, index] = layer_runner(moe, observation, policy)
-            runs["selection", spelling, index] = selection_runner(route, scores, policy)
-    timings = timing.time_interleaved(runs, rounds, device=engine.model.transformer.device)
 
-    numbers = range(len(observations))
+    def select_experts(_: MoE, observation: LayerObservation, policy: Policy) -> SelectionRun:
+        return selection_runner(route, replace(observation.scores, vanilla_ids=None), policy)
+
+    makers: dict[str, RunMaker] = {"layer": layer_runner, "selection": select_experts}
+    timings = time_observed_layers(engine, observations, POLICIES, makers, rounds=rounds)
+    tokens = observations[0].x.shape[1]
     return [
-        {
-            "policy": policy,
-            "tokens": observations[0].x.shape[1],
-            **{
-                part: timing.mean_timing_stats([timings[part, policy, i] for i in numbers])
-                for part in ("layer", "selection")
-            },
-        }
+        {"policy": policy, "tokens": tokens, **{part: timings[part, policy] for part in makers}}
         for policy in POLICIES
     ]
 
@@ -264,9 +241,7 @@ def large_layer_timings(context: StudyContext) -> list[Entry]:
     ]
 
 
-def selection_runner(
-    select: SelectFunction, scores: Scores, policy: Policy
-) -> Callable[[], Routing]:
+def selection_runner(select: SelectFunction, scores: Scores, policy: Policy) -> SelectionRun:
     """Run the selection from the logits; a copy of the scores drops their cached values."""
     return lambda: select(replace(scores), policy)
 

@@ -15,24 +15,21 @@ from coterie.engine.engine import Engine
 from coterie.errors import ConfigError, CoterieError
 from coterie.files import atomic_write
 from coterie.keys import Key, to_json
-from coterie.lab.evals.cached_grading import CachedGradesTask
 from coterie.lab.evals.task import Task
 from coterie.lab.records import make_record, write_record
-from coterie.lab.study.accuracy import ACCURACY, BEYOND, CORESET_SIZE, TABLE_ONE
+from coterie.lab.study.accuracy import ACCURACY, CORESET_SIZE, TABLE_ONE
 from coterie.lab.study.blocks import BlockSizeExperiment
 from coterie.lab.study.breakdown import BreakdownExperiment
 from coterie.lab.study.comparison import PolicyComparison
-from coterie.lab.study.context import StudyContext, read_record
-from coterie.lab.study.experiment import Experiment
+from coterie.lab.study.experiment import Experiment, StudyContext, read_record
 from coterie.lab.study.expert_cache_report import ExpertCacheExperiment
 from coterie.lab.study.experts_per_token import ExpertsPerTokenExperiment
 from coterie.lab.study.explosion import ExplosionExperiment
 from coterie.lab.study.importance import ImportanceExperiment
-from coterie.lab.study.latency import LatencyExperiment
+from coterie.lab.study.latency import LatencyExperiment, RooflineExperiment
 from coterie.lab.study.maps import MapsExperiment
 from coterie.lab.study.reconstruction import ReconstructionExperiment
 from coterie.lab.study.report import ReportSection, make_section, render_page
-from coterie.lab.study.roofline import RooflineExperiment
 from coterie.lab.study.selection import SelectionExperiment
 from coterie.lab.study.speed import FORWARDS, SpeedExperiment
 from coterie.lab.study.tradeoff import TradeoffExperiment
@@ -96,7 +93,7 @@ def run_study(
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     context = StudyContext(
         engine=engine,
-        tasks=[CachedGradesTask(task) for task in tasks],
+        tasks=[task.with_cached_grades() for task in tasks],
         folder=folder,
         num_problems=config.items,
         num_prompts=config.prompts,
@@ -201,7 +198,7 @@ def _read_valid_record(
     return record if is_current else None
 
 
-ABLATIONS = ("random-control", "votes", "voters", "protection", "mass")
+COMPARISONS = ("random-control", "votes", "voters", "protection", "mass", "beyond")
 EXPERIMENTS: dict[str, Experiment] = {
     "explosion": ExplosionExperiment(),
     "roofline": RooflineExperiment(),
@@ -217,8 +214,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "experts-per-token": ExpertsPerTokenExperiment(),
     "maps": MapsExperiment(),
     "table-1": TABLE_ONE,
-    **{name: PolicyComparison.load(name) for name in ABLATIONS},
-    "beyond": BEYOND,
+    **{name: PolicyComparison.load(name) for name in COMPARISONS},
     "forwards": FORWARDS,
     "speed": SpeedExperiment(),
     "experts": ExpertCacheExperiment(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
@@ -15,18 +15,14 @@ from coterie.lab import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH
 from coterie.lab.plotting import policy_style
 from coterie.lab.study.charts import guide_series, line_chart, pareto_front, policy_series
-from coterie.lab.study.context import StudyContext
-from coterie.lab.study.experiment import (
-    Drawing,
-    Entry,
-    Experiment,
-    ExperimentText,
-    Finding,
-    Table,
-    judge,
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
+from coterie.lab.study.layers import (
+    FORWARDS_PER_PROMPT,
+    NUM_PROMPTS,
+    layer_runner,
+    time_observed_layers,
 )
-from coterie.lab.study.layers import FORWARDS_PER_PROMPT, NUM_PROMPTS, layer_runner, moe_layers
-from coterie.lab.study.results import JsonObject, VariantResults
+from coterie.lab.study.results import VariantResults
 from coterie.routing import parse_policy, route
 
 # Routes as vanilla does, and computes the importance of tokens, which mc-moe needs.
@@ -36,17 +32,15 @@ INDISTINGUISHABLE_P = 0.05  # least p at which an accuracy counts as that of van
 
 
 @dataclass(frozen=True)
-class TradeoffExperiment(Experiment):
+class TradeoffExperiment(Experiment, name="latency-accuracy"):
     """Accuracy from the record ``accuracy``; latency of the whole layer on the same real forwards.
 
     The latency includes gate, selection and experts. Large layers are predicted from their fits.
     """
 
-    text = ExperimentText.load("latency-accuracy")
-
     rounds: int = ROUNDS
 
-    def measure(self, context: StudyContext) -> JsonObject:
+    def measure(self, context: StudyContext) -> Entry:
         accuracy = context.record("accuracy")
         if accuracy is None:
             raise TaskError("the record of `accuracy` is missing; run both experiments")
@@ -62,7 +56,14 @@ class TradeoffExperiment(Experiment):
             max_forwards=FORWARDS_PER_PROMPT,
         )
         policies = [result.policy for result in variants]
-        seconds = time_policies(context, observations, policies, rounds=self.rounds)
+        seconds = time_observed_layers(
+            context.engine,
+            observations,
+            policies,
+            {"layer": layer_runner},
+            rounds=self.rounds,
+            on_progress=lambda share: context.on_progress(share, "the layer under every policy"),
+        )
         latency = context.record("latency") or {"lines": ()}
         others = [line for line in latency["lines"] if line["bench"]["random"]]
         return {
@@ -77,7 +78,7 @@ class TradeoffExperiment(Experiment):
                     "p": result.compare_to(results.vanilla).p_value,  # McNemar's
                     "items": result.accuracy_share().n,
                     **mean_sizes(observations, result.policy),
-                    "seconds": seconds[result.policy],
+                    "seconds": seconds["layer", result.policy],
                 }
                 for result in variants
             ],
@@ -87,40 +88,32 @@ class TradeoffExperiment(Experiment):
             ],
         }
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
+    def report(self, record: Entry) -> Iterator[Part]:
         points = timed_points(record)
+        vanilla = next(point for point in points if point["policy"] == "vanilla")
+        names = vanilla["predicted"]
         label = "milliseconds of the MoE layer, measured"
         draw = partial(draw_tradeoff, points, [point["ms"] for point in points], label)
-        drawings = [Drawing(self.name, self.text.caption("measured"), draw)]
-        for name in points[0]["predicted"]:
+        yield Drawing(self.name, self.text.caption("measured"), draw)
+        for name in names:
             label = f"milliseconds of {name}'s experts, predicted"
             times = [point["predicted"][name] for point in points]
             draw = partial(draw_tradeoff, points, times, label)
             caption = self.text.caption("predicted", name=name)
-            drawings.append(Drawing(f"{self.name}-{name.lower()}", caption, draw))
-        return drawings
-
-    def tables(self, record: Entry) -> Sequence[Table]:
-        points = sorted(timed_points(record), key=lambda point: -point["accuracy"])
-        names = points[0]["predicted"]
+            yield Drawing(f"{self.name}-{name.lower()}", caption, draw)
+        rows = sorted(points, key=lambda point: -point["accuracy"])
         columns = {f"{name}, ms (predicted)": f"{{predicted[{name}]:.1f}}" for name in names}
-        items, forwards = points[0]["items"], record["forwards"]
-        return [self.text.table("points", points, columns, items=items, forwards=forwards)]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
-        points = timed_points(record)
-        vanilla = next(point for point in points if point["policy"] == "vanilla")
+        items, forwards = vanilla["items"], record["forwards"]
+        yield self.text.table("points", rows, columns, items=items, forwards=forwards)
         others = [point for point in points if point is not vanilla]
         similar = [point for point in others if point["p"] >= INDISTINGUISHABLE_P]
-        return [
-            self._own_layer_finding(vanilla, similar),
-            *(self._predicted_finding(name, vanilla, similar) for name in vanilla["predicted"]),
-            *timing.load_warnings(record["machine"]),
-        ]
+        yield self._own_layer_finding(vanilla, similar)
+        yield from (self._predicted_finding(name, vanilla, similar) for name in names)
+        yield from timing.load_warnings(record["machine"])
 
     def _own_layer_finding(self, vanilla: Entry, similar: Sequence[Entry]) -> Finding:
         if not similar:
-            return judge(self.text.sentence("none"), self.text.claim("own"), False)
+            return self.text.finding("none", False, claim="own")
         best, n = min(similar, key=lambda point: point["ms"]), len(similar)
         ratio, is_faster = vanilla["ms"] / best["ms"], best["high"] < vanilla["low"]
         return self.text.finding("own", is_faster, n=n, best=best, vanilla=vanilla, ratio=ratio)
@@ -147,31 +140,6 @@ def timed_points(record: Entry) -> list[Entry]:
         }
         points.append({**point, "ms": ms, "low": low, "high": high, "predicted": predicted})
     return points
-
-
-def time_policies(
-    context: StudyContext,
-    observations: Sequence[LayerObservation],
-    policies: Sequence[str],
-    *,
-    rounds: int,
-) -> dict[str, timing.TimingStats]:
-    """Time the whole layer on every observation under every policy, in turns."""
-    transformer = context.engine.model.transformer
-    moes = {moe.layer: moe for moe in moe_layers(transformer)}
-    runs = {
-        (policy, index): layer_runner(moes[observed.layer], observed, parse_policy(policy))
-        for policy in policies
-        for index, observed in enumerate(observations)
-    }
-    timings = timing.time_interleaved(
-        runs,
-        rounds,
-        device=transformer.device,
-        on_progress=lambda share: context.on_progress(share, "the layer under every policy"),
-    )
-    indices = range(len(observations))
-    return {p: timing.mean_timing_stats([timings[p, i] for i in indices]) for p in policies}
 
 
 def mean_sizes(observations: Sequence[LayerObservation], policy: str) -> dict[str, float]:

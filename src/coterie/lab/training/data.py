@@ -27,7 +27,7 @@ from coterie.lab.problems import (
 )
 from coterie.lab.problems.code import NOUNS, VERBS
 from coterie.lab.problems.words import CONTAINERS, ITEMS, NAMES
-from coterie.lab.training.batch import TrainingBatch
+from coterie.lab.training.feed import TrainingBatch
 from coterie.lab.training.vocabulary import ASSISTANT, END_OF_TEXT, HUMAN, MASK_TOKEN, ROLE_END
 
 MaskedIds = list[tuple[int, bool]]  # and whether each one is masked

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from threading import BrokenBarrierError
 from typing import Annotated, Literal
@@ -24,23 +23,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from coterie.errors import CheckpointError, ConfigError
+from coterie.errors import CheckpointError, ConfigError, CoterieError
 from coterie.files import LockedFile, atomic_write, opened
 from coterie.keys import Key, to_json
-from coterie.lab.training.batch import TrainingBatch
-from coterie.lab.training.feed import FORK_CONTEXT, BatchFunction, BatchLoader, start_process
-from coterie.lab.training.network import NetworkShape, TrainingNetwork, additive_mask
-from coterie.lab.training.optim import (
-    OptimizerOptions,
-    adamw_step,
-    attach_gradients,
-    build_buffer,
-    muon_step,
+from coterie.lab.training.feed import (
+    DEAD_PROCESS,
+    FORK_CONTEXT,
+    BatchFunction,
+    BatchLoader,
+    TrainingBatch,
+    call_when_one_fails,
+    start_process,
 )
+from coterie.lab.training.network import NetworkShape, TrainingNetwork, additive_mask
+from coterie.lab.training.optim import OptimizerOptions, adamw_step, build_buffer, muon_step
 from coterie.lab.training.signals import StopSignals
 from coterie.strict_json import parse_object
-
-WORKER_TIMEOUT = 600.0  # seconds that the leader waits for the other workers
 
 STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
 FREE_SETTINGS = ("steps", "save_every", "log_every")  # which a resumed run may change
@@ -98,9 +96,9 @@ class TrainingState:
         self.step = 0
         self.run_config = json.dumps(to_json(config), sort_keys=True)
         workers, network = config.workers, self.network
-        self.groups = _parameter_groups(network, config.optimizer)
+        groups = _parameter_groups(network, config.optimizer)
         self.buffers = [
-            build_buffer(pairs, workers, matrices=i > 0) for i, pairs in enumerate(self.groups)
+            build_buffer(pairs, workers, matrices=i > 0) for i, pairs in enumerate(groups)
         ]
         for bias in network.biases():
             bias.share_memory_()
@@ -187,31 +185,47 @@ def train(
         state = TrainingState(config)
         if (out / STATE_FILE).exists():
             state.load(out / STATE_FILE)
-        on_step(state.step)
-        leader = _Leader(config, state, out, log, signals, on_log, on_step)
-        _run_workers(make_batch, leader)
+        on_step(first_step := state.step)
+        with _started_workers(make_batch, config, state) as worker:
+            start = last_log = time.monotonic()
+            log.append(_encode_line({"config": to_json(config), "step": state.step}))
+            while state.step < config.steps and signals.received is None:
+                worker.step()
+                on_step(state.step)
+                if state.step % config.log_every == 0 or state.step == config.steps:
+                    now = time.monotonic()
+                    steps = min(config.log_every, state.step - first_step)
+                    speed = _positions(state) * steps / (now - last_log)
+                    entry = {"step": state.step, "elapsed": round(now - start, 1)}
+                    entry |= {"speed": round(speed), **_log_entry(state, config)}
+                    log.append(_encode_line(entry))
+                    on_log(entry)
+                    last_log = now
+                if state.step % config.save_every == 0:
+                    state.save(out / STATE_FILE)
         state.save(out / STATE_FILE)
         signals.raise_received()
     return state.network
 
 
-def _run_workers(make_batch: BatchFunction, leader: _Leader) -> None:
-    """Run the leader in this process, and all other workers in their own."""
-    config, state = leader.config, leader.state
+@contextmanager
+def _started_workers(
+    make_batch: BatchFunction, config: TrainingConfig, state: TrainingState
+) -> Iterator[_TrainingWorker]:
+    """The first worker, which is of this process; all others run in their own."""
     torch.set_num_threads(1)  # before forking: an OpenMP pool does not survive a fork
     loader = BatchLoader(make_batch, state.step, config.steps, num_workers=config.workers)
     barrier = FORK_CONTEXT.Barrier(config.workers)
-    # Only the leader saves and logs, so the others wait for it without a timeout.
-    barrier_waits = [
-        partial(barrier.wait, None if i else WORKER_TIMEOUT) for i in range(config.workers)
-    ]
     workers = [
-        _TrainingWorker(i, config, state, loader, barrier_wait)
-        for i, barrier_wait in enumerate(barrier_waits)
+        _TrainingWorker(i, config, state, loader, barrier.wait) for i in range(config.workers)
     ]
     followers = [start_process(_run_follower, worker, barrier.abort) for worker in workers[1:]]
+    call_when_one_fails([loader.process, *followers], barrier.abort)
     try:
-        leader.run(workers[0])
+        workers[0].attach_gradients()
+        yield workers[0]
+    except BrokenBarrierError:
+        raise CoterieError(DEAD_PROCESS) from None
     finally:
         barrier.abort()
         loader.close()
@@ -232,8 +246,8 @@ class _TrainingWorker:
 
     def attach_gradients(self) -> None:
         """Make backward write this worker's gradients into the shared buffers."""
-        for buffer, pairs in zip(self.state.buffers, self.state.groups, strict=True):
-            attach_gradients(buffer, [p for p, _ in pairs], self.index)
+        for buffer in self.state.buffers:
+            buffer.attach_gradients(self.index)
 
     def step(self) -> None:
         """Compute the gradients of this worker's rows, then update its part of the weights."""
@@ -283,50 +297,12 @@ class _TrainingWorker:
             muon_step(buffer, self.index, config.optimizer, lr=lr, momentum=momentum)
 
 
-@dataclass(frozen=True)
-class _Leader:
-    """The first worker's further duties: to log, to save and to stop."""
-
-    config: TrainingConfig
-    state: TrainingState
-    out: Path
-    log: LockedFile
-    signals: StopSignals
-    on_log: LogCallback
-    on_step: StepCallback
-
-    def run(self, worker: _TrainingWorker) -> None:
-        """Train until the last step or a signal."""
-        config, state = self.config, self.state
-        worker.attach_gradients()
-        start = last_log = time.monotonic()
-        first_step = state.step
-        self._write({"config": to_json(config), "step": state.step})
-        while state.step < config.steps and self.signals.received is None:
-            worker.step()
-            self.on_step(state.step)
-            if state.step % config.log_every == 0 or state.step == config.steps:
-                now = time.monotonic()
-                steps = min(config.log_every, state.step - first_step)
-                speed = _positions(state) * steps / (now - last_log)
-                entry = {"step": state.step, "elapsed": round(now - start, 1)}
-                entry |= {"speed": round(speed), **_log_entry(state, config)}
-                self._write(entry)
-                self.on_log(entry)
-                last_log = now
-            if state.step % config.save_every == 0:
-                state.save(self.out / STATE_FILE)
-
-    def _write(self, entry: dict[str, object]) -> None:
-        self.log.append(json.dumps(entry).encode() + b"\n")
-
-
 def _run_follower(worker: _TrainingWorker, abort: Callable[[], None]) -> None:
     try:
         worker.attach_gradients()
         while worker.state.step < worker.config.steps:
             worker.step()
-    except BrokenBarrierError:  # the leader stopped
+    except BrokenBarrierError:  # the first worker stopped
         return
     except BaseException:
         abort()
@@ -343,17 +319,15 @@ def _parameter_groups(
     network: TrainingNetwork, options: OptimizerOptions
 ) -> list[list[tuple[torch.nn.Parameter, float]]]:
     """Parameters with their learning rates: those for AdamW, then matrices for Muon by size."""
-    matrices = network.matrices()
     hidden = network.shape.hidden_size
-    matrix_ids = {id(p) for p in matrices}
     rates_by_name = {"embeddings": options.embedding, "head": options.head, "gate": options.router}
     other_parameters = [
         (p, rates_by_name.get(name.rpartition(".")[2], options.norm))
         for name, p in network.named_parameters()
-        if id(p) not in matrix_ids
+        if p.ndim <= 2
     ]
     by_size: dict[torch.Size, list[tuple[torch.nn.Parameter, float]]] = {}
-    for p in matrices:
+    for p in network.matrices():
         # The entries of an orthogonal r x c step are of size 1 / sqrt(max(r, c)).
         rate = options.matrix * math.sqrt(max(p.shape[-2:]) / hidden)
         by_size.setdefault(p.shape[-2:], []).append((p, rate))
@@ -365,6 +339,10 @@ def _update_biases(state: TrainingState, rate: float) -> None:
     loads = state.expert_loads.sum(0).float()  # [moe, E]
     for bias, load in zip(state.network.biases(), loads, strict=True):
         bias.add_(torch.sign(load.mean() - load), alpha=rate)
+
+
+def _encode_line(entry: Mapping[str, object]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"
 
 
 def _log_entry(state: TrainingState, config: TrainingConfig) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """The LLaDA2 architecture for training, with a layout for fast optimizer steps.
 
-Shapes: B rows, L positions, T = B*L tokens, H hidden, D head, I width, E experts, k per token.
+Shapes: B rows, L positions, T = B*L tokens, H hidden, D head, I width, E experts, k per token,
+R pairs of token and expert, sorted by expert.
 Matrices are stored as [n, rows, columns], so that the optimizer gets batches of small matrices:
 attention by head, experts as (gate, up, down transposed). ``checkpoint_tensors`` are views in the
 official layout.
@@ -10,42 +11,58 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coterie.keys import Key
-from coterie.lab.training.attend import masked_attention
-from coterie.lab.training.experts import run_experts
 from coterie.model.attention import rotate
+
+# Each expert's rows are padded to a multiple of this. The bf16 matmul library compiles a kernel per
+# size, and would otherwise compile new ones in every step.
+ROW_ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
 class NetworkShape:
-    """The sizes of a LLaDA2 model. The defaults are those of the embedded model."""
+    """The sizes of a LLaDA2 model. The defaults are those of the embedded model.
 
-    vocab_size: Annotated[int, Key("vocabulary")] = 300
-    hidden_size: Annotated[int, Key("hidden")] = 128
-    layers: Annotated[int, Key("layers")] = 5
-    heads: Annotated[int, Key("heads")] = 4
-    kv_heads: Annotated[int, Key("kv_heads")] = 4
-    head_dim: Annotated[int, Key("head")] = 32
-    rotary_fraction: Annotated[float, Key("rotary")] = 0.5  # of a head, with rotary embedding
-    rope_theta: Annotated[float, Key("theta")] = 10_000.0
-    dense_layers: Annotated[int, Key("dense_layers")] = 1
-    dense_width: Annotated[int, Key("dense_width")] = 384
-    experts: Annotated[int, Key("experts")] = 128
-    k: Annotated[int, Key("k")] = 8
-    groups: Annotated[int, Key("groups")] = 8
-    topk_groups: Annotated[int, Key("kept_groups")] = 4
-    expert_width: Annotated[int, Key("width")] = 32
-    shared_experts: Annotated[int, Key("shared")] = 1
-    routed_scale: Annotated[float, Key("scale")] = 2.5
-    epsilon: Annotated[float, Key("epsilon")] = 1e-6
+    A second name is that of ``config.json``.
+    """
+
+    vocab_size: Annotated[int, Key("vocabulary", "vocab_size")] = 300
+    hidden_size: Annotated[int, Key("hidden", "hidden_size")] = 128
+    layers: Annotated[int, Key("layers", "num_hidden_layers")] = 5
+    heads: Annotated[int, Key("heads", "num_attention_heads")] = 4
+    kv_heads: Annotated[int, Key("kv_heads", "num_key_value_heads")] = 4
+    head_dim: Annotated[int, Key("head", "head_dim")] = 32
+    rotary_fraction: Annotated[float, Key("rotary", "partial_rotary_factor")] = (
+        0.5  # of a head, with rotary embedding
+    )
+    rope_theta: Annotated[float, Key("theta", "rope_theta")] = 10_000.0
+    dense_layers: Annotated[int, Key("dense_layers", "first_k_dense_replace")] = 1
+    dense_width: Annotated[int, Key("dense_width", "intermediate_size")] = 384
+    experts: Annotated[int, Key("experts", "num_experts")] = 128
+    k: Annotated[int, Key("k", "num_experts_per_tok")] = 8
+    groups: Annotated[int, Key("groups", "n_group")] = 8
+    topk_groups: Annotated[int, Key("kept_groups", "topk_group")] = 4
+    expert_width: Annotated[int, Key("width", "moe_intermediate_size")] = 32
+    shared_experts: Annotated[int, Key("shared", "num_shared_experts")] = 1
+    routed_scale: Annotated[float, Key("scale", "routed_scaling_factor")] = 2.5
+    epsilon: Annotated[float, Key("epsilon", "rms_norm_eps")] = 1e-6
     block: Annotated[int, Key("block")] = 32
-    max_length: Annotated[int, Key("length")] = 2048
+    max_length: Annotated[int, Key("length", "max_position_embeddings")] = 2048
+
+
+class ExpertOrder(NamedTuple):
+    """Rows sorted by expert, padded to a multiple of ``ROW_ALIGNMENT`` per expert."""
+
+    pair_index: Tensor  # [R] int64: the flat (token, choice) of each row; T*k for padding
+    row_index: Tensor  # [T, k] int64: the row of each (token, choice)
+    expert_ends: Tensor  # [E] int32: the end of each expert's rows
+    counts: Tensor  # [E] int64, without padding
 
 
 def additive_mask(block_mask: Tensor, block: int) -> Tensor:
@@ -97,7 +114,7 @@ class TrainingNetwork(nn.Module):
 
     def matrices(self) -> list[nn.Parameter]:
         """The parameters [..., rows, columns] that Muon updates, as batches of matrices."""
-        return [p for layer in self._layers for p in layer.matrices()]
+        return [parameter for parameter in self.parameters() if parameter.ndim > 2]
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Writable views of all weights, by their names in the checkpoint."""
@@ -145,11 +162,8 @@ class _TrainingLayer(nn.Module):
         q = rotate(_norm(q.float(), self.norm_query, shape.epsilon), *rope)
         k = rotate(_norm(k.float(), self.norm_key, shape.epsilon), *rope)
         k, v = (t.repeat_interleave(shape.heads // shape.kv_heads, 1) for t in (k, v))
-        output = masked_attention(q.to(x.dtype), k.to(x.dtype), v.contiguous(), mask)
+        output = F.scaled_dot_product_attention(q.to(x.dtype), k.to(x.dtype), v, mask.to(x.dtype))
         return output.transpose(1, 2).reshape(len(x), -1) @ self.out.to(x.dtype).flatten(0, 1)
-
-    def matrices(self) -> list[nn.Parameter]:
-        return [self.qkv, self.out, *self.mlp.matrices()]
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         return {
@@ -170,9 +184,6 @@ class _Dense(nn.Module):
 
     def forward(self, x: Tensor, precision: torch.dtype) -> tuple[Tensor, None]:
         return _swiglu(x.to(precision), self.weight), None
-
-    def matrices(self) -> list[nn.Parameter]:
-        return [self.weight]
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         return _projection_tensors("", self.weight.data)
@@ -197,9 +208,6 @@ class _MoE(nn.Module):
         typed = x.to(precision)
         output, load = run_experts(typed, weights, ids, self.experts)
         return output + _swiglu(typed, self.shared) if self.shape.shared_experts else output, load
-
-    def matrices(self) -> list[nn.Parameter]:
-        return [self.experts, self.shared]
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         names = {"gate.weight": self.gate.data, "gate.expert_bias": self.bias}
@@ -226,6 +234,35 @@ def select_experts(logits: Tensor, bias: Tensor, shape: NetworkShape) -> tuple[T
         ids = allowed_score.flatten(1).topk(shape.k, sorted=False).indices
     weight = probability.gather(1, ids)
     return ids, weight * (shape.routed_scale / (weight.sum(-1, keepdim=True) + 1e-20))
+
+
+def sort_by_expert(ids: Tensor, experts: int) -> ExpertOrder:
+    """Sort the expert ids [T, k] of all tokens by expert."""
+    flat = ids.flatten()
+    sorted_pairs = torch.sort(flat, stable=True).indices
+    counts = torch.bincount(flat, minlength=experts)
+    padded = (counts + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
+    ends = padded.cumsum(0)
+    shift = (ends - padded) - (counts.cumsum(0) - counts)  # [E] padding rows before each expert
+    rows = torch.arange(len(flat), device=ids.device) + shift.repeat_interleave(counts)
+    row_index = torch.empty_like(flat).scatter_(0, sorted_pairs, rows)
+    pair_index = flat.new_full((int(ends[-1]),), len(flat)).scatter_(0, rows, sorted_pairs)
+    return ExpertOrder(pair_index, row_index.view_as(ids), ends.to(torch.int32), counts)
+
+
+def run_experts(x: Tensor, weights: Tensor, ids: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """The weighted sum of experts [T, H], and the number of rows of each expert [E].
+
+    ``matrices`` [E, 3, I, H]: gate, up, and down transposed. Matmuls run in the dtype of ``x``.
+    """
+    order, matrices = sort_by_expert(ids, len(matrices)), matrices.to(x.dtype)
+    token = (order.pair_index // ids.shape[1]).clamp_max(len(x) - 1)  # [R]
+    gate_up = matrices[:, :2].flatten(1, 2).mT
+    gate, up = F.grouped_mm(x[token], gate_up, offs=order.expert_ends).chunk(2, -1)  # [R, I]
+    # A padding row has weight 0, which also keeps it out of every gradient.
+    scale = F.pad(weights.flatten(), (0, 1))[order.pair_index].to(x.dtype)[:, None]
+    rows = F.grouped_mm(F.silu(gate) * up * scale, matrices[:, 2], offs=order.expert_ends)
+    return rows[order.row_index].sum(1), order.counts
 
 
 def _swiglu(x: Tensor, weight: Tensor) -> Tensor:

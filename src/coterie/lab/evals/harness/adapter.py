@@ -53,7 +53,7 @@ class CoterieLM(LM):
         *,
         dtype: str | None = None,
         device: str | None = None,
-        experts: str | None = None,
+        expert_dtype: str | None = None,
         expert_memory: str | None = None,
         imagine_memory: str | None = None,
         eviction: str | None = None,
@@ -76,7 +76,7 @@ class CoterieLM(LM):
             )
         self.engine = load(
             pretrained, policy=policy, dtype=dtype, device=_available_device(device),
-            experts=experts, expert_memory=memory,
+            expert_dtype=expert_dtype, expert_memory=memory,
         )  # fmt: skip
         self.engine.generation = self.engine.generation.replace(**options)
         self.policy, self.uses_template = policy, False

@@ -8,10 +8,9 @@ from functools import partial
 from coterie.errors import TaskError
 from coterie.lab.evals.task import Task, TaskOptions
 from coterie.lab.evals.tasks import embedded
+from coterie.lab.evals.tasks.code_tasks import open_humaneval, open_mbpp
 from coterie.lab.evals.tasks.gsm8k import open_gsm8k
-from coterie.lab.evals.tasks.humaneval import open_humaneval
 from coterie.lab.evals.tasks.math500 import open_math500
-from coterie.lab.evals.tasks.mbpp import open_mbpp
 from coterie.lab.problems import PROBLEM_MAKERS
 
 TASKS: dict[str, Callable[[TaskOptions], Task]] = {

@@ -320,12 +320,13 @@ def _defined_names(tree: ast.Module) -> set[str]:
 def _only_definitions(code: str) -> str:
     """The imports and definitions of a block, without statements that run something."""
     tree = _parse(code)
-    return "\n".join(map(ast.unparse, filter(_is_definition, tree.body if tree else [])))
-
-
-def _is_definition(node: ast.stmt) -> bool:
-    constant = isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
-    return constant or isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | Function)
+    kept = [
+        node
+        for node in (tree.body if tree else [])
+        if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | Function)
+        or (isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant))
+    ]
+    return "\n".join(map(ast.unparse, kept))
 
 
 def _strip_demo_code(code: str) -> str:

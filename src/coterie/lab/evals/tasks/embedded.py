@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 import re
-from functools import cache, partial
+from functools import cache
 
 from coterie.errors import TaskError
-from coterie.lab.evals.task import QUESTION, Grade, Item, QuestionTask, TaskOptions
+from coterie.lab.evals.task import QUESTION, Grade, Item, Task, TaskOptions
 from coterie.lab.problems import PROBLEM_MAKERS, Problem, draw_problem
 from coterie.lab.sandbox import require_backend, run_program
 
@@ -17,7 +17,7 @@ ANSWER_PATTERNS = {  # the last match in an output is its answer
 }
 
 
-def open_embedded(name: str, options: TaskOptions) -> QuestionTask:
+def open_embedded(name: str, options: TaskOptions) -> Task:
     """``options.count`` held-out problems of one kind, generated from ``options.seed``.
 
     An id is "words/<seed>/<n>"; a larger count extends the items of a smaller one. The model is
@@ -40,9 +40,11 @@ def open_embedded(name: str, options: TaskOptions) -> QuestionTask:
         Item(f"{name}/{options.seed}/{number}", problem.prompt, problem.gold)
         for number, problem in enumerate(_draw_problems(name, options.seed, options.count))
     )
-    return QuestionTask(
-        name, tuple(items), QUESTION, partial(grade, name, trust=options.trust), about
-    )
+
+    def grade_item(output: str, item: Item) -> Grade:
+        return grade(name, output, item.gold, trust=options.trust)
+
+    return Task(name, tuple(items), QUESTION, grade_item, about)
 
 
 def grade(name: str, output: str, gold: str, *, trust: bool = False) -> Grade:

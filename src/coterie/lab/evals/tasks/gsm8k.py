@@ -16,7 +16,7 @@ from itertools import islice, pairwise, takewhile
 from pathlib import Path
 
 from coterie.errors import TaskError
-from coterie.lab.evals.task import QUESTION, Grade, Item, QuestionTask, TaskOptions
+from coterie.lab.evals.task import QUESTION, Grade, Item, Task, TaskOptions
 from coterie.lab.evals.tasks.boxed import ANSWER_LINE_START, ZERO_SHOT, find_boxes, strip_end_marks
 from coterie.lab.evals.tasks.numbers import (
     ParsedNumber,
@@ -91,7 +91,7 @@ HARNESS_STRICT = re.compile(r"#### (-?[0-9.,]+)")
 HARNESS_FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
-def open_gsm8k(options: TaskOptions) -> QuestionTask:
+def open_gsm8k(options: TaskOptions) -> Task:
     """The 1,319 test problems with examples, or zero-shot with a box.
 
     The number of examples is ``options.shots``, or the default of the family.
@@ -111,8 +111,14 @@ def open_gsm8k(options: TaskOptions) -> QuestionTask:
         },
     }
     template = ZERO_SHOT if train is None else "\n\n".join([*_examples(train, shots), FEW_SHOT])
-    length = MAX_NEW_TOKENS.get(options.family, 2048)
-    return QuestionTask("gsm8k", tuple(_items(source)), template, grade, about, length)
+    return Task(
+        "gsm8k",
+        tuple(_items(source)),
+        template,
+        lambda output, item: grade(output, item.gold),
+        about,
+        MAX_NEW_TOKENS.get(options.family, 2048),
+    )
 
 
 def grade(output: str, gold: str) -> Grade:
@@ -204,7 +210,8 @@ def _marked_numbers(text: str) -> Numbers:
         candidates.append((hashes.start(), text[hashes.end() :].split("\n", 1)[0]))
     for start, content in sorted(candidates, reverse=True):
         plain = join_digit_groups(latex_to_plain(content))
-        if numbers := _result_numbers(FACTORIAL.sub(_format_factorial, plain)):
+        plain = FACTORIAL.sub(lambda match: str(math.factorial(int(match[1]))), plain)
+        if numbers := _result_numbers(plain):
             for box in boxes:
                 if box.stop <= start and BETWEEN_BOXES.fullmatch(text, box.stop, start):
                     numbers = _result_numbers(latex_to_plain(box.content)) + numbers
@@ -222,10 +229,6 @@ def _stated_numbers(text: str) -> Numbers:
             result = "" if computation is None else rest[computation.end() :]
             return _first_numbers(result) or _first_numbers(rest)
     return ()
-
-
-def _format_factorial(match: re.Match[str]) -> str:
-    return str(math.factorial(int(match[1])))
 
 
 def _result_numbers(text: str) -> Numbers:

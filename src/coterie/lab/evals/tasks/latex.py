@@ -222,7 +222,8 @@ def _compare_symbolically(answer: str, gold: str) -> bool:
     if "=" not in gold:
         answer = EACH_ASSIGNMENT.sub(r"\1", _strip_assignment(answer))
         gold = _strip_assignment(gold)
-        if _is_interval(gold):
+        in_brackets = "," in gold and gold[:1] in "([" and gold[-1:] in ")]"
+        if in_brackets or re.search(r"\\infty|\\cup", gold):
             answer = as_interval(answer)
     elif "=" not in answer:
         gold = _strip_assignment(gold)
@@ -237,12 +238,6 @@ def _compare_symbolically(answer: str, gold: str) -> bool:
 
 def _is_list(text: str) -> bool:
     return "," in text and not re.search(r"[()\[\]]|\\[{}]|\\cup|\\begin", text)
-
-
-def _is_interval(text: str) -> bool:
-    return bool(re.search(r"\\infty|\\cup", text)) or (
-        "," in text and text[:1] in "([" and text[-1:] in ")]"
-    )
 
 
 def as_interval(text: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from coterie.lab.evals.task import Grade, Item, QuestionTask, TaskOptions
+from coterie.lab.evals.task import Grade, Item, Task, TaskOptions
 from coterie.lab.evals.tasks.boxed import (
     ANSWER_LINE_START,
     ZERO_SHOT,
@@ -50,7 +50,7 @@ ANSWER_LINE = re.compile(r"\W*(?:[a-zA-Z]\s*=\s*)?[-\d.,/\\$]+(?:\s*[a-z]+)?\W*"
 NUMBER = re.compile(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
-def open_math500(options: TaskOptions) -> QuestionTask:
+def open_math500(options: TaskOptions) -> Task:
     """Raises TaskError if math-verify is not installed."""
     options.require_zero_shot("math500")
     require_math_verify()
@@ -61,8 +61,14 @@ def open_math500(options: TaskOptions) -> QuestionTask:
     )
     counts = "the last closed box, else the answer as said; compared by math-verify"
     about = {**source.settings(), "shots": 0, "counts": counts}
-    length = MAX_NEW_TOKENS.get(options.family, 2048)
-    return QuestionTask("math500", tuple(questions), ZERO_SHOT, grade, about, length)
+    return Task(
+        "math500",
+        tuple(questions),
+        ZERO_SHOT,
+        lambda output, item: grade(output, item.gold),
+        about,
+        MAX_NEW_TOKENS.get(options.family, 2048),
+    )
 
 
 def grade(output: str, gold: str) -> Grade:

@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from io import BytesIO
@@ -83,6 +84,22 @@ def text_list(row: DataRow, key: str) -> list[str]:
     return [str(part) for part in value] if isinstance(value, list) else []
 
 
+def decode_text(content: bytes, source: str, expected: str) -> str:
+    """UTF-8 text without a byte order mark; raises TaskError with the line."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise TaskError(f"{source}, line {line}: not UTF-8; expected {expected}") from None
+
+
+def json_lines(text: str, source: str, expected: str) -> Iterator[tuple[int, object]]:
+    """Number and value of each line that is not blank; raises TaskError with the line."""
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, _parse_json(line, source, number, expected)
+
+
 def _find_below(folder: Path, benchmark: BenchmarkFile) -> Path:
     if not folder.is_dir():
         if folder.exists():
@@ -155,37 +172,27 @@ def _parse_rows(
     """(position, row) of all rows of a JSONL, JSON or Parquet file, gzipped or not."""
     if content.startswith(GZIP_MAGIC):
         content = _decompress(path, content)
+    form = benchmark.expected_form
     if content.startswith(PARQUET_MAGIC):
-        yield from _with_positions("row", _parquet_rows(path, content))
-        return
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise TaskError(
-            f"{path}, line {line}: not UTF-8; expected {benchmark.expected_form}"
-        ) from None
-    if text.lstrip().startswith("["):
-        rows = _parse_json(path, 1, text, f"a list of {benchmark.expected_form}")
-        yield from _with_positions("item", rows)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            expected = f"one per line: {benchmark.expected_form}"
-            yield f"line {number}", _parse_json(path, number, line, expected)
+        kind, rows = "row", _parquet_rows(path, content)
+    else:
+        text = decode_text(content, str(path), form)
+        if not text.lstrip().startswith("["):
+            for number, row in json_lines(text, str(path), f"one per line: {form}"):
+                yield f"line {number}", row
+            return
+        kind, rows = "item", _parse_json(text, str(path), 1, f"a list of {form}")
+    for number, row in enumerate(rows, start=1):
+        yield f"{kind} {number}", row
 
 
-def _with_positions(kind: str, rows: Iterable[object]) -> Iterator[tuple[str, object]]:
-    return ((f"{kind} {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _parse_json(path: Path, first_line: int, text: str, expected: str) -> Any:
+def _parse_json(text: str, source: str, first_line: int, expected: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         line = first_line + getattr(error, "lineno", 1) - 1
         raise TaskError(
-            f"{path}, line {line}: invalid or truncated JSON ({error}); expected {expected}"
+            f"{source}, line {line}: invalid or truncated JSON ({error}); expected {expected}"
         ) from None
 
 
@@ -217,8 +224,6 @@ def _parquet_rows(path: Path, content: bytes) -> list[object]:
 
 
 def _check_unique(rows: Sequence[DataRow], key: str, path: Path) -> None:
-    names: set[object] = set()
-    for row in rows:
-        if row[key] in names:
-            raise TaskError(f"{path}: two rows with {key!r} {row[key]!r}")
-        names.add(row[key])
+    (name, count), *_ = Counter(row[key] for row in rows).most_common(1)
+    if count > 1:
+        raise TaskError(f"{path}: two rows with {key!r} {name!r}")
