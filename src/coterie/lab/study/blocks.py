@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from coterie.errors import CoterieError
 from coterie.lab.evals.run import Variant
-from coterie.lab.study.charts import DASHES, line_chart, policy_series
+from coterie.lab.plotting import DASHES, line_chart, policy_series
 from coterie.lab.study.comparison import compare_pairs
 from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.results import VariantResult

@@ -12,8 +12,16 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from coterie.lab.evals.stats import PairedDifference, holm_adjust
-from coterie.lab.plotting import FIGURE_HEIGHT, SeriesStyle, indexed_style, policy_style
-from coterie.lab.study.charts import Series, guide_series, line_chart, pareto_front
+from coterie.lab.plotting import (
+    FIGURE_HEIGHT,
+    Series,
+    SeriesStyle,
+    guide_series,
+    indexed_style,
+    line_chart,
+    pareto_front,
+    policy_style,
+)
 from coterie.lab.study.experiment import (
     Drawing,
     Entry,

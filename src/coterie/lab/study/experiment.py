@@ -201,7 +201,6 @@ class StudyContext:
     folder: Path
     num_problems: int
     num_prompts: int
-    seed: int
     on_progress: Callable[[float, str], None]  # share of the experiment done (0 .. 1), activity
     answers: Path | None = None
     used_records: dict[str, str] = field(default_factory=dict)  # experiment -> record's time

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from coterie.lab.study.charts import dash_repeats, line_chart, policy_series
+from coterie.lab.plotting import dash_repeats, line_chart, policy_series
 from coterie.lab.study.comparison import SIGNIFICANCE_LEVEL, PairedComparison, compare_pairs
 from coterie.lab.study.experiment import (
     Drawing,

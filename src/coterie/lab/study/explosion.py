@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coterie.engine.observation import LayerObservation, observe_forwards
 from coterie.errors import CoterieError, TaskError
-from coterie.lab.study.charts import dash_repeats, guide_series, line_chart, policy_series
+from coterie.lab.plotting import dash_repeats, guide_series, line_chart, policy_series
 from coterie.lab.study.experiment import Drawing, Entry, Experiment, Part, StudyContext
 from coterie.lab.study.variants import coreset_size
 from coterie.telemetry import routing_stats

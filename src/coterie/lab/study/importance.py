@@ -14,8 +14,15 @@ from torch import Tensor
 
 from coterie.engine.engine import Engine
 from coterie.lab.evals.rank_stats import mean_interval, spearman
-from coterie.lab.plotting import FIGURE_WIDTH, foreground, grid_colour, policy_style
-from coterie.lab.study.charts import guide_series, line_chart, policy_series
+from coterie.lab.plotting import (
+    FIGURE_WIDTH,
+    foreground,
+    grid_colour,
+    guide_series,
+    line_chart,
+    policy_series,
+    policy_style,
+)
 from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.fidelity import (
     Prompt,

@@ -13,8 +13,15 @@ from matplotlib.figure import Figure
 from coterie.lab import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH, balanced_routing
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
-from coterie.lab.plotting import SeriesStyle, indexed_style
-from coterie.lab.study.charts import Series, guide_series, line_chart, policy_series, timing_series
+from coterie.lab.plotting import (
+    Series,
+    SeriesStyle,
+    guide_series,
+    indexed_style,
+    line_chart,
+    policy_series,
+    timing_series,
+)
 from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.layers import (
     INPUTS_PER_WIDTH,

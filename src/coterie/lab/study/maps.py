@@ -17,8 +17,15 @@ from torch.nn import functional as F
 from coterie.engine.engine import Engine
 from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation
-from coterie.lab.plotting import indexed_style, new_panels
-from coterie.lab.study.charts import Series, dash_repeats, guide_series, line_chart, policy_series
+from coterie.lab.plotting import (
+    Series,
+    dash_repeats,
+    guide_series,
+    indexed_style,
+    line_chart,
+    new_panels,
+    policy_series,
+)
 from coterie.lab.study.experiment import Drawing, Entry, Experiment, Part, StudyContext
 from coterie.lab.study.fidelity import (
     BlockForward,

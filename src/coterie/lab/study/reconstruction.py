@@ -7,7 +7,7 @@ from functools import partial
 
 from matplotlib.figure import Figure
 
-from coterie.lab.study.charts import line_chart, policy_series
+from coterie.lab.plotting import line_chart, policy_series
 from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.fidelity import (
     Metric,

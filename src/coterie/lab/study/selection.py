@@ -15,8 +15,7 @@ from coterie.engine.engine import Engine
 from coterie.engine.observation import LayerObservation, collect_observations
 from coterie.lab import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH, find_skew, skewed_scores
-from coterie.lab.plotting import policy_style
-from coterie.lab.study.charts import line_chart, timing_series
+from coterie.lab.plotting import line_chart, policy_style, timing_series
 from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.layers import NUM_PROMPTS, RunMaker, layer_runner, time_observed_layers
 from coterie.model.moe import MoE

@@ -10,9 +10,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from coterie.lab.plotting import IntervalSeries, indexed_style, interval_chart
+from coterie.lab.plotting import (
+    IntervalSeries,
+    guide_series,
+    indexed_style,
+    interval_chart,
+    line_chart,
+)
 from coterie.lab.study.accuracy import DES_VOTE
-from coterie.lab.study.charts import guide_series, line_chart
 from coterie.lab.study.comparison import (
     PolicyComparison,
     group_series,

@@ -13,8 +13,7 @@ from coterie.engine.observation import LayerObservation, collect_observations
 from coterie.errors import TaskError
 from coterie.lab import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH
-from coterie.lab.plotting import policy_style
-from coterie.lab.study.charts import guide_series, line_chart, pareto_front, policy_series
+from coterie.lab.plotting import guide_series, line_chart, pareto_front, policy_series, policy_style
 from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.layers import (
     FORWARDS_PER_PROMPT,
