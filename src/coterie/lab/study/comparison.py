@@ -23,7 +23,6 @@ from coterie.lab.plotting import (
     policy_style,
 )
 from coterie.lab.study.experiment import (
-    Drawing,
     Entry,
     Experiment,
     ExperimentText,
@@ -154,7 +153,7 @@ class PolicyComparison(Experiment):
         """Figures and tables of every policy and, with a caption for them, every matched pair."""
         for name, labels in (self.charts or {self.name: ()}).items():
             draw = partial(draw_comparison, results, labels, **self.style)
-            yield Drawing(name, self.text.caption("figure"), draw)
+            yield self.text.drawing("figure", draw, name)
         yield variant_table(results)
         oriented = [pair for each in self.comparisons for pair in each.pairs(results)]
         pairs = [(a, b) if (a, b) in oriented else (b, a) for a, b in results.pairs]

@@ -86,6 +86,12 @@ class ExperimentText:
     def caption(self, key: str, **values: object) -> str:
         return self.captions[key].format(**values)
 
+    def drawing(
+        self, key: str, draw: Callable[[], Figure], figure: str = "", **values: object
+    ) -> Drawing:
+        """The figure of this name (default: the experiment's) with the caption of this key."""
+        return Drawing(figure or self.name, self.caption(key, **values), draw)
+
     def sentence(self, key: str, **values: object) -> str:
         return self.sentences[key].format(**values)
 

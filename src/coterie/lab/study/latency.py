@@ -22,7 +22,7 @@ from coterie.lab.plotting import (
     policy_series,
     timing_series,
 )
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
+from coterie.lab.study.experiment import Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.layers import (
     INPUTS_PER_WIDTH,
     BenchLayer,
@@ -69,8 +69,8 @@ class LatencyExperiment(Experiment, name="latency"):
         bandwidth = record["limits"]["bytes_per_second"]
         layers = [_with_units(layer) for layer in record["lines"]]
         for number, layer in enumerate(layers):
-            caption = self.text.caption("figure", **layer)
-            yield Drawing(f"{self.name}-{number}", caption, partial(_draw, layer))
+            draw = partial(_draw, layer)
+            yield self.text.drawing("figure", draw, f"{self.name}-{number}", **layer)
         yield self.text.table("fit", layers, **machine_values(record))
         with_checks = [layer for layer in layers if layer["checks"]]
         yield from (self.text.table("checks", one["checks"], **one) for one in with_checks)
@@ -185,9 +185,9 @@ class RooflineExperiment(Experiment, name="roofline"):
         limits, at_block = record["limits"], []
         for number, layer in enumerate(record["roofs"]):
             tokens = ", ".join(map(str, sorted({point["tokens"] for point in layer["points"]})))
-            caption = self.text.caption("figure", tokens=tokens, **layer_names(layer["bench"]))
+            values = {"tokens": tokens, **layer_names(layer["bench"])}
             draw = partial(_draw_roof, layer, limits)
-            yield Drawing(f"{self.name}-{number}", caption, draw)
+            yield self.text.drawing("figure", draw, f"{self.name}-{number}", **values)
             points = rated_points(layer, limits)
             at_block += [point for point in points if point["tokens"] == BLOCK_LENGTH]
             yield from self._findings(layer, points, limits)
