@@ -1,4 +1,4 @@
-# Two commands for a fresh machine with python3: each sets up .venv by itself.
+# demo, serve and test need only python3: each sets up .venv by itself.
 .PHONY: demo serve test check format clean
 
 QUESTION = Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?

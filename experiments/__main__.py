@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 EXPERIMENTS = {
+    "demo": "experiments.demo",
     "gpu": "experiments.gpu.suite",
     "offload": "experiments.offload",
     "soak": "experiments.soak",

@@ -27,7 +27,7 @@ from torch import Tensor
 from coterie.engine import engine
 from coterie.loading.load import Model, load_model
 
-settings.register_profile("default", deadline=None, max_examples=15, derandomize=True)
+settings.register_profile("default", deadline=None, max_examples=10, derandomize=True)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

@@ -56,7 +56,7 @@ class QuantFormat:
         return torch.int8 if self.bits == 8 else torch.uint8
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON values."""
+        """The format as JSON values."""
         return {"format": self.name, "group": self.group}
 
     def storage_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -64,6 +64,11 @@ class QuantFormat:
         *rows, k = shape
         packed_k = k if self.bits == 8 else -(-k // 2)
         return (*rows, packed_k), (*rows, -(-k // self.group))
+
+    def parts(self, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of the two tensors of a weight of this shape: ``q`` and ``scales``."""
+        values, scales = self.storage_shapes(shape)
+        return {"q": (values, self.dtype), "scales": (scales, torch.bfloat16)}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ token. Invariants, which every producer guarantees and every consumer relies on:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, Protocol, TypeAlias, get_args
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from coterie.checks import describe
 from coterie.errors import ConfigError
-from coterie.quantization import QTensor
+from coterie.quantization import QTensor, QuantFormat
 
 VoteKind: TypeAlias = Literal["topk-prob", "weight", "count", "full", "margin", "max"]
 VOTE_KINDS: tuple[VoteKind, ...] = get_args(VoteKind)  # in the order of their ids in the kernels
@@ -200,9 +200,10 @@ class CoresetReuse:
 class Scores:
     """The router's logits [S, N, E] in fp32, and what policies need besides.
 
-    The engine sets ``voters``: the positions of the live block, and its look-around, of unfinished
-    rows. A policy's ``voters=`` option narrows them by ``progress``. A row without a voter elects
-    with all of its tokens: its results are never read, and it must not fail.
+    The engine sets ``voters``: in unfinished rows the positions of the current block, and those
+    around it that ``dual`` computes too. A policy's ``voters=`` option narrows them by
+    ``progress``. A row without a voter elects with all of its tokens: its results are never read,
+    and it must not fail.
     """
 
     logits: Tensor
@@ -399,6 +400,18 @@ class Slab:
     down: Tensor | QTensor | PackedExperts
     slot_of: Tensor  # [E] int64, -1 = absent
 
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor], form: QuantFormat | None, slot_of: Tensor) -> Slab:
+        """From ``gate_up`` and ``down``, or ``.q`` and ``.scales`` of both if quantized."""
+        if form is None:
+            return Slab(tensors["gate_up"], tensors["down"], slot_of)
+        (_, hidden, _), gate_up_rows = tensors["down.q"].shape, tensors["gate_up.q"].shape[1]
+        gate_up, down = (
+            QTensor(tensors[f"{name}.q"], tensors[f"{name}.scales"], form, k)
+            for name, k in (("gate_up", hidden), ("down", gate_up_rows // 2))
+        )
+        return Slab(gate_up, down, slot_of)
+
     def __post_init__(self) -> None:
         if self.slot_of.dtype is not torch.int64 or self.slot_of.dim() != 1:
             raise ValueError(f"slots of experts: {describe(self.slot_of)}, not [E] int64")
@@ -473,6 +486,7 @@ class ExpertStore(Protocol):
         """Experts in fast memory, bool [E]; None if all of them always are."""
         ...
 
-    def slots(self, layer: int) -> int | None:
-        """How many experts of the layer fit into fast memory; None if all of them do."""
+    @property
+    def capacity(self) -> int | None:
+        """Slots per layer, of all precisions; None if every expert is always in fast memory."""
         ...

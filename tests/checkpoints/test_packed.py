@@ -105,7 +105,7 @@ def test_packed_checkpoint_equals_packing_at_load(
     tmp_path: Path, family: str, stacked: bool, kind: str
 ) -> None:
     folder = packed(tmp_path, kind, family, stacked=stacked, num_experts=8)
-    asked = {} if kind == "bf16" else {"experts": kind}
+    asked = {} if kind == "bf16" else {"expert_dtype": kind}
     there = load_model(tmp_path / "whole", dtype="bf16", **asked)  # pyright: ignore[reportArgumentType]
     assert same(load_model(folder, dtype="bf16"), there)
 
@@ -113,7 +113,7 @@ def test_packed_checkpoint_equals_packing_at_load(
 @pytest.mark.parametrize("kind", PACKED_FORMATS)
 def test_packed_checkpoint_answers_like_packing_at_load(tmp_path: Path, kind: str) -> None:
     folder = packed(tmp_path, kind)
-    asked = {} if kind == "bf16" else {"experts": kind}
+    asked = {} if kind == "bf16" else {"expert_dtype": kind}
     assert answer(folder, dtype="bf16") == answer(tmp_path / "whole", dtype="bf16", **asked)
 
 
@@ -123,7 +123,7 @@ def test_odd_sizes_are_packed_and_mapped_too(
     tmp_path: Path, kind: str, sizes: dict[str, int]
 ) -> None:
     folder = packed(tmp_path, kind, shards=5, num_experts=8, **sizes)
-    asked = {} if kind == "bf16" else {"experts": kind}
+    asked = {} if kind == "bf16" else {"expert_dtype": kind}
     assert same(
         load_model(folder, dtype="bf16"),
         load_model(tmp_path / "whole", dtype="bf16", **asked),  # pyright: ignore[reportArgumentType]
@@ -144,7 +144,7 @@ def test_conversion_works_without_kernels(
     assert all(isinstance(slab.gate_up, PackedExperts) for slab in slabs(usual))
     assert not any(isinstance(slab.gate_up, PackedExperts) for slab in slabs(without))
     assert same(without, usual)
-    asked = {} if kind == "bf16" else {"experts": kind}
+    asked = {} if kind == "bf16" else {"expert_dtype": kind}
     assert answer(folder, dtype="bf16") == answer(tmp_path / "whole", dtype="bf16", **asked)
 
 

@@ -200,7 +200,7 @@ def test_a_file_that_is_not_there_is_named(capsys: Capture, model: str, tmp_path
     [
         (("des-vote:beta=0.3", "--target", "mass=0.5"), "one parameter to search"),
         (("des-vote", "--target", "much"), "unknown target 'much'"),
-        (("des-vote", "--target", "mass=0.5"), "--task or --prompt-file is needed with --model"),
+        (("des-vote", "--target", "mass=0.5"), "--task or --prompt-file is needed with a model"),
         (("des-vote", "--target", "drop=0.5", "--prompt-file"), "drop needs graded prompts"),
         (("racing", "--per-layer", "--target", "mass=0.5", "--prompt-file"), "no budget for each"),
         (("des-seq", "--target", "experts=1", "--prompt-file"), "no policy meets experts=1"),
@@ -225,7 +225,14 @@ def command(model: str, prompts: str) -> list[str]:
     return ["calibrate", "des-vote", "--prompt-file", prompts, "-m", model, *DECODING]
 
 
-@pytest.mark.parametrize("target", ["experts=6", "mass=0.8 --per-layer", "experts=6 --per-layer"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "experts=6",
+        "mass=0.8 --per-layer",
+        pytest.param("experts=6 --per-layer", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_calibration_goes_on_with_the_same_command(
     target: str,
     command: list[str],

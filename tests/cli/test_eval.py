@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event as Flag
+from threading import main_thread
 
 import pytest
 from rich.console import Console
@@ -172,22 +171,22 @@ def test_bad_input_is_one_line(capsys: Capture, words: list[str], expected: str)
     assert complaint.count("\n") == 1
 
 
-def test_an_interrupt_keeps_answers_and_names_the_folder(tmp_path: Path) -> None:
+def test_an_interrupt_keeps_answers_and_names_the_folder(capsys: Capture, tmp_path: Path) -> None:
     words = ["eval", "--num-problems", "50", "--batch-size", "2", "-n", "32"]
-    items = tmp_path / "items.jsonl"
-    with subprocess.Popen(
-        [sys.executable, "-m", "coterie", *words, "-o", str(tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as child:  # fmt: skip
+    items, ended = tmp_path / "items.jsonl", Flag()
+
+    def interrupt() -> None:
         # The answers of the first batch are reported once those of the second are written.
-        while child.poll() is None and not (
-            items.exists() and len(items.read_bytes().splitlines()) > 3
-        ):
-            time.sleep(0.05)
-        child.send_signal(signal.SIGINT)
-        out, err = child.communicate()
-    assert (child.returncode, out) == (130, "")
+        while not ended.wait(0.02):
+            if items.exists() and len(items.read_bytes().splitlines()) > 3:
+                return signal.pthread_kill(main_thread().ident, signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as user:
+        user.submit(interrupt)
+        status = run([*words, "-o", str(tmp_path)])
+        ended.set()
+    out, err = capsys.readouterr()
+    assert (status, out) == (130, "")
     hint = re.fullmatch(
         rf"coterie: (\d+) of 200 answers are in {tmp_path}; the same command continues from "
         r"there\n",

@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
 
-from coterie.cli.app import app
-from coterie.cli.entry import command_flags, name_flags, run
+from coterie.cli.entry import command_flags, name_flags, root_command, run
 from coterie.cli.old_names import OLD_OPTIONS, OLD_OPTIONS_OF, with_new_names
 from coterie.testing import write_checkpoint
 
@@ -52,7 +50,7 @@ def test_an_old_name_runs_with_one_note(capsys: Capture, tmp_path: Path) -> None
 
 def commands() -> dict[str, set[str]]:
     """The flags of every command."""
-    root = typer.main.get_command(app)
+    root = root_command()
     found = {}
     for name, command in root.commands.items():  # type: ignore[attr-defined]
         for part, one in getattr(command, "commands", {"": command}).items():

@@ -68,7 +68,7 @@ def test_the_events_replay_the_canvas_and_text_never_changes(
 
 
 @given(st.lists(st.integers(0, 91), min_size=1, max_size=40), st.sampled_from(RULES))
-@law(4)
+@law(3)
 def test_a_cache_changes_no_token(prompt: list[int], rule: str) -> None:
     options = {"max_new_tokens": 20, "unmask": rule, "early_stop": "off"}
     host = Engine(tiny())

@@ -38,6 +38,7 @@ from coterie.testing import FAMILY_CONFIGS, read_spec, tiny_config, write_checkp
 from coterie.values import DecodeProgress, Window
 
 PROMPTS = (list(range(3, 20)), list(range(5, 12)), list(range(40, 53)))
+TWO_BLOCKS: dict[str, Any] = {"max_new_tokens": 16, "block": 8, "unmask": "fixed:steps=4"}
 
 
 def again(work: Callable[[], ForwardOutput]) -> tuple[ForwardOutput, Callable[[], object]]:
@@ -102,7 +103,7 @@ def test_replayed_forwards_equal_eager_ones(
 ) -> None:
     folder = write_checkpoint(tmp_path, family, seed=5)
     engine = coterie.load(folder, device="cpu", policy=policy)
-    options = {"max_new_tokens": 16, "block": 8, "unmask": "fixed:steps=4", **options}
+    options = TWO_BLOCKS | options
     expected = told(engine, **options)
     capture = Counted()
     engine._graphs = CudaGraphs(engine.model.transformer, capture)
@@ -115,10 +116,9 @@ def test_longer_sequences_attend_to_all_positions(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, "llada2", seed=6)
     engine = coterie.load(folder, device="cpu")
     prompts = [[3 + i % 80 for i in range(length)] for length in (20, 300, 250)]
-    options: dict[str, Any] = {"max_new_tokens": 16, "block": 8}
-    expected = [engine.generate(prompt, **options).tokens for prompt in prompts]
+    expected = [engine.generate(prompt, **TWO_BLOCKS).tokens for prompt in prompts]
     engine._graphs = CudaGraphs(engine.model.transformer, Counted())
-    assert [engine.generate(prompt, **options).tokens for prompt in prompts] == expected
+    assert [engine.generate(prompt, **TWO_BLOCKS).tokens for prompt in prompts] == expected
 
 
 def test_failed_capture_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -127,10 +127,10 @@ def test_failed_capture_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
     folder = write_checkpoint(tmp_path, "llada2", seed=7)
     engine = coterie.load(folder, device="cpu")
-    expected = told(engine, max_new_tokens=12, block=8)
+    expected = told(engine, **TWO_BLOCKS)
     engine._graphs = CudaGraphs(engine.model.transformer, failing)
     with caplog.at_level(logging.WARNING, logger="coterie"):
-        assert told(engine, max_new_tokens=12, block=8) == expected
+        assert told(engine, **TWO_BLOCKS) == expected
     (record,) = caplog.records
     assert "under vanilla" in record.getMessage()
     assert "not permitted when stream is capturing)" in record.getMessage()
@@ -149,13 +149,12 @@ def test_graphs_survive_a_growing_cache(
 ) -> None:
     """A second row joins, and a prompt outgrows the cache: each replaces the cache's memory."""
     engine = coterie.load(write_checkpoint(tmp_path, "llada2", seed=5), device="cpu")
-    options: dict[str, Any] = {"max_new_tokens": 24, "block": 8}
     long_prompt = [3 + i % 80 for i in range(300)]
-    expected = told(engine, **options), engine.generate(long_prompt, **options).tokens
+    expected = told(engine, **TWO_BLOCKS), engine.generate(long_prompt, **TWO_BLOCKS).tokens
     allocator = graphs_of(engine, monkeypatch)
     replays = []
     for _ in range(2):
-        found = told(engine, **options), engine.generate(long_prompt, **options).tokens
+        found = told(engine, **TWO_BLOCKS), engine.generate(long_prompt, **TWO_BLOCKS).tokens
         assert found == expected
         replays.append(allocator.replays)
     assert 0 < replays[0] < replays[1]
@@ -179,11 +178,10 @@ def test_other_policies_replay_after_a_failed_capture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = coterie.load(write_checkpoint(tmp_path, "llada2", seed=6), device="cpu")
-    options: dict[str, Any] = {"max_new_tokens": 24, "block": 8}
     policies = ("des-vote:beta=0.5", "vanilla", "des-seq:k=2")
-    expected = [told(engine, policy=policy, **options) for policy in policies]
+    expected = [told(engine, policy=policy, **TWO_BLOCKS) for policy in policies]
     allocator = graphs_of(engine, monkeypatch)
-    assert told(engine, policy=policies[1], **options) == expected[1]
+    assert told(engine, policy=policies[1], **TWO_BLOCKS) == expected[1]
     transformer = engine.model.transformer
     first, *rest = transformer.layers
     failing = FailingLayer(first.feed_forward, allocator, coterie.parse_policy(policies[0]))
@@ -194,7 +192,7 @@ def test_other_policies_replay_after_a_failed_capture(
     engine._graphs._transformer = engine.model.transformer
     for policy, wanted in zip(policies, expected, strict=True):
         before = allocator.replays
-        assert told(engine, policy=policy, **options) == wanted
+        assert told(engine, policy=policy, **TWO_BLOCKS) == wanted
         assert (allocator.replays > before) == (policy != policies[0])
         assert allocator.streams == ["default"]
         allocator.draw()
@@ -264,11 +262,15 @@ class Asking(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("family", "kernels"),
-    [*((family, False) for family in sorted(FAMILY_CONFIGS)), ("llada2", True)],
+    ("family", "kernels", "most"),
+    [
+        *((family, False, 2) for family in sorted(FAMILY_CONFIGS) if family != "llada2"),
+        *(("llada2", False, 99), ("llada2", True, 3)),
+        pytest.param("llada2", True, 99, marks=pytest.mark.slow),
+    ],
 )
 def test_forward_does_not_synchronize(
-    monkeypatch: pytest.MonkeyPatch, family: str, kernels: bool
+    monkeypatch: pytest.MonkeyPatch, family: str, kernels: bool, most: int
 ) -> None:
     """A device that holds no numbers at all: whoever asks for one finds out."""
     pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
@@ -278,8 +280,9 @@ def test_forward_does_not_synchronize(
     triton = importlib.import_module("coterie.ops.triton")
     monkeypatch.setattr(ops, "run_experts", triton.run_experts)
     if kernels:
-        for name in ("fused_attention", "silu_and_mul", "rms_norm"):
+        for name in ("fused_attention", "rms_norm"):
             monkeypatch.setattr(ops, name, getattr(triton, name))
+        monkeypatch.setattr(ops, "activate_and_mul", lambda x, _: triton.silu_and_mul(x))
     monkeypatch.setattr(ops, "route", triton.route if kernels else lambda *args: None)
     _, spec = read_spec(tiny_config(family))
     weights = allocate(spec, torch.bfloat16, torch.device("meta"))
@@ -290,8 +293,7 @@ def test_forward_does_not_synchronize(
         return torch.empty(shape, dtype=dtype, device="meta")
 
     masked, after_eos = (there(2, 8, dtype=torch.bool) for _ in range(2))
-    policies = CAPTURABLE if family == "llada2" else CAPTURABLE[:2]
-    for policy in filter(is_capturable, map(coterie.parse_policy, policies)):
+    for policy in filter(is_capturable, map(coterie.parse_policy, CAPTURABLE[:most])):
         counting = ExpertCounter()
         step = ForwardContext(
             Window(there(2), 8, there(2)),

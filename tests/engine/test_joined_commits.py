@@ -54,7 +54,7 @@ def test_tokens_equal_those_of_separate_commits(
     check(joined, engine(family, kv_cache=SEPARATE).generate(prompt, **wanted))
 
 
-@law(5)
+@law(3)
 @given(st.lists(st.tuples(prompt_ids, options), min_size=2, max_size=4))
 def test_rows_of_a_batch_equal_those_alone(rows: list[tuple[list[int], dict]]) -> None:
     host = engine(kv_cache=JOINED)

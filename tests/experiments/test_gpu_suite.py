@@ -16,7 +16,7 @@ from asynchronous_device import World
 from interpreter import quicken
 
 from coterie.values import Policy, Routing, Scores
-from experiments.gpu import limits, suite
+from experiments.gpu import experts, limits, suite
 from experiments.gpu.report import PartReport
 
 pytest.importorskip("triton", reason="NOT TESTED: kernels for a GPU (triton is not installed)")
@@ -27,15 +27,18 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     quicken(monkeypatch)
+    monkeypatch.setenv("COTERIE_CACHE", os.environ["COTERIE_CACHE"])  # a dry run sets it
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def test_routing_is_compared_and_timed_for_every_policy() -> None:
+def test_routing_is_compared_and_timed_for_each_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For two policies; the dry run below takes all."""
     from experiments.gpu import routing
 
+    monkeypatch.setattr(routing, "POLICIES", ("vanilla", routing.JUDGED))
     report = PartReport()
     routing.measure(CPU, report, dry=True)
     assert report.errors == []
@@ -71,6 +74,7 @@ def test_a_part_that_raises_is_recorded_and_the_next_one_runs(
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(limits, "measure", broken)
+    monkeypatch.setattr(experts, "check", lambda *args, **options: None)
     words = ["--dry-run", "--out", str(tmp_path), "--only", "limits", "--only", "experts checked"]
     assert suite.main(words) == 1
     facts = json.loads((tmp_path / "gpu-limits-dry-run.json").read_text())["facts"]
@@ -172,7 +176,6 @@ def test_a_config_that_computes_other_values_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from coterie.ops.triton import tuning
-    from experiments.gpu import experts
 
     monkeypatch.setenv("COTERIE_CACHE", str(tmp_path))
     tuning._tuned_configs.cache_clear()

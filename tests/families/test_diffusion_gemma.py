@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import coterie
+from coterie.checkpoints.model_info import inspect
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError
 from coterie.families import ModelConfig, detect_family
@@ -107,6 +108,15 @@ def test_unsupported_configs_are_refused(keys: dict[str, object], message: str) 
         spec_of(tiny_config(FAMILY, **keys))  # type: ignore[arg-type]
 
 
+def test_inspect_names_each_kind_of_attention_and_the_canvas(tmp_path: Path) -> None:
+    lines = inspect(write_checkpoint(tmp_path / "model", FAMILY)).describe()
+    assert [value for name, value in lines if name in ("heads", "canvas")] == [
+        "4 of 8, 2 for keys and values, in 2 layers, which see 6 positions",
+        "4 of 16, 1 for keys and values, in 1 layer",
+        "8 tokens",
+    ]
+
+
 def test_weights_of_the_vision_tower_are_skipped_and_no_others(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", FAMILY)
     tensors = load_file(folder / SINGLE_FILE)
@@ -150,7 +160,8 @@ def test_a_policy_that_keeps_all_experts_is_the_model(tmp_path: Path, policy: st
 )
 def test_masks_and_noise_do_not_mix(tmp_path: Path, family: str, options: dict[str, str]) -> None:
     engine = coterie.load(write_checkpoint(tmp_path / "model", family))
-    with pytest.raises(CoterieError, match=r"the model denoises"):
+    ((name, value),) = options.items()
+    with pytest.raises(CoterieError, match=rf"`{name}` {value}.*the model denoises.*own is used"):
         engine.generate(PROMPT, **options)  # pyright: ignore[reportCallIssue]
     assert engine.rows == ()
 

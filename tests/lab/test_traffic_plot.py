@@ -13,8 +13,18 @@ from coterie.lab.traffic_plot import TrafficPoint, draw_traffic
 from coterie.offload.traffic import Traffic, Transfer
 from coterie.offload.traffic_log import ForwardTraffic
 
+pytestmark = pytest.mark.usefixtures("embedded_once")
 
-@pytest.mark.parametrize("kinds", [(), ("decode",), ("prefill", "decode"), ("decode",) * 9])
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (),
+        ("prefill", "decode"),
+        pytest.param(("decode",), marks=pytest.mark.slow),
+        pytest.param(("decode",) * 9, marks=pytest.mark.slow),
+    ],
+)
 def test_a_figure_of_any_number_of_forwards(kinds: tuple[str, ...]) -> None:
     """A warning of matplotlib would be an error here."""
     traffic = Traffic(1, 1 << 20, 40, 30, {"elsewhere": Transfer(10, 10 << 20)}, vanilla_misses=20)

@@ -47,10 +47,17 @@ def describe(engine: Engine) -> str:
 
 
 @pytest.mark.parametrize(
-    ("family", "kept"),
-    [("llada2", kept) for kept in ("plain", "bf16", "int4")] + [("sdar-moe", "int8")],
+    ("family", "kept", "memories"),
+    [
+        ("llada2", "plain", ("1", "35%", "15")),
+        ("llada2", "bf16", ("35%",)),
+        ("llada2", "int4", ("35%",)),
+        ("sdar-moe", "int8", ("35%",)),
+    ],
 )
-def test_few_slots_answer_like_all_experts_resident(tmp_path: Path, family: str, kept: str) -> None:
+def test_few_slots_answer_like_all_experts_resident(
+    tmp_path: Path, family: str, kept: str, memories: tuple[str, ...]
+) -> None:
     folder = plain_or_packed_checkpoint(tmp_path, kept, family)
     whole = load_engine(folder)
     assert whole.model.store.traffic_log is None
@@ -58,7 +65,7 @@ def test_few_slots_answer_like_all_experts_resident(tmp_path: Path, family: str,
         policy: whole.generate(PROMPT, policy=policy, **OPTIONS).tokens
         for policy in ("vanilla", "resident-vote:beta=0.3,resident_bonus=0")
     }
-    for memory in ("1", "35%", "15"):
+    for memory in memories:
         few = load_engine(folder, memory)
         for policy, tokens in expected.items():
             assert few.generate(PROMPT, policy=policy, **OPTIONS).tokens == tokens

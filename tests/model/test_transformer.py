@@ -194,9 +194,9 @@ def test_the_mask_follows_the_window(block: int, start: int, width: int, reach: 
     seen = AttentionMetadata.of(view, cache, spec.attention[0], torch.device("cpu"))
     for query in range(width):
         stop = min(visible, ((start + query) // block + 1) * block)
-        allowed = [key < stop for key in range(seen.kv_length)]
+        allowed = [key < stop for key in range(seen.queries.kv_length)]
         mask = (
-            torch.ones(1, width, seen.kv_length, dtype=torch.bool)
+            torch.ones(1, width, seen.queries.kv_length, dtype=torch.bool)
             if seen.mask is None
             else seen.mask
         )
@@ -234,7 +234,7 @@ def attention_received(
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + spec.norm_epsilon) * norm
     seen = AttentionMetadata.of(view, cache, spec.attention[0], x.device)
     heads = (normed @ attention.qkv.T).unflatten(-1, (-1, spec.head_dim))
-    query, _, _ = attention._split_heads(heads, seen)
+    query, _, _ = attention._split_heads(heads, seen.queries)
     received = torch.zeros(x.shape[:2])
     for row in range(x.shape[0]):
         for at in range(view.width):
@@ -288,17 +288,34 @@ def test_an_encoder_replaces_the_keys_that_a_decoder_wrote(prompt: int, width: i
             same(left, right)
 
 
-@given(first=st.integers(1, 16), width=st.integers(1, 8))
-def test_a_sliding_window_ends_before_the_block(first: int, width: int) -> None:
+@given(
+    starts=st.lists(st.integers(0, 16), min_size=1, max_size=3),
+    width=st.integers(1, 8),
+    block=st.sampled_from([0, 1, 4]),
+)
+def test_a_sliding_window_ends_before_the_block(starts: list[int], width: int, block: int) -> None:
+    """The kept keys and the mask of them, as the definition has it for each query."""
     transformer = MODELS["diffusion-gemma"]
-    kind, length = transformer.spec.attention[0], first + width
+    kind, visible = transformer.spec.attention[0], [start + width for start in starts]
+    cache = cache_for(transformer, len(starts), LENGTH)
+    view = window(*starts, width=width, visible=visible, block=block)
+    seen = AttentionMetadata.of(view, cache, kind, torch.device("cpu"))
     assert kind.window
-    cache = cache_for(transformer, 1, length)
-    for view, starts in (
-        (window(first, width=width, visible=length), [first] * width),
-        (window(first, width=width, visible=length, block=1), range(first, length)),
-    ):
-        mask = AttentionMetadata.of(view, cache, kind, torch.device("cpu")).mask
-        assert mask is not None
-        oldest = [int(row.int().argmax()) for row in mask[0]]
-        assert oldest == [max(0, start - kind.window + 1) for start in starts]
+    assert seen.first_key <= max(0, min(starts) - kind.window + 1)
+    for row, start in enumerate(starts):
+        for query in range(start, start + width):
+            own = query // block * block if block else start
+            stop = min(visible[row], (query // block + 1) * block) if block else visible[row]
+            keys = range(max(0, own - kind.window + 1), stop)
+            mask = [True] * (seen.kv_length - seen.first_key)
+            if seen.mask is not None:
+                mask = seen.mask[row, query - start].tolist()
+            assert [seen.first_key + key for key, sees in enumerate(mask) if sees] == [*keys]
+
+
+def test_one_canvas_needs_no_mask_of_its_window() -> None:
+    transformer = MODELS["diffusion-gemma"]
+    kind, cache = transformer.spec.attention[0], cache_for(transformer, 1)
+    view = window(16, width=8, visible=LENGTH)
+    seen = AttentionMetadata.of(view, cache, kind, torch.device("cpu"))
+    assert (seen.mask, seen.first_key) == (None, 16 - kind.window + 1)

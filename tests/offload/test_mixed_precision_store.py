@@ -339,4 +339,4 @@ def test_experts_in_either_precision_are_resident() -> None:
     here = own.resident(1)
     assert here is not None
     assert here.tolist() == [False, False, True, False, True, True]
-    assert own.slots(1) == 3
+    assert own.capacity == 3

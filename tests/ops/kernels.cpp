@@ -52,7 +52,7 @@ std::vector<uint8_t> pack_random(int format, int experts, int hidden, int width,
 
 bool experts_agree(int format) {
   int experts = between(1, 6), hidden = between(1, 150), width = between(1, 90);
-  int tokens = between(0, 40), k = between(1, 4), threads = between(1, 3);
+  int tokens = between(0, 40), k = between(1, 4), threads = between(1, 3), activation = between(0, 1);
   size_t stride = (coterie_expert_bytes(format, hidden, width) + 63) / 64 * 64;
   std::vector<uint8_t> panels = pack_random(format, experts, hidden, width, stride);
   std::vector<float> x, weights;
@@ -67,7 +67,7 @@ bool experts_agree(int format) {
     std::vector<float> out(size_t(tokens) * hidden, NAN);
     ExpertsArgs call{x.data(), ids.data(), slot_of.data(), weights.data(), out.data(), panels.data(), stride,
                      tokens,   k,          experts,        experts,        hidden,     width,         threads,
-                     format,   0};
+                     format,   0,          activation};
     if (coterie_run_experts(isa, &call) != STATUS_OK) return false;
     if (isa == 0) first = out;
     double error = 0, size = 1e-30;
@@ -115,6 +115,12 @@ bool routes_agree() {
   e.vote = between(TOPK_PROB, MAX), e.protect = between(0, 1), e.renormalise = between(0, 1);
   e.union_size = between(0, 3) ? 0 : between(1, k), e.count = between(1, experts), e.min_experts = 1;
   e.mass = between(0, 1) ? 0.8 : 0;
+  std::vector<int64_t> starts;
+  for (int row = 0; row < rows; row++) starts.push_back(between(0, 100));
+  if (between(0, 1)) {  // blocks admit experts
+    e.kept_groups = groups, e.capacity = between(k, experts), e.block = between(1, 50);
+    e.starts = between(0, 1) ? starts.data() : nullptr;
+  }
   bool vanilla = !between(0, 4), splits = e.vote == WEIGHT || e.vote == MARGIN;
   RouteOutput first;
   for (int isa = 0; coterie_isa_name(isa); isa++) {

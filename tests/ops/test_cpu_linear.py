@@ -87,7 +87,7 @@ def test_swiglu_equals_plain_torch(
 def test_swiglu_of_rows_is_the_same():
     x, gate_up, down = drawn(5, 40, HALF), drawn(60, 40, HALF, 1), drawn(40, 30, HALF, 2)
     more = drawn(5, 40, FULL, 3)
-    plain = ops.linear(ops.silu_and_mul(ops.linear(x, gate_up)), down)
+    plain = ops.linear(ops.activate_and_mul(ops.linear(x, gate_up), "silu"), down)
     assert torch.equal(ops.gated_mlp(x, gate_up, down), plain)
     assert torch.equal(ops.gated_mlp(x, gate_up, down, more), more.to(HALF) + plain)
     packed = (ops.prepare_matrix(gate_up), ops.prepare_matrix(down))
@@ -103,7 +103,7 @@ def test_too_many_operations_raise():
     x, out = drawn(2, 8, HALF), torch.empty(2, 4, dtype=HALF)
     work = SiluMulArgs(x.data_ptr(), out.data_ptr(), 2, 4)
     run_ops(*[work] * 8)
-    assert torch.allclose(out.float(), ops.silu_and_mul(x).float(), rtol=2**-6)
+    assert torch.allclose(out.float(), ops.activate_and_mul(x, "silu").float(), rtol=2**-6)
     with pytest.raises(RuntimeError, match="too many operations"):
         run_ops(*[work] * 9)
 

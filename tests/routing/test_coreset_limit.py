@@ -27,9 +27,9 @@ from coterie.values import Policy, RouterSpec, Scores
 
 
 def test_a_store_reports_its_slots() -> None:
-    assert ResidentExpertStore({}).slots(0) is None
-    assert SimulatedCacheStore(ResidentExpertStore({}), CacheSimulator(8, 5)).slots(0) == 5
-    assert cached_store(HostTier(expert_blobs(8)), 8, 3).slots(0) == 3
+    assert ResidentExpertStore({}).capacity is None
+    assert SimulatedCacheStore(ResidentExpertStore({}), CacheSimulator(8, 5)).capacity == 5
+    assert cached_store(HostTier(expert_blobs(8)), 8, 3).capacity == 3
 
 
 def with_election(policy: Policy, **changes: object) -> Policy:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coterie.errors import CoterieError
 from coterie.routing import McMoe, Vanilla, needs_importance, parse_policy, route
-from coterie.routing.coreset import Fixed, Mass, restore_votes, take_by_votes
+from coterie.routing.coreset import Fixed, Mass, rank_by_votes, restore_votes, take_first
 from coterie.values import DecodeProgress, Policy, RouterSpec, Scores
 
 SIGMOID = RouterSpec(experts=6, k=2, activation="sigmoid", renormalise=True)
@@ -309,5 +309,6 @@ def _only(*experts: int) -> Policy:
 
 
 def _coreset(votes: list[int], protected: list[bool], size: Fixed | Mass) -> list[int]:
-    mask = take_by_votes(torch.tensor([votes]), torch.tensor([protected]), size, 1)
+    first = torch.tensor([protected])
+    mask = take_first(*rank_by_votes(torch.tensor([votes]), first), first, size, 1)
     return mask[0].nonzero().flatten().tolist()

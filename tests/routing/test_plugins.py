@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 
 from coterie.errors import ConfigError
-from coterie.routing import POLICIES, format_policy, parse_policy, plugins, route
+from coterie.routing import (
+    POLICIES,
+    check_coreset_reuse,
+    format_policy,
+    parse_policy,
+    plugins,
+    route,
+)
 from coterie.specs import PositiveInt
-from coterie.values import RouterSpec, Scores
+from coterie.values import PreviousCoresets, RouterSpec, Scores
 
 FILE = """
 from dataclasses import dataclass
@@ -75,6 +82,16 @@ def test_registered_policy_reads_prints_and_routes(count: int) -> None:
     assert format_policy(policy) == f"last-experts:count={count}"
     used = route(some_scores(count), policy).used.nonzero()[:, 0]
     assert int(used.min()) >= 16 - count
+
+
+def test_registered_policy_with_one_mask_a_row_reuses_coresets() -> None:
+    plugins.register_policy("last-experts")(LastExperts)
+    policy = parse_policy("last-experts:count=5")
+    check_coreset_reuse(policy)
+    earlier = torch.zeros(1, 16, dtype=torch.bool)
+    previous = PreviousCoresets(0.5, earlier)
+    used = route(replace(some_scores(1), previous_coresets=previous), policy).used
+    assert int(used.nonzero()[:, 0].min()) >= 11
 
 
 @pytest.mark.parametrize("name", ["vanilla", "Two Words", "", "-x", "a:b"])

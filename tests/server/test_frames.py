@@ -115,6 +115,7 @@ def test_a_frame_of_a_large_model_is_small(kind: str) -> None:
         assert len(json.dumps(frame, ensure_ascii=False).encode()) <= MAX_BYTES
 
 
+@pytest.mark.usefixtures("embedded_once")
 @pytest.mark.parametrize(
     "unmask", ["threshold:p=0.9", "fixed:steps=8", "threshold:p=0.3+edit:p=0.5,post=8"]
 )
@@ -130,6 +131,7 @@ def test_frames_replay_to_the_answer(unmask: str) -> None:
     assert tuple(canvas[position] for position in range(len(result.tokens))) == result.tokens
 
 
+@pytest.mark.usefixtures("embedded_once")
 def test_bytes_are_those_of_the_result() -> None:
     engine = coterie.load(policy="des-vote:beta=0.3")
     frames, result = answer(engine, "What is 3 + 4?")
@@ -142,6 +144,7 @@ def test_bytes_are_those_of_the_result() -> None:
         assert total == pytest.approx(mean * layers * result.experts.forwards)
 
 
+@pytest.mark.usefixtures("embedded_once")
 def test_the_summary_says_what_a_page_needs() -> None:
     model = coterie.load().model
     summary: dict[str, Any] = json.loads(json.dumps(model_summary(model)))

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -42,24 +43,38 @@ def process(port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
             server.kill()
 
 
-def test_a_killed_server_starts_again_and_a_signal_lets_requests_finish() -> None:
-    fields = {"model": "embedded", "messages": TURNS, "max_tokens": 300, "extra_body": SLOW}
+def started_stream(url: str, max_tokens: int) -> tuple[OpenAI, Iterator[Any]]:
+    """A client, and an answer of which one chunk has come."""
+    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    stream = client.chat.completions.create(
+        model="embedded", messages=TURNS, max_tokens=max_tokens, extra_body=SLOW, stream=True
+    )
+    next(stream)
+    return client, stream
+
+
+@pytest.mark.slow
+def test_a_killed_server_starts_again_on_its_port() -> None:
     with process() as (server, url):
-        client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        stream = client.chat.completions.create(stream=True, **fields)
-        next(stream)
+        client, stream = started_stream(url, 300)
         server.kill()
-        with pytest.raises((APIConnectionError, httpx.HTTPError)):
-            list(stream)
-        with pytest.raises(APIConnectionError):
-            client.models.list()
-        port = int(url.rpartition(":")[2])
-    with process(port) as (server, url), client:
-        fields["max_tokens"] = 30
-        stream = client.chat.completions.create(stream=True, **fields)
-        next(stream)
+        with client:
+            with pytest.raises((APIConnectionError, httpx.HTTPError)):
+                list(stream)
+            with pytest.raises(APIConnectionError):
+                client.models.list()
+    with process(int(url.rpartition(":")[2])) as (_, url):
+        client, stream = started_stream(url, 30)
+        with client:
+            assert list(stream)[-1].choices[0].finish_reason == "length"
+
+
+def test_a_signal_lets_requests_finish() -> None:
+    with process() as (server, url):
+        client, stream = started_stream(url, 30)
         server.send_signal(signal.SIGTERM)
-        *_, last = stream
+        with client:
+            *_, last = stream
         assert last.choices[0].finish_reason == "length"
         assert server.wait(60) == 0
         lines = [json.loads(line) for line in server.stderr if line.startswith("{")]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from live_server import LiveServer, byte_engine, live_server
+
+if TYPE_CHECKING:
+    from schemathesis import Case
+    from schemathesis.schemas import APIOperation
 
 EXAMPLES = 60  # of each operation
 PATHS = {
@@ -33,18 +37,20 @@ def test_the_document_has_every_endpoint(server: LiveServer) -> None:
 @pytest.mark.slow
 def test_what_follows_the_document_finds_no_fault(server: LiveServer) -> None:
     """schemathesis: bodies that fit the schema, and bodies that do not."""
+    import schemathesis  # here: it takes long to import
+
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     for operation in schema.get_all_operations():
         check(operation.ok())
 
 
-def check(operation: schemathesis.schemas.APIOperation) -> None:
+def check(operation: APIOperation) -> None:
     @settings(
         max_examples=EXAMPLES, deadline=None, phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(case=operation.as_strategy())
-    def no_fault(case: schemathesis.Case) -> None:
+    def no_fault(case: Case) -> None:
         case.body = shortened(case.body)
         answer = case.call(timeout=60)
         assert answer.status_code < 500, answer.text

@@ -15,7 +15,7 @@ from live_server import LiveServer, embedded_model, live_server
 from shared_data import CHROMIUM
 
 from coterie.engine.engine import Engine
-from coterie.server.demo import bundle, recorded_run
+from experiments.demo import bundle, recorded_run
 
 pytest.importorskip("playwright", reason="the page's tests need playwright")
 
@@ -29,6 +29,7 @@ FLAGS += ("--disable-background-networking", "--disable-component-update", "--di
 PROMPT = "Tom has 3 boxes of 4 pens. How many pens?"
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
+expect.set_options(timeout=20_000)  # a browser on a busy machine is slow
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser at {CHROMIUM}")
 
 
@@ -99,7 +100,7 @@ def run(visit: Visit, policy: str = "des-vote:beta=0.4", other: str | None = Non
         page.fill("#other", other)
     page.press("#prompt", "Enter")
     expect(page.locator("#run")).to_have_text("Stop")
-    expect(page.locator("#run")).to_have_text("Run", timeout=20_000)
+    expect(page.locator("#run")).to_have_text("Run")
     expect(page.locator("#error")).to_be_hidden()
 
 

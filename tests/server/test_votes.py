@@ -102,6 +102,7 @@ def test_a_store_with_two_precisions_shows_which_experts_have_the_high_one() -> 
     assert votes.high.tolist() == [[False] * 5 + [True] * 3] * 2
 
 
+@pytest.mark.usefixtures("embedded_once")
 def test_watching_does_not_change_the_answer() -> None:
     engine = coterie.load()
     prompts, policy = ["What is 3 + 4?", "Solve 3x = 9 for x."], "des-vote:beta=0.3"

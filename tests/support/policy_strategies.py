@@ -17,9 +17,9 @@ WITHOUT_BALLOTS = ("vote=max", "vote=random")  # votes that tokens do not cast o
 
 
 def law(examples: int = 30) -> settings:
-    """So many examples, half of them by default; in another profile at least as many as it has."""
+    """So many examples, a third by default; in another profile at least as many as it has."""
     if settings.get_current_profile_name() == "default":
-        return settings(max_examples=min(examples, max(8, examples // 2)))
+        return settings(max_examples=min(examples, max(5, examples // 3)))
     return settings(max_examples=max(examples, settings().max_examples))
 
 

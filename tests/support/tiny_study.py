@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,14 +14,16 @@ from coterie.engine.engine import Engine
 from coterie.lab import plotting
 from coterie.lab.study.experiment import (
     Drawing,
+    Entry,
     Experiment,
     ExperimentText,
     Finding,
+    Part,
     StudyContext,
     Table,
 )
 from coterie.lab.study.report import ReportSection
-from coterie.lab.study.results import JsonObject, VariantResult
+from coterie.lab.study.results import VariantResult
 from coterie.lab.study.study import ExperimentOutcome, StudyConfig, run_study
 from coterie.testing import write_checkpoint
 
@@ -41,7 +43,7 @@ class Counted(Experiment):
     error: BaseException | None = None
     draws: bool = True
 
-    def measure(self, context: StudyContext) -> JsonObject:
+    def measure(self, context: StudyContext) -> Entry:
         context.on_progress(0.5, "counting")
         self.measured.append(self.name)
         if self.error is not None:
@@ -49,22 +51,31 @@ class Counted(Experiment):
         other = context.record(self.reads) if self.reads else {}
         return {"value": len(self.measured) / 7, "hostile": HOSTILE, "other": other}
 
-    def drawings(self, record: JsonObject) -> Sequence[Drawing]:
-        return [Drawing(f"{self.name}-figure", HOSTILE, lambda: self._figure(record))]
+    def report(self, record: Entry) -> Iterator[Part]:
+        yield Drawing(f"{self.name}-figure", HOSTILE, lambda: self._figure(record))
+        yield Table(["what", "value"], [[HOSTILE, f"{record['value']:.3f}"]], "Values", [1])
+        yield Finding(f"It is {record['value']:.3f}.", HOSTILE, "does not hold")
+        yield HOSTILE
 
-    def tables(self, record: JsonObject) -> Sequence[Table]:
-        return [Table(["what", "value"], [[HOSTILE, f"{record['value']:.3f}"]], "Values", [1])]
-
-    def findings(self, record: JsonObject) -> Sequence[Finding | str]:
-        return [Finding(f"It is {record['value']:.3f}.", HOSTILE, "does not hold"), HOSTILE]
-
-    def _figure(self, record: JsonObject) -> Figure:
+    def _figure(self, record: Entry) -> Figure:
         if not self.draws:
             raise KeyError("line")
         figure, ax = plotting.new_axes("x", str(record["hostile"]))
         ax.plot([0, 1], [0, float(str(record["value"]))], label="a line")
         plotting.add_legend(ax)
         return figure
+
+
+def drawings_of(experiment: Experiment, record: Entry) -> list[Drawing]:
+    return [part for part in experiment.report(record) if isinstance(part, Drawing)]
+
+
+def tables_of(experiment: Experiment, record: Entry) -> list[Table]:
+    return [part for part in experiment.report(record) if isinstance(part, Table)]
+
+
+def findings_of(experiment: Experiment, record: Entry) -> list[Finding | str]:
+    return [part for part in experiment.report(record) if isinstance(part, Finding | str)]
 
 
 def counted(

@@ -11,7 +11,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coterie.routing.coreset import Fixed, Mass, restore_votes, take_by_votes, union_of_topm
+from coterie.routing.coreset import (
+    Fixed,
+    Mass,
+    rank_by_votes,
+    restore_votes,
+    take_first,
+    union_of_topm,
+)
 from coterie.routing.router import admitted_experts, combine_weights, select_topk, vanilla_ids
 from coterie.routing.votes import VOTES
 from coterie.values import CoresetRule, RouterSpec, Routing, Scores, expert_mask
@@ -79,16 +86,15 @@ def coreset(scores: Scores, rule: CoresetRule, vote_weight: Tensor | None) -> Te
     admitted = admitted_experts(scores)
     excluded = None if admitted is None else ~admitted.any(dim=1)
     votes = votes if excluded is None else votes.masked_fill(excluded, 0)
-    plain = take_by_votes(votes, safe, size, rule.min_experts, excluded=excluded)
+
+    def take(votes: Tensor) -> Tensor:
+        ranking = rank_by_votes(votes, safe, excluded)
+        return take_first(*ranking, safe, size, rule.min_experts, excluded=excluded)
+
+    plain = take(votes)
     if not rule.resident_bonus or scores.resident is None:
         return plain
-    liked = take_by_votes(
-        votes * (1 + rule.resident_bonus * scores.resident.double()),
-        safe,
-        size,
-        rule.min_experts,
-        excluded=excluded,
-    )
+    liked = take(votes * (1 + rule.resident_bonus * scores.resident.double()))
     return restore_votes(liked, plain, votes, rule.max_vote_loss)
 
 

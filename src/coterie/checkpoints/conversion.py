@@ -124,7 +124,7 @@ class ConversionResult:
         return f"{self.folder}: experts in {self.target}; {sizes}"
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON."""
+        """The result as JSON."""
         entry = self.target.manifest_entry
         return {
             "folder": str(self.folder),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class ModelInfo:
     fits: tuple[MemoryFit, ...]
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON; sizes in bytes."""
+        """The description as JSON; sizes are in bytes."""
         spec, size = self.spec, self.size
         return {
             "model": self.name,
@@ -75,8 +76,8 @@ class ModelInfo:
         spec, size, router = self.spec, self.size, self.spec.router
         dtype = str(self.dtype).removeprefix("torch.")
         mask = "none" if self.mask_id is None else self.mask_id
-        kinds = dict.fromkeys((layer.head_dim, layer.kv_heads) for layer in spec.attention)
-        admitted = f", of {spec.capacity} that a block of {router.block} admits"
+        admitted = f", of {router.capacity} that a block of {router.block} admits"
+        per_token = f"{router.k} a token{admitted if router.capacity else ''}"
         quantised = spec.expert_storage != UNQUANTISED
         return [
             ("model", self.name),
@@ -86,12 +87,10 @@ class ModelInfo:
                 f"{size.parameters:,}, of which a token uses {size.active_parameters:,}",
             ),
             ("layers", f"{spec.layers}, of which {len(spec.moe_layers)} have experts"),
-            (
-                "experts",
-                f"{router.experts} a layer, {router.k} a token{admitted if spec.capacity else ''}",
-            ),
+            ("experts", f"{router.experts} a layer, {per_token}"),
             ("hidden, expert, shared", f"{spec.hidden}, {spec.expert_width}, {spec.shared_width}"),
-            *(("heads", f"{spec.heads} of {dim}, {kv} for keys and values") for dim, kv in kinds),
+            *(("heads", text) for text in self._describe_heads()),
+            *([("canvas", f"{spec.block} tokens")] if spec.block else []),
             ("vocabulary", f"{spec.vocabulary:,}"),
             ("mask id, end ids", f"{mask}, {' '.join(map(str, self.eos_ids)) or 'none'}"),
             *([("experts stored in", spec.expert_storage)] if quantised else []),
@@ -101,6 +100,17 @@ class ModelInfo:
             ("keys and values", f"{format_bytes(size.kv_bytes_per_token)} a position"),
             *((f"in {format_bytes(fit.memory)}", self._describe_fit(fit)) for fit in self.fits),
         ]
+
+    def _describe_heads(self) -> list[str]:
+        """The heads of each kind of attention, with its layers if there are several kinds."""
+        counts = Counter(self.spec.attention)
+        lines = []
+        for kind, count in counts.items():
+            text = f"{self.spec.heads} of {kind.head_dim}, {kind.kv_heads} for keys and values"
+            if len(counts) > 1:
+                text += f", in {count} layer{'s' * (count > 1)}"
+            lines.append(text + (f", which see {kind.window} positions" if kind.window else ""))
+        return lines
 
     def _describe_fit(self, fit: MemoryFit) -> str:
         """How much of a model fits with the KV cache of one sequence."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from io import BufferedWriter
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,8 +22,8 @@ from coterie.files import OpenFiles, read_errors
 from coterie.model.safetensors_file import DTYPE_NAMES, TensorEntry, read_chunks, read_rows
 from coterie.model.spec import ModelSpec
 from coterie.model.weight_loader import quantise_tensor, read_tensor
-from coterie.model.weights import TensorTarget, packed_shape, quantised_parts
-from coterie.quantization import QTensor, QuantFormat, quantize
+from coterie.model.weights import TensorTarget, packed_shape
+from coterie.quantization import QuantFormat, quantize
 from coterie.values import PackedExperts, Slab
 
 TensorLayout = tuple[tuple[int, ...], torch.dtype]
@@ -32,30 +31,6 @@ TensorLayout = tuple[tuple[int, ...], torch.dtype]
 
 ByteCallback = Callable[[int], None]
 """Gets the number of source bytes that were read."""
-
-
-class OutputFile(Protocol):
-    """One file to write: a safetensors header and tensors."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def source_bytes(self) -> int: ...
-
-    @property
-    def alignment(self) -> int:
-        """The data starts at a multiple of so many bytes."""
-        ...
-
-    @property
-    def layouts(self) -> Mapping[str, TensorLayout]:
-        """The tensors, in the order in which they are written."""
-        ...
-
-    def write(self, sink: BufferedWriter, sources: OpenFiles, on_bytes: ByteCallback) -> Checksums:
-        """Write everything after the header; returns the checksums."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -69,7 +44,7 @@ class ConvertedShard:
     entries: Mapping[str, TensorEntry]
     outputs: Mapping[str, Mapping[str, TensorLayout]]
     expert_format: QuantFormat | None
-    alignment: int = 8
+    alignment: int = 8  # the data starts at a multiple of so many bytes
 
     @staticmethod
     def for_source(
@@ -97,6 +72,7 @@ class ConvertedShard:
 
     @property
     def layouts(self) -> Mapping[str, TensorLayout]:
+        """The tensors, in the order in which they are written."""
         return {name: layout for out in self.outputs.values() for name, layout in out.items()}
 
     @property
@@ -104,6 +80,7 @@ class ConvertedShard:
         return sum(entry.size for entry in self.entries.values())
 
     def write(self, sink: BufferedWriter, sources: OpenFiles, on_bytes: ByteCallback) -> Checksums:
+        """Write everything after the header; returns the checksums."""
         checksums: Checksums = {}
         for entry in self.entries.values():
             digests = {name: hashlib.sha256() for name in self.outputs[entry.name]}
@@ -193,14 +170,11 @@ class PackedLayer:
                     read_tensor(sources.descriptor(file), *part, weights)
                 elif expert_format is not None:
                     quantise_tensor(sources.descriptor(file), *part, weights, expert_format)
-        slot_of = torch.zeros(1, dtype=torch.int64)
-        if expert_format is None:
-            return Slab(weights["gate_up"][None], weights["down"][None], slot_of)
-        gate_up, down = (
-            QTensor(weights[f"{name}.q"][None], weights[f"{name}.scales"][None], expert_format, k)
-            for name, (_, k) in shapes.items()
-        )
-        return Slab(gate_up, down, slot_of)
+        batch = {name: weight[None] for name, weight in weights.items()}
+        return Slab.of(batch, expert_format, torch.zeros(1, dtype=torch.int64))
+
+
+OutputFile = ConvertedShard | PackedLayer
 
 
 def header(file: OutputFile) -> bytes:
@@ -232,7 +206,7 @@ def _allocate_weights(
         if expert_format is None:
             yield name, torch.empty(shape, dtype=torch.bfloat16)
         else:
-            for part, (part_shape, dtype) in quantised_parts(expert_format, shape).items():
+            for part, (part_shape, dtype) in expert_format.parts(shape).items():
                 yield f"{name}.{part}", torch.empty(part_shape, dtype=dtype)
 
 

@@ -44,7 +44,7 @@ app = typer.Typer(
     context_settings=o.HELP_NAMES,
 )
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    o.add_command(app, name, command)
 app.add_typer(bench, name="bench")
 
 

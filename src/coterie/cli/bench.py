@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import typer
@@ -19,43 +19,14 @@ from coterie.engine.engine import Engine, Prompt
 from coterie.errors import ConfigError
 from coterie.lab.bench import answers
 from coterie.lab.bench import forward as forwards
-from coterie.lab.bench.baselines import BASELINES, ResolvedBaseline, resolve_baselines
+from coterie.lab.bench.baselines import ResolvedBaseline, resolve_baselines
 from coterie.lab.bench.layer import BenchConfig, free_budget, time_layer
 from coterie.lab.bench.model import random_engine, random_model
-from coterie.lab.bench.shapes import SHAPES, find_shape
+from coterie.lab.bench.shapes import find_shape
 from coterie.model.weights import weight_bytes
 
 NO_BASELINE = "none"
 DEFAULT_TOKENS = 32  # tokens of a block, which the titles of records leave out
-measuring = o.panel("How to measure")
-LOGITS_HELP = "Logits per forward: a number, or block for the mean over a block of 8 steps."
-
-ShapeName = Annotated[str, o.runtime(f"Shape of a published model. {o.one_of(SHAPES)}")]
-FORMAT_HELP = "Format of the experts."
-ExpertFormat = Annotated[Literal["fp32", "bf16", "int8", "int4"], o.runtime(FORMAT_HELP)]
-BenchPolicies = Annotated[list[str] | None, o.decoding(
-    "Expert-routing policy; may be repeated (default: vanilla, and des-vote at the sizes of the "
-    "paper).", "--policy", "-p",
-)]  # fmt: skip
-Repeats = Annotated[int, measuring("Samples of each measurement.", min=1)]
-Threads = Annotated[int | None, measuring("Threads of each program (default: PyTorch's).", min=1)]
-Tokens = Annotated[int, measuring("Tokens of the block.", min=1)]
-LAYERS_HELP = "Number of layers to keep, from the first (default: all)."
-Layers = Annotated[int | None, measuring(LAYERS_HELP, min=1)]
-BASELINE_HELP = f"Baseline to time, or {NO_BASELINE}; may be repeated (default: installed ones). "
-BASELINE_HELP += o.one_of(BASELINES)
-PYTHON_HELP = "Python of a baseline (default: .peers/NAME, from scripts/peers)."
-UNIFORM_HELP = "Use all experts equally often."
-SLOW_HELP = "Time kernels that take about a second, too."
-MEMORY_HELP = "GiB for the baselines that run together (default: what is free)."
-MODEL_SHAPE_HELP = f"Shape of a random model to use for --model. {o.one_of(SHAPES)}"
-BENCH_PROMPT_HELP = "Prompt; may be repeated (default: held-out problems)."
-CONTEXT_HELP = "Positions before the block (default: 512, or as many as the model has)."
-ROWS_HELP = "Requests in progress together; may be repeated (default: 1, 2, 4, 8)."
-LENGTH_HELP = "Tokens of a random model's prompts (default 64)."
-OutputFolder = Annotated[Path, measuring("Folder for the record and its figures.", "--out", "-o")]
-Overwrite = Annotated[bool, measuring("Replace a record that exists.", "--overwrite")]
-RECORDS = Path("runs/bench")
 
 bench = typer.Typer(rich_markup_mode="rich", context_settings=o.HELP_NAMES)
 
@@ -80,10 +51,10 @@ def bench_command(context: typer.Context) -> None:
 class BaselineOptions:
     """The other programs to time."""
 
-    baseline: Annotated[list[str] | None, measuring(BASELINE_HELP)] = None
-    baseline_python: Annotated[list[str] | None, measuring(PYTHON_HELP, metavar="NAME=PATH")] = None
-    include_slow: Annotated[bool, measuring(SLOW_HELP, "--include-slow")] = False
-    baseline_memory: Annotated[float | None, measuring(MEMORY_HELP, min=0.1)] = None
+    baseline: list[str] | None = None
+    baseline_python: list[str] | None = None
+    include_slow: bool = False
+    baseline_memory: float | None = None
 
     def resolve(self, dtype: str) -> tuple[list[ResolvedBaseline], dict[str, str]]:
         """The baselines, and why others are skipped; raises for options without effect."""
@@ -110,15 +81,11 @@ class BaselineOptions:
         return free_budget(config.shape)
 
 
-@bench.command("layer")
-@o.with_option_groups
 def layer_command(
-    *, shape: ShapeName = "llada2-mini", expert_dtype: ExpertFormat = "bf16",
-    policies: BenchPolicies = None, tokens: Tokens = DEFAULT_TOKENS, repeats: Repeats = 40,
-    threads: Threads = None,
-    uniform_routing: Annotated[bool, measuring(UNIFORM_HELP, "--uniform-routing")] = False,
-    baselines: BaselineOptions, out: OutputFolder = RECORDS, overwrite: Overwrite = False,
-    json: o.Json = False,
+    *, shape: str = "llada2-mini", expert_dtype: Literal["fp32", "bf16", "int8", "int4"] = "bf16",
+    policies: list[str] | None = None, tokens: int = DEFAULT_TOKENS, repeats: int = 40,
+    threads: int | None = None, uniform_routing: bool = False, baselines: BaselineOptions,
+    record: output.RecordOptions,
 ) -> None:  # fmt: skip
     """Time one layer of experts of a published shape, a read of its bytes, and the baselines.
 
@@ -145,7 +112,7 @@ def layer_command(
     }  # fmt: skip
     programs = [str(each.python) for each in resolved]
     same = {**facts, "policies": specs, "programs": programs, "slow": baselines.include_slow}
-    with output.open_journal(out, title, same, overwrite=overwrite) as journal:
+    with record.journal(title, same) as journal:
         with _progress_callback() as on_progress:
             result = time_layer(
                 config, resolved, include_slow=baselines.include_slow,
@@ -158,19 +125,14 @@ def layer_command(
         facts |= {"policies": [timing.facts() for timing in result.timings]}
         facts |= {"peers": peers, "sittings": result.sessions}
         measures = [measure for timing in result.timings for measure in timing.measures()]
-        table = output.layer_table(result)
-        output.report(table, out, title, measures=measures, facts=facts, json=json)
+        record.report(output.layer_table(result), title, measures, facts)
 
 
-@bench.command("forward")
 def forward_command(
-    *, shape: ShapeName = "llada2-mini", expert_dtype: ExpertFormat = "int8",
-    policies: BenchPolicies = None, tokens: Tokens = DEFAULT_TOKENS,
-    context: Annotated[int | None, measuring(CONTEXT_HELP, min=0)] = None,
-    logits: Annotated[str, measuring(LOGITS_HELP, metavar="N|block")] = "block",
-    layers: Layers = None, repeats: Repeats = 10, threads: Threads = None,
-    seed: Annotated[int, measuring("Seed of weights and tokens.", min=0)] = 0,
-    out: OutputFolder = RECORDS, overwrite: Overwrite = False, json: o.Json = False,
+    *, shape: str = "llada2-mini", expert_dtype: Literal["fp32", "bf16", "int8", "int4"] = "int8",
+    policies: list[str] | None = None, tokens: int = DEFAULT_TOKENS, context: int | None = None,
+    logits: str = "block", layers: int | None = None, repeats: int = 10, threads: int | None = None,
+    seed: int = 0, record: output.RecordOptions,
 ) -> None:  # fmt: skip
     """Time whole forwards of a random model of a published shape, and a read of their bytes.
 
@@ -192,7 +154,7 @@ def forward_command(
         "context": context, "wanted": num_logits, "threads": num_threads,
     }  # fmt: skip
     same = {**facts, "policies": specs, "seed": seed}
-    with output.open_journal(out, title, same, overwrite=overwrite) as journal:
+    with record.journal(title, same) as journal:
         with _progress_callback() as on_progress:
             on_progress(0.0, "making weights")
             model = random_model(truncated, expert_dtype, seed=seed)
@@ -208,8 +170,8 @@ def forward_command(
             "peak_times_weights": peak / size,
             "policies": [timing.facts() for timing in result.timings],
         }  # fmt: skip
-        table, measures = output.forward_table(result.timings), result.measures()
-        output.report(table, out, title, measures=measures, facts=facts, json=json)
+        table = output.forward_table(result.timings)
+        record.report(table, title, result.measures(), facts)
 
 
 @dataclass(frozen=True)
@@ -240,11 +202,11 @@ class Workload:
 class WorkloadOptions:
     """The model's shape and the prompts of ``bench generate``."""
 
-    shape: Annotated[str | None, o.runtime(MODEL_SHAPE_HELP)] = None
-    layers: Layers = None
-    prompt: Annotated[list[str] | None, measuring(BENCH_PROMPT_HELP)] = None
-    num_prompts: Annotated[int | None, measuring("Number of prompts (default 8).", min=1)] = None
-    length: Annotated[int | None, measuring(LENGTH_HELP, min=1)] = None
+    shape: str | None = None
+    layers: int | None = None
+    prompt: list[str] | None = None
+    num_prompts: int | None = None
+    length: int | None = None
 
     def check(self, engine_options: engines.EngineOptions) -> None:
         """Raises for options that would have no effect."""
@@ -284,14 +246,10 @@ class WorkloadOptions:
         return Workload(engine, prompts, " ".join(filter(None, parts)))
 
 
-@bench.command("generate")
-@o.with_option_groups
 def generate_command(
     *, engine_options: engines.EngineOptions, workload: WorkloadOptions,
-    policies: o.PolicySpecs = None, coreset_reuse: o.CoresetReuse = None,
-    tokens: Annotated[int, measuring("Maximum of new tokens of a prompt.", min=1)] = 256,
-    repeats: Repeats = 5, threads: Threads = None, out: OutputFolder = RECORDS,
-    overwrite: Overwrite = False, json: o.Json = False,
+    policies: list[str] | None = None, coreset_reuse: float | None = None, tokens: int = 256,
+    repeats: int = 5, threads: int | None = None, record: output.RecordOptions,
 ) -> None:  # fmt: skip
     """Time whole answers under several policies: tokens a second, forwards, forwards a block.
 
@@ -312,7 +270,7 @@ def generate_command(
     opened = workload.open(engine_options, workload.num_prompts or 8)
     title, facts = f"generate {opened.title}", opened.facts()
     same = {**facts, **opened.identity(engine_options), "policies": reuse_by_policy}
-    with output.open_journal(out, title, same | {"tokens": tokens}, overwrite=overwrite) as journal:
+    with record.journal(title, same | {"tokens": tokens}) as journal:
         with _progress_callback() as on_progress:
             timings = answers.time_generation(
                 opened.engine, opened.prompts, specs, num_repeats=repeats,
@@ -320,21 +278,15 @@ def generate_command(
                 journal=journal, on_progress=on_progress,
             )  # fmt: skip
         facts["policies"] = {timing.policy: timing.facts(timings[0]) for timing in timings}
-        output.report(
-            output.generation_table(timings), out, title, facts=facts, json=json,
-            measures=[timing.measure() for timing in timings], device=opened.device_name,
-        )  # fmt: skip
+        measures = [timing.measure() for timing in timings]
+        table = output.generation_table(timings)
+        record.report(table, title, measures, facts, opened.device_name)
 
 
-@bench.command("serve")
-@o.with_option_groups
 def serve_command(
     *, engine_options: engines.EngineOptions, workload: WorkloadOptions,
-    policies: BenchPolicies = None,
-    rows: Annotated[list[int] | None, measuring(ROWS_HELP, "--batch-size", min=1)] = None,
-    tokens: Annotated[int, measuring("Maximum of new tokens of a prompt.", min=1)] = 256,
-    repeats: Repeats = 5, threads: Threads = None, out: OutputFolder = RECORDS,
-    overwrite: Overwrite = False, json: o.Json = False,
+    policies: list[str] | None = None, rows: list[int] | None = None, tokens: int = 256,
+    repeats: int = 5, threads: int | None = None, record: output.RecordOptions,
 ) -> None:  # fmt: skip
     """Time requests in progress together: tokens a second, and the experts that all rows read.
 
@@ -352,7 +304,7 @@ def serve_command(
     opened = workload.open(engine_options, workload.num_prompts or max(counts))
     title, facts = f"bench serve {opened.title}", opened.facts()
     same = {**facts, **opened.identity(engine_options), "policies": specs, "rows": counts}
-    with output.open_journal(out, title, same | {"tokens": tokens}, overwrite=overwrite) as journal:
+    with record.journal(title, same | {"tokens": tokens}) as journal:
         with _progress_callback() as on_progress:
             timings = answers.time_concurrency(
                 opened.engine, opened.prompts, specs, counts, num_repeats=repeats,
@@ -360,17 +312,12 @@ def serve_command(
             )  # fmt: skip
         fewest = {timing.policy: timing for timing in reversed(timings)}
         settings = [timing.rows_facts(fewest[timing.policy]) for timing in timings]
-        output.report(
-            output.concurrency_table(timings, settings), out, title,
-            facts=facts | {"settings": settings}, json=json,
-            measures=[timing.measure() for timing in timings], device=opened.device_name,
-        )  # fmt: skip
+        measures = [timing.measure() for timing in timings]
+        table, facts = output.concurrency_table(timings, settings), facts | {"settings": settings}
+        record.report(table, title, measures, facts, opened.device_name)
 
 
-@bench.command("plot")
-def plot_command(
-    records: Annotated[list[Path], typer.Argument(help="Records of `coterie bench`.")],
-) -> None:
+def plot_command(records: list[Path]) -> None:
     """Draw records again, as RECORD-light.svg and RECORD-dark.svg.
 
     \b
@@ -406,3 +353,11 @@ def _progress_callback() -> Iterator[Callable[[float, str], None]]:
     with progress_bar(TimeElapsedColumn()) as progress:
         task = progress.add_task("", total=1.0)
         yield lambda share, doing: progress.update(task, completed=share, description=doing)
+
+
+COMMANDS = {
+    "layer": layer_command, "forward": forward_command, "generate": generate_command,
+    "serve": serve_command, "plot": plot_command,
+}  # fmt: skip
+for name, command in COMMANDS.items():
+    o.add_command(bench, name, command, "bench")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +24,51 @@ from coterie.lab.records import (
 )
 from coterie.offload.capacity import format_bytes
 
-
-@contextmanager
-def open_journal(
-    out: Path, title: str, options: Mapping[str, object], *, overwrite: bool
-) -> Iterator[Journal]:
-    """The journal of a record's repeats; raises ConfigError if the record exists already.
-
-    The same command goes on from it. It is removed once the record is written.
-    """
-    record = record_path(out, title)
-    if record.exists() and not overwrite:
-        raise ConfigError(
-            f"{record}: exists already; --overwrite replaces it, --out moves the new one"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    same = {"commit": git_commit(), "machine": machine_info(), "versions": package_versions()}
-    with output.resumable(Journal(record.with_suffix(".journal"), {**options, **same})) as journal:
-        yield journal
-        journal.remove()
+RECORDS = Path("runs/bench")
 
 
-def report(
-    table: Table, out: Path, title: str, *, measures: Sequence[Measurement], facts: output.Document,
-    json: bool, device: str = "cpu",
-) -> None:  # fmt: skip
-    """Prints the record or the table, then writes it, and figures where matplotlib is installed."""
-    content = output.command_record(title, facts, measures, device)
-    output.print_result(content, table, json=json)
-    path = write_record(out, content)
-    try:
-        output.print_note(f"{path}, {', '.join(file.name for file in plot_record(path))}")
-    except ConfigError as error:
-        output.print_note(f"{path}; {error}")
+@dataclass(frozen=True)
+class RecordOptions:
+    """Where the record of a benchmark goes, and what is printed."""
+
+    out: Path = RECORDS
+    overwrite: bool = False
+    json: bool = False
+
+    @contextmanager
+    def journal(self, title: str, options: Mapping[str, object]) -> Iterator[Journal]:
+        """The journal of a record's repeats; raises ConfigError if the record exists already.
+
+        The same command goes on from it. It is removed once the record is written.
+        """
+        record = record_path(self.out, title)
+        if record.exists() and not self.overwrite:
+            raise ConfigError(
+                f"{record}: exists already; --overwrite replaces it, --out moves the new one"
+            )
+        self.out.mkdir(parents=True, exist_ok=True)
+        same = {"commit": git_commit(), "machine": machine_info(), "versions": package_versions()}
+        file = record.with_suffix(".journal")
+        with output.resumable(Journal(file, {**options, **same})) as journal:
+            yield journal
+            journal.remove()
+
+    def report(
+        self,
+        table: Table,
+        title: str,
+        measures: Sequence[Measurement],
+        facts: output.Document,
+        device: str = "cpu",
+    ) -> None:
+        """Prints the record or the table, then writes it, and figures if matplotlib is there."""
+        content = output.command_record(title, facts, measures, device)
+        output.print_result(content, table, json=self.json)
+        path = write_record(self.out, content)
+        try:
+            output.print_note(f"{path}, {', '.join(file.name for file in plot_record(path))}")
+        except ConfigError as error:
+            output.print_note(f"{path}; {error}")
 
 
 def plot_record(path: Path) -> list[Path]:

@@ -2,9 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
@@ -20,28 +18,13 @@ from coterie.lab.journal import Journal
 from coterie.lab.records import package_versions
 
 DEFAULT_PROBLEMS = 40  # of each task
-CONFIDENT_HELP = "Require the 95 % interval to meet the target too."
-LAYER_HELP = "Give each layer its own budget, by its votes."
-OUT_HELP = "JSON file of the result, for --policy @FILE."
-POLICY_HELP = (
-    "Policy without the option to search for, e.g. des-vote:voters=before-eos; or with ? in its "
-    "place: coreset:m=?,vote=weight."
-)
-TARGET_HELP = (
-    "Target: experts=38 (a layer, at most), mass=0.9 (of the votes, at least), loss=0.05 (of a "
-    "layer's output, squared, at most) or drop=0.01 (of accuracy, at most)."
-)
 
 
-@o.with_option_groups
 def calibrate_command(
-    family: Annotated[str, typer.Argument(metavar="POLICY", help=POLICY_HELP)], *,
-    target: Annotated[str, typer.Option(metavar="KIND=VALUE", help=TARGET_HELP)],
-    confident: Annotated[bool, typer.Option("--confident", help=CONFIDENT_HELP)] = False,
-    per_layer: Annotated[bool, typer.Option("--per-layer", help=LAYER_HELP)] = False,
+    family: str, *, target: str, confident: bool = False, per_layer: bool = False,
     prompts: o.PromptOptions, decode: DecodeOptions, engine_options: EngineOptions,
-    batch_size: o.BatchSize = None, trust_code: o.TrustCode = False,
-    out: Annotated[Path | None, o.output(OUT_HELP, "--out", "-o")] = None, json: o.Json = False,
+    batch_size: int | None = None, trust_code: bool = False, out: Path | None = None,
+    json: bool = False,
 ) -> None:  # fmt: skip
     """Find the option of a policy that meets a target and reads as few experts as possible.
 

@@ -6,10 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event as Flag
-from typing import Annotated
 
 from coterie.cli import engine_options as engines
-from coterie.cli import options as o
 from coterie.cli import output
 from coterie.cli.generate import result_summary
 from coterie.cli.interrupts import Interrupts
@@ -20,7 +18,6 @@ from coterie.files import atomic_write_json
 from coterie.offload.capacity import format_bytes
 
 PREFIX_CACHE_BYTES = 1 << 30  # for the keys of earlier turns
-SYSTEM_HELP = "System turn that starts the conversation."
 QUIT = "/quit"
 HELP = """\
 /policy SPEC   route by another policy, such as des-vote:beta=0.15; alone, print the current one
@@ -108,11 +105,9 @@ class Conversation:
         return "\n".join(lines)
 
 
-@o.with_option_groups
 def chat(
-    *, policy: o.PolicySpec = engines.VANILLA, decode: engines.DecodeOptions,
-    sampling: engines.SamplingOptions, seed: o.Seed = None,
-    system: Annotated[str | None, o.decoding(SYSTEM_HELP)] = None,
+    *, policy: str = engines.VANILLA, decode: engines.DecodeOptions,
+    sampling: engines.SamplingOptions, seed: int | None = None, system: str | None = None,
     engine_options: engines.EngineOptions,
 ) -> None:  # fmt: skip
     """Talk to a model; /help lists what else can be typed.

@@ -5,19 +5,16 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 
 from coterie.cli import engine_options as engines
-from coterie.cli import options as o
 from coterie.cli.output import plain_table, print_result
 from coterie.engine.events import Result
 from coterie.engine.vanilla_comparison import run_documents, saved_share
 from coterie.offload.capacity import format_bytes
 
 
-@o.with_option_groups
 def compare(
-    prompt: o.Prompt, *, policies: o.PolicySpecs = None, decode: engines.DecodeOptions,
-    sampling: engines.SamplingOptions, seed: o.Seed = None,
-    no_chat_template: o.NoChatTemplate = False, engine_options: engines.EngineOptions,
-    coreset_reuse: o.CoresetReuse = None, json: o.Json = False,
+    prompt: str, *, policies: list[str] | None = None, decode: engines.DecodeOptions,
+    sampling: engines.SamplingOptions, seed: int | None = None, no_chat_template: bool = False,
+    engine_options: engines.EngineOptions, coreset_reuse: float | None = None, json: bool = False,
 ) -> None:  # fmt: skip
     """Run several policies on one prompt; print one table, and each different answer once.
 

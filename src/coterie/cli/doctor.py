@@ -3,7 +3,6 @@
 import typer
 from rich.progress import TimeElapsedColumn
 
-from coterie.cli import options as o
 from coterie.cli import output
 from coterie.lab.doctor import Diagnosis, diagnose
 
@@ -11,7 +10,7 @@ BROKEN_STATUS = 1
 MARKS = {"ok": "", "note": "!", "broken": "BROKEN"}
 
 
-def doctor_command(model: o.ModelArgument = None, *, json: o.Json = False) -> None:
+def doctor_command(model: str | None = None, *, json: bool = False) -> None:
     """Examine the machine, the kernels and the installation, in a few seconds.
 
     The exit status is 1 where something is broken. The disk is timed below the folder MODEL.

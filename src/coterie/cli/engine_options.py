@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
@@ -44,18 +45,18 @@ GenerationOptions = dict[str, object]  # fields of GenerationConfig
 class EngineOptions:
     """Which model to load, where to, and how much memory its experts get."""
 
-    model: o.Model = None
-    dtype: o.Dtype = None
-    device: o.Device = "auto"
-    expert_dtype: o.ExpertDtype = None
-    expert_memory: o.ExpertMemory = None
-    simulate_expert_memory: o.SimulateExpertMemory = None
-    host_memory: o.HostMemory = None
-    eviction: o.Eviction = None
-    warm_start: o.WarmStart = None
-    fallback_model: o.FallbackModel = None
-    precision_policy: o.PrecisionPolicy = None
-    cpu_experts: o.CpuExperts = None
+    model: str | None = None
+    dtype: str | None = None
+    device: str = "auto"
+    expert_dtype: str | None = None
+    expert_memory: str | None = None
+    simulate_expert_memory: str | None = None
+    host_memory: str | None = None
+    eviction: str | None = None
+    warm_start: Path | None = None
+    fallback_model: str | None = None
+    precision_policy: str | None = None
+    cpu_experts: str | None = None
 
     @property
     def is_embedded(self) -> bool:
@@ -143,13 +144,13 @@ def planned_options(options: EngineOptions, policy: str) -> EngineOptions:
 class DecodeOptions:
     """How blocks are decoded."""
 
-    max_new_tokens: o.MaxNewTokens = None
-    block: o.Block = None
-    kv_cache: o.KVCache = None
-    unmask: o.Unmask = None
-    threshold: o.Threshold = None
-    commit_routing: o.CommitRouting = None
-    prefill_routing: o.PrefillRouting = None
+    max_new_tokens: int | None = None
+    block: int | None = None
+    kv_cache: str | None = None
+    unmask: str | None = None
+    threshold: float | None = None
+    commit_routing: o.RoutingMode | None = None
+    prefill_routing: o.RoutingMode | None = None
 
     def to_fields(self) -> GenerationOptions:
         """Fields of a GenerationConfig; raises ConfigError for options that exclude each other."""
@@ -165,10 +166,10 @@ class DecodeOptions:
 class SamplingOptions:
     """How tokens are sampled, and where an answer ends."""
 
-    temperature: o.Temperature = None
-    top_k: o.TopK = None
-    top_p: o.TopP = None
-    early_stop: o.EarlyStop = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    early_stop: Literal["block", "token", "off"] | None = None
 
     def to_fields(self) -> GenerationOptions:
         """Fields of a GenerationConfig; raises ConfigError for options without effect."""

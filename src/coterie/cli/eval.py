@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from coterie.checkpoints.model_info import inspect
 from coterie.cli import engine_options as engines
@@ -23,28 +23,23 @@ from coterie.lab.evals.stats import unchanged_bound
 from coterie.lab.evals.task import Task, TaskOptions
 from coterie.lab.evals.tasks import open_tasks
 from coterie.lab.problems import PROBLEM_MAKERS
+from coterie.lab.records import write_record
 
 MAX_REASONS, ALL_FAILED = 3, 2
 TITLES = {True: "Embedded tasks by policy", False: "Accuracy by policy"}  # of all its own tasks
-PROBLEMS_HELP = f"Problems of {', '.join(PROBLEM_MAKERS)} (default {o.DEFAULT_PROBLEMS} each)."
-SEED_HELP = "Seed of the problems; with a temperature, of the sampling too."
-LIMIT_HELP = "Number of items of each task to use (default: all)."
-SHUFFLE_HELP = "Seed of the items' order; with --limit, of a sample."
-OUT_HELP = "Folder for answers, record and CSV; a stopped run continues."
-RESET_HELP = "Questions between resets of the expert cache (default 1: answers are independent)."
 
 
 @dataclass(frozen=True)
 class ItemOptions:
     """The benchmark items to answer."""
 
-    task: o.Tasks = None
-    data: o.DataPath = None
-    shots: o.NumShots = None
-    num_problems: Annotated[int | None, o.benchmark(PROBLEMS_HELP, min=1)] = None
-    seed: Annotated[int, o.benchmark(SEED_HELP, min=0)] = 1
-    limit: Annotated[int | None, o.benchmark(LIMIT_HELP, min=1)] = None
-    shuffle_seed: Annotated[int | None, o.benchmark(SHUFFLE_HELP, min=0)] = None
+    task: list[str] | None = None
+    data: Path | None = None
+    shots: int | None = None
+    num_problems: int | None = None
+    seed: int = 1
+    limit: int | None = None
+    shuffle_seed: int | None = None
 
     def open(self, model: str | None, *, trust_code: bool) -> list[Task]:
         """The tasks; raises ConfigError for options without effect."""
@@ -65,15 +60,12 @@ class EvalConfig:
     output: Path | None
 
 
-@o.with_option_groups
 def evaluate(
-    *, items: ItemOptions, policies: o.PolicySpecs = None, decode: engines.DecodeOptions,
+    *, items: ItemOptions, policies: list[str] | None = None, decode: engines.DecodeOptions,
     sampling: engines.SamplingOptions, engine_options: engines.EngineOptions,
-    reset_cache_every: Annotated[int | None, o.memory(RESET_HELP, min=1)] = None,
-    coreset_reuse: o.CoresetReuse = None, batch_size: o.BatchSize = None,
-    trust_code: o.TrustCode = False,
-    out: Annotated[Path | None, o.output(OUT_HELP, "--out", "-o")] = None, json: o.Json = False,
-    csv: o.Csv = False,
+    reset_cache_every: int | None = None, coreset_reuse: float | None = None,
+    batch_size: int | None = None, trust_code: bool = False, out: Path | None = None,
+    json: bool = False, csv: bool = False,
 ) -> int:  # fmt: skip
     """Measure accuracy on a benchmark under several policies, paired by item, with their traffic.
 
@@ -144,7 +136,8 @@ def print_results(
     if config.output is not None:
         title = TITLES[set(summaries[0].by_task) <= set(PROBLEM_MAKERS)]
         device = str(engine.model.transformer.device)
-        path, _ = output.save_record(config.output, title, document, device=device)
+        record = output.command_record(title, document, device=device)
+        path = write_record(config.output, record)
         atomic_write(path.with_suffix(".csv"), table.encode())
         print_note(f"{path}, {path.stem}.csv")
     if json:

@@ -3,10 +3,8 @@
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
 
 from coterie.cli import engine_options as engines
-from coterie.cli import options as o
 from coterie.cli import output
 from coterie.cli.live_view import show_live
 from coterie.engine.engine import Engine
@@ -20,22 +18,14 @@ ALL_RESIDENT = (
     "--plot-traffic: all experts are in memory, so nothing is moved; "
     "--expert-memory 35% keeps fewer"
 )
-LIVE_HELP = "Show the block live, with the experts that each layer reads."
-VANILLA_HELP = "Run the unmodified model too, and print how much of its expert memory was read."
-PLOT_HELP = (
-    "Files NAME-light.svg, NAME-dark.svg and NAME.json to write: the bytes that each forward moved."
-)
 
 
-@o.with_option_groups
 def generate(
-    prompt: o.Prompt, *, policy: o.PolicySpec = engines.VANILLA, decode: engines.DecodeOptions,
-    sampling: engines.SamplingOptions, seed: o.Seed = None,
-    no_chat_template: o.NoChatTemplate = False, engine_options: engines.EngineOptions,
-    coreset_reuse: o.CoresetReuse = None, auto: o.Auto = False, json: o.Json = False,
-    live: Annotated[bool, o.output(LIVE_HELP, "--watch", "--live", "-w")] = False,
-    compare_vanilla: Annotated[bool, o.output(VANILLA_HELP, "--compare-vanilla")] = False,
-    plot_traffic: Annotated[Path | None, o.output(PLOT_HELP, metavar="NAME")] = None,
+    prompt: str, *, policy: str = engines.VANILLA, decode: engines.DecodeOptions,
+    sampling: engines.SamplingOptions, seed: int | None = None, no_chat_template: bool = False,
+    engine_options: engines.EngineOptions, coreset_reuse: float | None = None, auto: bool = False,
+    json: bool = False, live: bool = False, compare_vanilla: bool = False,
+    plot_traffic: Path | None = None,
 ) -> None:  # fmt: skip
     """Answer a prompt.
 

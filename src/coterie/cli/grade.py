@@ -4,30 +4,22 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
-from coterie.cli import options as o
 from coterie.cli.output import check_output_file, print_note, print_text, progress_bar
 from coterie.errors import TaskError
 from coterie.files import atomic_write, read_file
 from coterie.lab.evals.grading import GradingJob, prepare_grading, read_outputs
 from coterie.lab.evals.report import proportion
 from coterie.lab.evals.task import TaskOptions
-from coterie.lab.evals.tasks import TASKS, check_task_name
+from coterie.lab.evals.tasks import check_task_name
 from coterie.lab.evals.tasks.source import MAX_BYTES
-
-FILE_HELP = "JSONL of outputs; - reads standard input."
-OUT_HELP = "File for the grades (default: standard output)."
 
 
 def grade(
-    task: Annotated[str, typer.Argument(metavar="TASK", help=o.one_of(TASKS), show_default=False)],
-    file: Annotated[str, typer.Argument(metavar="FILE", help=FILE_HELP, show_default=False)], *,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help=OUT_HELP)] = None,
-    data: o.DataPath = None, trust_code: o.TrustCode = False,
+    task: str, file: str, *, out: Path | None = None, data: Path | None = None,
+    trust_code: bool = False,
 ) -> None:  # fmt: skip
     """Grade outputs of any program, as `coterie eval` grades its own.
 

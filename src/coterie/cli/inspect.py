@@ -1,8 +1,5 @@
 """``coterie inspect``: the sizes of a model, from its config alone."""
 
-from typing import Annotated
-
-import typer
 from rich.progress import DownloadColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -10,7 +7,6 @@ from coterie.checkpoints import verification as manifests
 from coterie.checkpoints.model_info import GIB
 from coterie.checkpoints.model_info import inspect as read_model_info
 from coterie.checkpoints.source import find_folder
-from coterie.cli import options as o
 from coterie.cli.output import counted_progress, print_note, print_result
 from coterie.errors import ConfigError
 from coterie.keys import to_json
@@ -18,22 +14,16 @@ from coterie.loading.load import DTYPES
 
 DEFAULT_LENGTH = 2048
 DEFAULT_FIT_GIB = (8.0, 16.0, 24.0)
-DTYPE_HELP = "Data type that sizes are given for."
-LENGTH_HELP = "Sequence length; its KV cache must fit too."
-FIT_HELP = "Memory in GiB to fit into; may be repeated (default 8, 16, 24)."
-VERIFY_HELP = "Compare all weights with the folder's manifest."
 
 
 def inspect(
-    model: o.ModelArgument = None,
+    model: str | None = None,
     *,
-    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "bf16",
-    length: Annotated[int, typer.Option(help=LENGTH_HELP, min=1)] = DEFAULT_LENGTH,
-    fit_gib: Annotated[
-        list[float] | None, typer.Option(help=FIT_HELP, min=0.0, max=float(1 << 30))
-    ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help=VERIFY_HELP)] = False,
-    json: o.Json = False,
+    dtype: str = "bf16",
+    length: int = DEFAULT_LENGTH,
+    fit_gib: list[float] | None = None,
+    verify: bool = False,
+    json: bool = False,
 ) -> None:
     """Print a model's family, sizes and experts, and how much of it fits into memory.
 

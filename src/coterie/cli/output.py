@@ -18,7 +18,7 @@ from rich.table import Table
 
 from coterie.errors import ConfigError, printable
 from coterie.lab.journal import Journal
-from coterie.lab.records import Measurement, make_record, write_record
+from coterie.lab.records import Measurement, make_record
 
 Document = Mapping[str, object]
 PIPE_WIDTH = 200  # columns of a table that goes to a file or a pipe
@@ -114,15 +114,6 @@ def format_csv(rows: Sequence[Document]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def save_record(
-    out: Path, title: str, facts: Document, measures: Sequence[Measurement] = (),
-    device: str = "cpu",
-) -> tuple[Path, dict[str, object]]:  # fmt: skip
-    """Writes the record of this command in the folder; returns its path and its content."""
-    content = command_record(title, facts, measures, device)
-    return write_record(out, content), content
 
 
 def command_record(

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 from rich.progress import TimeElapsedColumn
 from rich.table import Table
@@ -10,44 +9,26 @@ from rich.table import Table
 from coterie.cli import engine_options as engines
 from coterie.cli import options as o
 from coterie.cli import output
-from coterie.cli.bench import BenchPolicies
 from coterie.errors import ConfigError
 from coterie.lab.planner.measurement import GivenRates
 from coterie.lab.planner.plan import Configuration
-from coterie.lab.planner.request import DEFAULT_STEPS, PlanRequest, PlanResult, verify
+from coterie.lab.planner.request import PlanRequest, PlanResult, verify
 from coterie.lab.replay.hardware_model import parse_bandwidth
 from coterie.offload.capacity import format_bytes, parse_bytes
 
-machine, assumed = o.panel("On what machine"), o.panel("What to assume")
-MEMORY_HELP = "Memory for the model, e.g. 8GiB (default: what is free)."
-DISK_HELP = "Disk bandwidth, e.g. 1GB/s (default: measured where experts do not fit)."
-READ_HELP = "Memory bandwidth, e.g. 40GB/s (default: measured)."
-GPU_MEMORY_HELP = "Memory of a GPU to plan for, too, e.g. 12GiB."
-LINK_HELP = "Bandwidth of copies to the GPU (default 25GB/s)."
-GPU_READ_HELP = "Bandwidth of the GPU's memory (default 400GB/s)."
-STEPS_HELP = f"Forwards that fill a block (default {DEFAULT_STEPS}, or those of the trace)."
-EXPERTS_HELP = "Experts of a layer that 32 tokens use under vanilla (default: published, or alike)."
-TRACE_HELP = "File of `coterie trace`: experts are counted in it."
-VERIFY_HELP = "Run the first configuration on a random model, and compare the prediction."
 CAPTION = (
     "experts, fetched: of a layer in a decoding forward, and those of them that memory lacks; "
     "tokens/s includes the forwards that commit a block; int4 and coresets change answers"
 )
 
 
-@o.with_option_groups
 def plan_command(
-    model: o.ModelOrShape = None, *, memory: Annotated[str | None, machine(MEMORY_HELP)] = None,
-    gpu_memory: Annotated[str | None, machine(GPU_MEMORY_HELP)] = None,
-    disk: Annotated[str | None, machine(DISK_HELP)] = None,
-    read: Annotated[str | None, machine(READ_HELP)] = None,
-    link: Annotated[str | None, machine(LINK_HELP)] = None,
-    gpu_read: Annotated[str | None, machine(GPU_READ_HELP)] = None, policies: BenchPolicies = None,
-    expert_dtype: o.ExpertDtype = None, commit_routing: o.CommitRouting = None,
-    steps_per_block: Annotated[int | None, assumed(STEPS_HELP, min=1)] = None,
-    unique_experts: Annotated[float | None, assumed(EXPERTS_HELP, min=1)] = None,
-    trace: Annotated[Path | None, assumed(TRACE_HELP)] = None,
-    verify_first: Annotated[bool, o.output(VERIFY_HELP, "--verify")] = False, json: o.Json = False,
+    model: str | None = None, *, memory: str | None = None, gpu_memory: str | None = None,
+    disk: str | None = None, read: str | None = None, link: str | None = None,
+    gpu_read: str | None = None, policies: list[str] | None = None, expert_dtype: str | None = None,
+    commit_routing: o.RoutingMode | None = None, steps_per_block: int | None = None,
+    unique_experts: float | None = None, trace: Path | None = None, verify_first: bool = False,
+    json: bool = False,
 ) -> None:  # fmt: skip
     """Print what fits this machine, predicted milliseconds a forward, and the commands that run it.
 

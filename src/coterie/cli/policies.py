@@ -1,24 +1,17 @@
 """``coterie policies``: the routing policies and their options."""
 
 from collections.abc import Iterable
-from typing import Annotated
 
-import typer
 from rich.table import Table
 
-from coterie.cli import options as o
 from coterie.cli.output import plain_table, print_result
 from coterie.errors import ConfigError
 from coterie.routing import POLICIES
 from coterie.routing.descriptions import MEANINGS, policy_doc, spec_form, split_source
 from coterie.specs import Option, spec_options
 
-NAME_HELP = "Policy to explain, with every option (default: list all)."
 
-
-def policies(
-    name: Annotated[str | None, typer.Argument(help=NAME_HELP)] = None, *, json: o.Json = False
-) -> None:
+def policies(name: str | None = None, *, json: bool = False) -> None:
     """List every routing policy with its meaning and its source, or explain one.
 
     \b

@@ -4,10 +4,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import typer
 from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -16,33 +14,16 @@ from coterie.cli import output
 from coterie.cli.engine_options import VANILLA, check_reuse, distinct_policies, load_votes
 from coterie.errors import ConfigError
 from coterie.files import atomic_write
+from coterie.lab.records import write_record
 from coterie.lab.replay.cache_simulation import ReplayPolicy, VoteArray
 from coterie.lab.replay.hardware_model import expert_sizes, hardware_models
-from coterie.lab.replay.replay import (
-    EVICTION_NAMES,
-    ReplayGrid,
-    ReplayPoint,
-    ReplayResult,
-    StepOverlap,
-    replay,
-)
+from coterie.lab.replay.replay import ReplayGrid, ReplayPoint, ReplayResult, StepOverlap, replay
 from coterie.lab.replay.replay import decoding_only as only_decoding
 from coterie.lab.replay.trace import Trace
 from coterie.lab.replay.trace_file import read_trace
 from coterie.offload.capacity import Capacity, format_bytes
 from coterie.routing import check_layers, parse_policy
 
-replayed, hardware = o.panel("What to replay"), o.panel("On what machine")
-LINK_HELP = "Bandwidths of the link to where all experts are, e.g. 12GB/s,25GB/s."
-BANDWIDTH_HELP = "Bandwidth of fast memory, e.g. 60GB/s (default: no compute time)."
-LATENCY_HELP = "Milliseconds of a layer's transfers beyond their bytes."
-OTHER_HELP = "Milliseconds of a forward for all but the routed experts."
-OVERLAP_HELP = "Share of the shorter of copy and compute to hide."
-EVICTION_HELP = f"Eviction policies, separated by commas. {o.one_of(EVICTION_NAMES)}"
-CAPACITY_HELP = "Memory for experts: shares (35%), slots of a layer (47) or bytes (6GiB)."
-COMMIT_HELP = f"{o.COMMIT_HELP} (default: as traced)."
-DECODING_HELP = "Leave out the forwards that only write the KV cache."
-OUT_HELP = "Folder for the record, a CSV and the figures."
 RESULTS_CAPTION = (
     "experts and loads: of a layer in a decoding forward; moved, ms and stall: of all forwards, "
     "per decoding one; saved: against vanilla with lru and the same slots; ~: from rounded votes"
@@ -57,26 +38,21 @@ OVERLAP_CAPTION = (
 class HardwareOptions:
     """The machine of a replay."""
 
-    expert_dtype: Annotated[str, hardware("Formats of the experts: bf16, int8, int4.")] = "bf16"
-    link_bandwidth: Annotated[str, hardware(LINK_HELP)] = "25GB/s"
-    memory_bandwidth: Annotated[str | None, hardware(BANDWIDTH_HELP)] = None
-    transfer_latency_ms: Annotated[float, hardware(LATENCY_HELP, min=0.0)] = 0.0
-    other_ms: Annotated[float, hardware(OTHER_HELP, min=0.0)] = 0.0
-    overlap: Annotated[float, hardware(OVERLAP_HELP, min=0.0, max=1.0)] = 1.0
-    expert_bytes: Annotated[str, hardware("Bytes of one expert; auto: as in the trace.")] = "auto"
+    expert_dtype: str = "bf16"
+    link_bandwidth: str = "25GB/s"
+    memory_bandwidth: str | None = None
+    transfer_latency_ms: float = 0.0
+    other_ms: float = 0.0
+    overlap: float = 1.0
+    expert_bytes: str = "auto"
 
 
-@o.with_option_groups
 def replay_command(
-    path: Annotated[Path, typer.Argument(metavar="TRACE", help="File of `coterie trace`.")], *,
-    policies: o.PolicySpecs = None, eviction: Annotated[str, replayed(EVICTION_HELP)] = "lru",
-    expert_memory: Annotated[str, replayed(CAPACITY_HELP)] = "25%,35%,50%",
-    coreset_reuse: Annotated[str | None, replayed(f"{o.REUSE_HELP}, e.g. 0.05,0.1.")] = None,
-    warm_start: Annotated[Path | None, replayed(o.WARM_HELP)] = None,
-    commit_routing: Annotated[o.RoutingMode | None, replayed(COMMIT_HELP)] = None,
-    decoding_only: Annotated[bool, replayed(DECODING_HELP, "--decoding-only")] = False,
-    machine: HardwareOptions, out: Annotated[Path | None, o.output(OUT_HELP, "--out", "-o")] = None,
-    json: o.Json = False, csv: o.Csv = False,
+    path: Path, *, policies: list[str] | None = None, eviction: str = "lru",
+    expert_memory: str = "25%,35%,50%", coreset_reuse: str | None = None,
+    warm_start: Path | None = None, commit_routing: o.RoutingMode | None = None,
+    decoding_only: bool = False, machine: HardwareOptions, out: Path | None = None,
+    json: bool = False, csv: bool = False,
 ) -> None:  # fmt: skip
     """Predict hit rate, bytes and milliseconds with a small expert memory, without the model.
 
@@ -155,7 +131,7 @@ def warm_start_votes(path: Path, trace: Trace) -> VoteArray:
 
 def _save_results(out: Path, content: output.Document, table: str, results: ReplayResult) -> None:
     """The record, the CSV, and the figures where matplotlib is installed."""
-    path, _ = output.save_record(out, "Replay", content)
+    path = write_record(out, output.command_record("Replay", content))
     atomic_write(path.with_suffix(".csv"), table.encode())
     try:
         plots = output.require_extra("coterie.lab.replay.plots", "a figure")

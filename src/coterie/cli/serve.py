@@ -4,11 +4,9 @@ import os
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 from coterie.checkpoints.source import EMBEDDED
 from coterie.cli import engine_options as engines
-from coterie.cli import options as o
 from coterie.cli import output
 from coterie.engine.engine import Engine
 from coterie.errors import ConfigError
@@ -16,12 +14,6 @@ from coterie.offload.capacity import parse_bytes
 from coterie.server.settings import AllowedOptions, ServerSettings
 
 KEY_VARIABLE = "COTERIE_API_KEY"
-network, limits = o.panel("Where to listen, and what to allow"), o.panel("How much to serve")
-ALLOW_HELP = (
-    "Pattern of policies that a request may set (des-vote:*), or of another option "
-    "(unmask=threshold:*, kv_cache=*, block=32); may be repeated (default: all)."
-)
-KEY_HELP = f"Key that clients must send; may be repeated (default: ${KEY_VARIABLE})."
 QUESTION = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
 OPEN_NOTE = (
     "other machines can connect, and no key is needed: --api-key or $" + KEY_VARIABLE + " sets one"
@@ -32,41 +24,32 @@ OPEN_NOTE = (
 class NetworkOptions:
     """Where the server listens, and what clients may do."""
 
-    host: Annotated[str, network("Address to listen on; 0.0.0.0 is every one.")] = "127.0.0.1"
-    port: Annotated[int, network("Port to listen on; 0 takes a free one.", min=0)] = 8000
-    api_key: Annotated[list[str] | None, network(KEY_HELP)] = None
-    served_model_name: Annotated[
-        str | None, network("Name of the model in the API (default: the folder's).")
-    ] = None
-    allow_policy: Annotated[list[str] | None, network(ALLOW_HELP)] = None
-    log_prompts: Annotated[bool, network("Write prompts to the log.", "--log-prompts")] = False
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: list[str] | None = None
+    served_model_name: str | None = None
+    allow_policy: list[str] | None = None
+    log_prompts: bool = False
 
 
 @dataclass(frozen=True)
 class LimitOptions:
     """What requests may take of time and memory."""
 
-    max_batch_size: Annotated[int, limits("Requests that share forwards.", min=1)] = 16
-    max_queue: Annotated[int, limits("Requests that may wait; further ones get 429.", min=0)] = 128
-    max_model_len: Annotated[
-        int | None, limits("Most tokens of a prompt and its answer (default: the model's).", min=1)
-    ] = None
-    deadline: Annotated[float, limits("Seconds until a request is given up (504).")] = 600.0
-    max_body: Annotated[str, limits("Largest body of a request, in bytes (4MiB).")] = "4MiB"
-    drain: Annotated[float, limits("Seconds for running requests after SIGTERM.", min=0)] = 60.0
-    prefill_chunk: Annotated[
-        int | None, limits("Tokens of a prompt that one forward prefills (512).", min=1)
-    ] = 512
-    prefix_cache: Annotated[
-        str, limits("Memory for keys of earlier prompts: bytes; 0 keeps none.")
-    ] = "256MiB"
+    max_batch_size: int = 16
+    max_queue: int = 128
+    max_model_len: int | None = None
+    deadline: float = 600.0
+    max_body: str = "4MiB"
+    drain: float = 60.0
+    prefill_chunk: int | None = 512
+    prefix_cache: str = "256MiB"
 
 
-@o.with_option_groups
 def serve(
-    name: o.ModelArgument = None, *, policy: o.PolicySpec = engines.VANILLA,
-    network: NetworkOptions, limits: LimitOptions, decode: engines.DecodeOptions,
-    engine_options: engines.EngineOptions, auto: o.Auto = False,
+    name: str | None = None, *, policy: str = engines.VANILLA, network: NetworkOptions,
+    limits: LimitOptions, decode: engines.DecodeOptions, engine_options: engines.EngineOptions,
+    auto: bool = False,
 ) -> None:  # fmt: skip
     """Serve a model to OpenAI clients, with a page that shows which experts are elected.
 
@@ -127,7 +110,7 @@ def _settings(network: NetworkOptions, limits: LimitOptions, model: str | None) 
 
 
 def _greet(settings: ServerSettings, port: int) -> None:
-    """Where the page is, and how to ask; a warning where any machine can."""
+    """Print the page's address and an example; warn if any machine can connect without a key."""
     host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     key = "-H 'authorization: Bearer KEY' " if settings.api_keys else ""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-from rich.progress import Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from coterie.checkpoints.model_info import inspect
@@ -25,29 +24,14 @@ if TYPE_CHECKING:
 
 QUICK_PROBLEMS, QUICK_PROMPTS = 64, 8
 EXIT_FAILED = 1
-OUT_HELP = "Folder for report, records, figures and answers."
-TEXTS = Path(__file__).parents[1] / "lab" / "study" / "texts"  # one file for each experiment
-EXPERIMENT_HELP = (
-    "Experiment to run; may be repeated (default: all). "
-    f"{o.one_of(sorted(path.stem for path in TEXTS.glob('*.toml')))}"
-)
-RERUN_HELP = "Experiment to measure again; may be repeated."
-PROBLEMS_HELP = "Number of questions for each policy, over all tasks (default 500)."
-PROMPTS_HELP = "Number of questions to observe forwards of (default 32)."
-QUICK_HELP = f"Use {QUICK_PROBLEMS} problems and {QUICK_PROMPTS} prompts."
 
 
 def study(
-    model: o.ModelArgument = None, *,
-    out: Annotated[Path, typer.Option("--out", "-o", help=OUT_HELP)],
-    experiment: Annotated[list[str] | None, typer.Option(help=EXPERIMENT_HELP)] = None,
-    rerun: Annotated[list[str] | None, typer.Option(help=RERUN_HELP)] = None,
-    num_problems: Annotated[int | None, typer.Option(help=PROBLEMS_HELP, min=1)] = None,
-    num_prompts: Annotated[int | None, typer.Option(help=PROMPTS_HELP, min=1)] = None,
-    task: o.Tasks = None, data: o.DataPath = None, seed: o.ProblemSeed = 1,
-    trust_code: o.TrustCode = False,
-    quick: Annotated[bool, typer.Option("--quick", help=QUICK_HELP)] = False, dtype: o.Dtype = None,
-    device: o.Device = "auto", expert_dtype: o.ExpertDtype = None,
+    model: str | None = None, *, out: Path, experiment: list[str] | None = None,
+    rerun: list[str] | None = None, num_problems: int | None = None, num_prompts: int | None = None,
+    task: list[str] | None = None, data: Path | None = None, seed: int = 1,
+    trust_code: bool = False, quick: bool = False, dtype: str | None = None, device: str = "auto",
+    expert_dtype: str | None = None,
 ) -> int:  # fmt: skip
     """Measure every table and figure of the paper on a model, and report which claims hold.
 
@@ -96,30 +80,27 @@ class StudyProgressBar:
     """One bar over all experiments, and one line for the end of each."""
 
     def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task_id: TaskID | None = None
+        self._progress, self._task_id = progress, progress.add_task("", total=None)
         self._completed, self._length, self._start, self._label = 0.0, 0.0, 0.0, ""
 
     def on_experiment_start(self, experiment: Experiment, selected: Sequence[Experiment]) -> None:
         index = selected.index(experiment)
         lengths = [each.text.typical_seconds for each in selected]
-        if self._task_id is None:
-            self._task_id = self._progress.add_task("", total=sum(lengths))
         self._completed, self._length = sum(lengths[:index]), lengths[index]
         self._label = f"{index + 1} of {len(selected)}, {experiment.name}"
         self._start = time.perf_counter()
-        self._progress.update(self._task_id, completed=self._completed, description=self._label)
+        self._move(0.0, self._label, total=sum(lengths))
 
     def on_progress(self, share: float, activity: str) -> None:
-        if self._task_id is not None:
-            completed = self._completed + share * self._length
-            description = f"{self._label}: {activity}"
-            self._progress.update(self._task_id, completed=completed, description=description)
+        self._move(share, f"{self._label}: {activity}")
 
     def on_experiment_end(self, outcome: ExperimentOutcome) -> None:
-        if self._task_id is not None:
-            self._progress.update(self._task_id, completed=self._completed + self._length)
+        self._move(1.0)
         seconds, failure = time.perf_counter() - self._start, outcome.failure
         origin = "measured" if outcome.measured else "from its record"
         message = f"{origin}, {seconds:.0f} s" if failure is None else f"failed: {failure}"
         output.print_note(f"{self._label}: {message}")
+
+    def _move(self, share: float, text: str | None = None, total: float | None = None) -> None:
+        completed = self._completed + share * self._length
+        self._progress.update(self._task_id, completed=completed, description=text, total=total)

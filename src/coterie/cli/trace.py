@@ -1,9 +1,9 @@
 """``coterie trace``: records the routing of real runs, for ``coterie replay``."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 
@@ -21,23 +21,14 @@ from coterie.offload.capacity import format_bytes
 
 COLUMNS = (MofNCompleteColumn(), TimeElapsedColumn())
 DEFAULT_PROBLEMS = 20  # of each task
-FORWARDS_HELP = "Maximum of denoising forwards of each prompt (default: no limit)."
-BATCH_HELP = "Prompts decoded together (default 1)."
-OVERWRITE_HELP = "Replace a trace that exists."
-VOTES_HELP = "File for the mean votes, which --warm-start reads."
 
 
-@o.with_option_groups
 def trace(
-    *, out: Annotated[Path, o.output("File of the trace.", "--out", "-o")],
-    prompts: o.PromptOptions, policy: o.PolicySpec = engines.VANILLA,
-    max_forwards: Annotated[int | None, o.decoding(FORWARDS_HELP, min=1)] = None,
-    decode: engines.DecodeOptions, engine_options: engines.EngineOptions,
-    coreset_reuse: o.CoresetReuse = None,
-    batch_size: Annotated[int | None, o.runtime(BATCH_HELP, min=1)] = None,
-    save_votes: Annotated[Path | None, o.output(VOTES_HELP)] = None,
-    overwrite: Annotated[bool, o.output(OVERWRITE_HELP, "--overwrite")] = False,
-    json: o.Json = False,
+    *, out: Path, prompts: o.PromptOptions, policy: str = engines.VANILLA,
+    max_forwards: int | None = None, decode: engines.DecodeOptions,
+    engine_options: engines.EngineOptions, coreset_reuse: float | None = None,
+    batch_size: int | None = None, save_votes: Path | None = None, overwrite: bool = False,
+    json: bool = False,
 ) -> None:  # fmt: skip
     """Record votes, routing and steps of real runs, for `coterie replay`.
 
@@ -78,7 +69,8 @@ def trace(
         routers = "" if model.folder is None else router_checksum(model.folder)
         saved = SavedVotes.of(model.name, recorded.header.layers, mean_votes, routers)
         write_votes(save_votes, saved)
-    output.print_result(trace_document(out, recorded), summary_line(out, recorded), json=json)
+    document = trace_document(out, recorded)
+    output.print_result(document, summary_line(document), json=json)
 
 
 @contextmanager
@@ -101,10 +93,10 @@ def trace_document(path: Path, recorded: Trace) -> dict[str, object]:
     }  # fmt: skip
 
 
-def summary_line(path: Path, recorded: Trace) -> str:
-    count, size = len(recorded.forwards), path.stat().st_size
-    sequences = len({forward.row for forward in recorded.forwards})
-    each = f", {format_bytes(size / count)} each" if count else ""
-    noun = "sequence" if sequences == 1 else "sequences"
-    text = f"{count} forwards of {sequences} {noun} under {recorded.header.policy}{each}"
-    return f"{path}: {text}, {format_bytes(size)} in all"
+def summary_line(document: Mapping[str, Any]) -> str:
+    """The counts of a ``trace_document`` and its size."""
+    size, rows = document["bytes_a_forward"], document["rows"]
+    each = "" if size is None else f", {format_bytes(size)} each"
+    noun = "sequence" if rows == 1 else "sequences"
+    text = f"{document['forwards']} forwards of {rows} {noun} under {document['policy']}{each}"
+    return f"{document['trace']}: {text}, {format_bytes(document['bytes'])} in all"

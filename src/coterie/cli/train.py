@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
 from coterie.cli.output import print_note, print_text, progress_bar
@@ -13,16 +11,14 @@ from coterie.errors import CoterieError
 from coterie.lab.training import embedded
 from coterie.lab.training.loop import LOG_FILE, saved_step
 
-SAVE_HELP = "Steps between saved states."
-OUT_HELP = "Folder for the run and the checkpoint."
-
 
 def train(
-    out: Annotated[Path, typer.Option("--out", "-o", help=OUT_HELP)] = Path("runs/embedded"),
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = embedded.DEFAULT_STEPS,
-    seed: Annotated[int, typer.Option(help="Seed of the data and the weights.", min=0)] = 0,
-    workers: Annotated[int, typer.Option(help="Number of processes.", min=1)] = 2,
-    save_every: Annotated[int, typer.Option(help=SAVE_HELP, min=1)] = 100,
+    *,
+    out: Path = Path("runs/embedded"),
+    steps: int = embedded.DEFAULT_STEPS,
+    seed: int = 0,
+    workers: int = 2,
+    save_every: int = 100,
 ) -> None:
     """Train the model in the package again; the same command continues a run that was stopped.
 

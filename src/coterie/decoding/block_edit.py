@@ -203,9 +203,9 @@ class JointEditRule:
 class JointThresholdInDelRule:
     """The rule of the same name in SGLang 0.5.23; it draws nothing.
 
-    Unlike ``joint-edit``, at least one mask of the start is written, the count of ``post`` never
-    starts again, and the last forward also comes after as many forwards as the block has positions
-    and ``post``. If an input returns, the least certain change gets a token that was never written
+    Unlike ``joint-edit``, it writes at least one mask of the start and never restarts the count of
+    ``post``. The last forward also comes after as many forwards as the block has positions and
+    ``post``. If an input returns, the least certain change gets a token that was never written
     at its position.
     """
 

@@ -46,13 +46,13 @@ class ForwardPass:
 
     @property
     def final_stop(self) -> int:
-        """Where the keys end that it writes from ``start`` on and that no later pass replaces."""
+        """The end of the keys, from ``start`` on, that it writes and no later pass replaces."""
         return self.start + self.committed if self.is_denoising else self.stop
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """How the keys of a prompt are written: positions before ``start`` have theirs already.
+    """How a prompt's keys are written. Positions before ``start`` have keys already.
 
     One pass computes at most ``width`` positions; None: all of them.
     """
@@ -92,12 +92,12 @@ class CachingScheme(Protocol):
 
     @property
     def writes_kv(self) -> bool:
-        """Whether the prompt and finished blocks are computed once for their keys."""
+        """Whether the prompt and each finished block are computed once for their final keys."""
         ...
 
     @property
     def encodes(self) -> bool:
-        """Whether these passes are causal from token to token: those of an encoder."""
+        """Whether passes that only write keys are causal from token to token, as in an encoder."""
         ...
 
     @property
@@ -262,7 +262,7 @@ class DecodePlan:
         )
 
     def causal_block(self, block_length: int) -> int:
-        """Positions of a prompt that attend to each other; a later one is not attended to."""
+        """The width of a prompt's blocks: a position attends to its block and earlier ones."""
         return 1 if self.scheme.encodes else block_length
 
     def prefill_passes(

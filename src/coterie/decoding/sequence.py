@@ -11,22 +11,10 @@ from torch import Tensor
 
 from coterie.decoding.block_edit import BlockEditRule, EditIds, EditState, Predictions
 from coterie.decoding.canvas import Block, Canvas
-from coterie.decoding.kv_schemes import (
-    WHOLE_PROMPT,
-    DecodePlan,
-    ForwardPass,
-    Prefill,
-    StepCounter,
-)
+from coterie.decoding.kv_schemes import WHOLE_PROMPT, DecodePlan, ForwardPass, Prefill, StepCounter
 from coterie.decoding.refinements import UnmaskStrategy
 from coterie.decoding.sampling import Proposal, Sampling, propose
-from coterie.decoding.unmask import (
-    NEG_INF,
-    BlockState,
-    EntropyRule,
-    RenoiseRule,
-    top_positions,
-)
+from coterie.decoding.unmask import NEG_INF, BlockState, EntropyRule, RenoiseRule, top_positions
 from coterie.values import LogitsSummary
 
 EarlyStop = Literal["off", "block", "token"]
@@ -123,7 +111,7 @@ class SequenceState:
         return masked.nonzero()[:, 0]
 
     def input_tokens(self, window: ForwardPass) -> Tensor:
-        """The tokens [width] that a pass computes: noise in place of masks if the rule wants it."""
+        """The tokens [width] that a pass computes: noise in place of masks if the rule renoises."""
         tokens = self.canvas.tokens[window.start : window.stop]
         if self._noise is None or not window.is_denoising:
             return tokens

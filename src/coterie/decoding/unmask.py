@@ -189,7 +189,7 @@ class RenoiseRule:
         return kept & state.masked
 
     def temperature(self, step: int) -> float:
-        """Of the draws in ``step``, counted from 0."""
+        """The temperature of the draws in ``step``, counted from 0."""
         return self.cold + (self.hot - self.cold) * (self.steps - step) / self.steps
 
     def is_final(self, step: int, best: Sequence[Tensor], entropy: Tensor) -> bool:
@@ -228,7 +228,7 @@ def even_share(total: int, steps: int, step: int) -> int:
 
 
 def top_positions(confidence: Tensor, count: int) -> Tensor:
-    """Bool [w]: the ``count`` greatest of confidence [w], not -inf; of ties the lower position."""
+    """Bool [w]: the ``count`` greatest of confidence [w], not -inf; ties go to the lower one."""
     order = confidence.sort(descending=True, stable=True).indices
     selected = torch.zeros_like(confidence, dtype=torch.bool)
     selected[order[:count]] = True

@@ -32,8 +32,8 @@ class ActiveSequence:
     expected: tuple[int, Tensor] | None = None  # block index, expected embeddings [width, H]
     streamed_text: str = ""  # the part of the answer that events carried
     coresets: tuple[int, Tensor] | None = None  # block index, its coresets [L, E] of the last step
-    exact_keys: int = 0  # positions from 0 on with keys that depend on nothing but their tokens
-    shared_keys: int = 0  # those that the prefix cache has, or had
+    exact_keys: int = 0  # positions from 0 on with keys that follow from their tokens alone
+    shared_keys: int = 0  # those of them that came from the prefix cache or were stored in it
     prefills: int = 0
     commits: int = 0
     traffic_before: Traffic | None = None  # of all requests, when this one was submitted
@@ -74,7 +74,7 @@ class ActiveSequence:
         return self.generation.reuse_tolerance if self.next_pass.kind == "decode" else None
 
     def previous_expected(self) -> Tensor | None:
-        """[width, H]: of the last step's logits in the same block; None in its first step."""
+        """[width, H]: the expected embeddings of the same block's last step; None in its first."""
         block, expected = self.expected or (None, None)
         return expected if block == self.sequence.block.index else None
 

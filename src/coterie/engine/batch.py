@@ -37,7 +37,7 @@ class ForwardBatch:
     def of(
         group: Sequence[ActiveSequence], transformer: Transformer, *, skip_unused: bool
     ) -> ForwardBatch:
-        """``skip_unused`` computes logits only at positions that can change the block."""
+        """The batch of a group; ``skip_unused`` omits logits that cannot change the block."""
         positions = [_logits_positions(active, skip_unused=skip_unused) for active in group]
         context = ForwardContext(
             window=_window(group),
@@ -168,7 +168,7 @@ def _coresets(group: Sequence[ActiveSequence], transformer: Transformer) -> Core
 
 
 def _expected(group: Sequence[ActiveSequence]) -> Tensor | None:
-    """[B, W, H] on the device, zero in a block's first step; None if that is all of them."""
+    """Expected embeddings [B, W, H] on the device, 0 in first steps; None if all are 0."""
     if not group[0].next_pass.is_denoising:
         return None
     expected = [active.previous_expected() for active in group]

@@ -56,8 +56,8 @@ class Engine:
 
     ``policy`` and ``generation`` are the defaults of each request. ``recorder`` sees every decode
     forward, or with ``record_all`` every forward. ``graphs`` replays unrecorded decode forwards as
-    CUDA graphs on a GPU. ``prefill_chunk`` and ``prefix_cache_bytes`` are those of
-    ``PromptPrefixes``.
+    CUDA graphs on a GPU. ``prefill_chunk`` and ``prefix_cache_bytes`` are ``chunk`` and
+    ``cache_bytes`` of ``PromptPrefixes``.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ class Result:
     """The result of a request.
 
     ``forwards`` counts denoising forwards. ``prefills`` and ``commits`` only write keys and values.
-    ``cached_tokens`` of the prompt were not computed: an earlier request had left their keys.
+    ``cached_tokens`` is how many tokens of the prompt had their keys in the prefix cache.
     """
 
     text: str
@@ -92,8 +92,10 @@ class Result:
         return self.new_tokens / self.seconds if self.seconds > 0 else 0.0
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON, without the token ids and the traffic; experts and bytes are per layer and
-        decoding forward."""
+        """The result as JSON, without token ids and traffic.
+
+        Experts and bytes are per layer and decode forward.
+        """
         return {
             "text": self.text,
             "finish_reason": self.finish_reason,

@@ -156,11 +156,19 @@ def make_request(
 
 
 def _check_denoising(plan: DecodePlan, unmask: UnmaskStrategy, mask_id: int) -> None:
-    """Raises ConfigError unless model, plan and rule all denoise masks, or all random tokens."""
-    if (mask_id == NO_MASK) == unmask.renoises == plan.scheme.encodes:
-        return
-    denoised = "random tokens" if mask_id == NO_MASK else "masks"
-    raise ConfigError(f"the model denoises {denoised}: plan {plan} and rule {unmask} do not fit")
+    """Raises ConfigError unless model, KV scheme and rule denoise the same: masks or noise."""
+    is_noise = mask_id == NO_MASK
+    fits = {
+        f"`kv_cache` {plan}": plan.scheme.encodes == is_noise,
+        f"`unmask` {unmask}": unmask.renoises == is_noise,
+    }
+    own, other = ("random tokens", "masks") if is_noise else ("masks", "random tokens")
+    for name, is_fitting in fits.items():
+        if not is_fitting:
+            raise ConfigError(
+                f"{name}: for models that denoise {other}; the model denoises {own}. "
+                "Without it the model's own is used"
+            )
 
 
 def check_prompt(prompt: Sequence[int], special_ids: tuple[int, ...], vocabulary: int) -> None:

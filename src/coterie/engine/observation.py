@@ -25,7 +25,8 @@ class LayerObservation:
     """One MoE layer in one forward of S sequences.
 
     ``rows`` are the indices of their prompts. Sequence s computed N positions from ``starts[s]``
-    on, counted from its first new token. ``scores.forward`` numbers its denoising forwards.
+    on, counted from its first new token. ``scores.forward_indices`` numbers its denoising
+    forwards.
     """
 
     layer: int
@@ -100,9 +101,7 @@ def observe_forwards(
 
 
 def collect_observations(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    **options: Any,
+    engine: Engine, prompts: Sequence[Prompt], **options: Any
 ) -> list[LayerObservation]:
     """All observations of ``observe_forwards`` in a list: H + E numbers per position and layer."""
     observations: list[LayerObservation] = []

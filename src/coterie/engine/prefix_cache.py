@@ -40,7 +40,7 @@ class PrefixLayout:
         return PrefixLayout(width, router_block, plan.causal_block(block_length))
 
     def slice_width(self, tokens: int) -> int:
-        """The positions of a slice of at most ``tokens``: whole blocks, at least one."""
+        """The positions of a chunk of at most ``tokens``: whole blocks, at least one."""
         return max(1, tokens // self.width) * self.width
 
     def exact_keys(self, before: int, written: ForwardPass) -> int:
@@ -69,9 +69,9 @@ class PrefixCacheStats:
 
 
 class PrefixBlockCache:
-    """Blocks of keys by digest, within a number of bytes; the least recently used leave.
+    """Blocks of keys by digest, within a number of bytes; the least recently used is evicted first.
 
-    A block is never cached without the blocks before it: each use of a block uses them after it.
+    A block is never cached without the blocks before it: these count as used after it.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -106,7 +106,7 @@ class PrefixBlockCache:
         self._use(digests)
 
     def _use(self, digests: Iterable[bytes]) -> None:
-        """Mark blocks of a prefix as used, the first one last."""
+        """Mark the blocks of a prefix as used, the last block first."""
         for digest in reversed(list(digests)):
             self._blocks.move_to_end(digest)
 

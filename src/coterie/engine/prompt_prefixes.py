@@ -1,4 +1,4 @@
-"""How prompts are prefilled: from where an earlier one ended, and slice by slice."""
+"""Prefill of prompts: it starts after a prefix with cached keys, and runs in chunks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PromptPrefix:
 
 
 class PromptPrefixes:
-    """Cuts prefills into slices, and fills and reads the prefix cache of an engine.
+    """Cuts prefills into chunks, and fills and reads the prefix cache of an engine.
 
     One forward prefills at most ``chunk`` tokens of a prompt, rounded down to whole blocks but at
     least one; None: all of them. The cache has ``cache_bytes``; 0 turns it off. Both apply where
@@ -53,7 +53,7 @@ class PromptPrefixes:
         return PromptPrefix(Prefill(len(blocks) * layout.width, width), tuple(blocks))
 
     def after_pass(
-        self, active: ActiveSequence, done: ForwardPass, policy: Policy, pool: KVCachePool
+        self, active: ActiveSequence, written: ForwardPass, policy: Policy, pool: KVCachePool
     ) -> None:
         """Count the exact keys that a forward wrote; cache them once logits depend on them.
 
@@ -63,9 +63,9 @@ class PromptPrefixes:
         if not self.cache.capacity or not request.plan.scheme.writes_kv:
             return
         layout = self._layout(request)
-        if isinstance(active.commit_policy() if done.committed else policy, Vanilla):
-            active.exact_keys = layout.exact_keys(active.exact_keys, done)
-        if done.is_denoising:
+        if isinstance(active.commit_policy() if written.committed else policy, Vanilla):
+            active.exact_keys = layout.exact_keys(active.exact_keys, written)
+        if written.is_denoising:
             self._store(active, layout, pool.full_cache())
 
     def _store(self, active: ActiveSequence, layout: PrefixLayout, cache: KVCache) -> None:

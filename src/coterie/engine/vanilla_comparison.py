@@ -9,8 +9,10 @@ from coterie.engine.events import Result
 
 
 def memory_document(engine: Engine, result: Result) -> dict[str, object]:
-    """As JSON, what the forwards of a result moved; empty where all experts are in memory. A
-    simulated cache has no stalls: both are None."""
+    """The traffic of a result as JSON; empty where all experts are in memory.
+
+    A simulated cache has no stalls: both values are None.
+    """
     if result.traffic is None:
         return {}
     document = {"slots": engine.model.store.capacity, **result.traffic.to_dict()}
@@ -20,7 +22,7 @@ def memory_document(engine: Engine, result: Result) -> dict[str, object]:
 
 
 def vanilla_line(result: Result, vanilla: Result) -> str:
-    """One line: what a policy read, against a run of the unmodified model on the same prompt."""
+    """What a policy read, compared with a vanilla run of the same prompt, in one line."""
     counts = vanilla_document(result, vanilla)
     forwards = f" in {result.forwards} forwards (vanilla {vanilla.forwards})"
     forwards = "" if result.forwards == vanilla.forwards else forwards
@@ -33,7 +35,7 @@ def vanilla_line(result: Result, vanilla: Result) -> str:
 
 
 def vanilla_document(result: Result, vanilla: Result) -> dict[str, object]:
-    """The same as JSON. The ratio is of expert bytes over all decoding forwards, 1 without any."""
+    """The comparison as JSON. The ratio is of expert bytes over all decode forwards, 1 without."""
     size, base = (run.expert_bytes * run.experts.forwards for run in (result, vanilla))
     return {
         "text": vanilla.text, "forwards": vanilla.forwards, "experts_mean": vanilla.experts.mean,
@@ -43,7 +45,7 @@ def vanilla_document(result: Result, vanilla: Result) -> dict[str, object]:
 
 
 def run_documents(engine: Engine, results: Sequence[Result]) -> list[dict[str, object]]:
-    """The runs as JSON; the first is vanilla. ``saved`` is a share of the bytes that it moved."""
+    """The runs as JSON, vanilla first. ``saved`` is a share of the bytes that vanilla moved."""
     vanilla = results[0]
     documents = []
     for result in results:

@@ -139,14 +139,17 @@ def _check_layer_types(config: ModelConfig, layers: int) -> None:
         raise config.error("layer_types", problem)
 
 
-def read_block_size(config: ModelConfig, defaults: FamilyDefaults) -> FamilyDefaults:
-    """The defaults of a checkpoint that was trained with blocks of ``block_size`` tokens."""
-    size = config.optional_size("block_size")
-    if size is None:
-        return defaults
+def block_size(config: ModelConfig, default: int) -> int:
+    """Tokens of a block, a power of two."""
+    size = config.optional_size("block_size") or default
     if size & (size - 1):
         raise config.error("block_size", f"is {size}, no power of two")
-    return replace(defaults, block=size)
+    return size
+
+
+def read_block_size(config: ModelConfig, defaults: FamilyDefaults) -> FamilyDefaults:
+    """The defaults of a checkpoint that was trained with blocks of ``block_size`` tokens."""
+    return replace(defaults, block=block_size(config, defaults.block))
 
 
 def _check_quantization(config: ModelConfig) -> None:
@@ -232,9 +235,9 @@ def expert_count(config: ModelConfig) -> int:
     return config.size("num_experts", maximum=16384)
 
 
-def experts_per_token(config: ModelConfig, experts: int) -> int:
+def experts_per_token(config: ModelConfig, experts: int, key: str = "num_experts_per_tok") -> int:
     """Experts per token, at most ``experts``."""
-    k = config.size("num_experts_per_tok")
+    k = config.size(key)
     if k > experts:
-        raise config.error("num_experts_per_tok", f"is {k}, more than num_experts {experts}")
+        raise config.error(key, f"is {k}, more than num_experts {experts}")
     return k

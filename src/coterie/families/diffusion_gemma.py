@@ -12,6 +12,7 @@ from coterie.families.common import (
     check_supported,
     expert_count,
     expert_format,
+    experts_per_token,
     has_packed_experts,
     layer_count,
 )
@@ -43,6 +44,7 @@ def read_spec(config: ModelConfig) -> ModelSpec:
     config.allow_only("tie_word_embeddings", True)
     attention = _layer_attention(text)
     experts = expert_count(text)
+    k = experts_per_token(text, experts, "top_k_experts")
     form, hidden = expert_format(config), text.size("hidden_size")
     spec = ModelSpec(
         vocabulary=text.size("vocab_size"),
@@ -58,7 +60,7 @@ def read_spec(config: ModelConfig) -> ModelSpec:
         expert_width=text.size("moe_intermediate_size"),
         shared_width=text.size("intermediate_size"),
         moe=(True,) * len(attention),
-        router=RouterSpec(experts, _experts_per_token(text, experts), "softmax", renormalise=True),
+        router=RouterSpec(experts, k, "softmax", renormalise=True),
         expert_bias=False,
         tie_embeddings=True,
         max_length=text.size("max_position_embeddings"),
@@ -82,13 +84,6 @@ def _check_supported(text: ModelConfig) -> None:
     text.allow_only("hidden_activation", "gelu_pytorch_tanh")
     text.allow_only("tie_word_embeddings", True)
     text.allow_only("use_bidirectional_attention", "vision", None)
-
-
-def _experts_per_token(text: ModelConfig, experts: int) -> int:
-    k = text.size("top_k_experts")
-    if k > experts:
-        raise text.error("top_k_experts", f"is {k}, more than num_experts {experts}")
-    return k
 
 
 def _layer_attention(text: ModelConfig) -> tuple[AttentionSpec, ...]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from coterie.families.common import (
+    block_size,
     check_supported,
     expert_count,
     experts_per_token,
     layer_count,
     model_spec,
+    read_block_size,
 )
 from coterie.families.config import ModelConfig
 from coterie.families.family import Family, FamilyDefaults
@@ -81,7 +83,7 @@ def _shared_width(config: ModelConfig) -> int:
 def _router(config: ModelConfig) -> RouterSpec:
     experts = expert_count(config)
     k = experts_per_token(config, experts)
-    block = block_size(config)
+    block = block_size(config, BLOCK)
     capacity = config.optional_size("expert_capacity", minimum=0) or None
     if capacity is None:
         groups, kept_groups = _groups(config, experts, k)
@@ -125,18 +127,10 @@ def _groups(config: ModelConfig, experts: int, k: int) -> tuple[int, int]:
     return groups, kept_groups
 
 
-def block_size(config: ModelConfig) -> int:
-    """Tokens of a block, a power of two."""
-    size = config.optional_size("block_size") or BLOCK
-    if size & (size - 1):
-        raise config.error("block_size", f"is {size}, no power of two")
-    return size
-
-
 def read_defaults(config: ModelConfig, defaults: FamilyDefaults) -> FamilyDefaults:
     """The defaults of a checkpoint: one that has DELETE and SPLIT tokens edits its blocks."""
     ids = [_edit_id(config, key) for key in EDIT_IDS]
-    defaults = replace(defaults, block=block_size(config))
+    defaults = read_block_size(config, defaults)
     if ids == [None, None] and config.get("expert_capacity"):
         ids = [i if i < config.size("vocab_size") else None for i in EDIT_IDS.values()]
     if ids == [None, None]:

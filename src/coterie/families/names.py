@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import (
-    PACKED_NAME,
-    TensorTarget,
-    packed_shape,
-    quantised_parts,
-    weight_shapes,
-)
+from coterie.model.weights import PACKED_NAME, TensorTarget, packed_shape, weight_shapes
 from coterie.quantization import QuantFormat
 
-TargetPairs = Iterator[tuple[str, TensorTarget]]
+Region = tuple[int | slice, ...]
+NamedParts = Iterator[tuple[str, str, Region]]
+"""The published name of a tensor, the weight that it belongs to, and its part of that weight."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +93,22 @@ def weight_map(names: TensorNames, spec: ModelSpec, *, stacked: bool) -> dict[st
     A layer's experts are three tensors [E, ...] in ``stacked`` checkpoints, else three per expert.
     A quantised weight is two tensors. Packed experts are one tensor per layer.
     """
-    targets = dict(_outer_targets(names, spec))
     shapes = weight_shapes(spec)
+    parts = [*_outer_parts(names, spec)]
     for layer in range(spec.layers):
-        targets |= dict(_vector_targets(names, layer, shapes))
-        targets |= dict(_attention_targets(names, spec, layer))
-        targets |= dict(_feed_forward_targets(names, spec, layer, stacked=stacked))
+        parts += _vector_parts(names, layer)
+        parts += _attention_parts(names, spec, layer)
+        parts += _feed_forward_parts(names, spec, layer)
+        if spec.moe[layer] and not spec.panels:
+            parts += _expert_parts(names, spec, layer, stacked=stacked)
+    targets = {
+        name: TensorTarget(weight, _shape_of(shapes[weight], region), region)
+        for name, weight, region in parts
+    }
     form = spec.expert_format
-    if form is None or spec.panels:
+    if spec.panels:
+        return targets | {packed_name(layer): _packed(spec, layer) for layer in spec.moe_layers}
+    if form is None:
         return targets
     stored: dict[str, TensorTarget] = {}
     for name, target in targets.items():
@@ -118,9 +122,11 @@ def is_stacked(tensors: set[str]) -> bool:
     return any(name.endswith(suffixes) for name in tensors)
 
 
-def quantised_targets(form: QuantFormat, name: str, target: TensorTarget) -> TargetPairs:
+def quantised_targets(
+    form: QuantFormat, name: str, target: TensorTarget
+) -> Iterator[tuple[str, TensorTarget]]:
     """The two tensors of a quantised expert weight of this name."""
-    for part, (shape, dtype) in quantised_parts(form, target.shape).items():
+    for part, (shape, dtype) in form.parts(target.shape).items():
         yield f"{name}.{part}", TensorTarget(f"{target.weight}.{part}", shape, target.region, dtype)
 
 
@@ -139,40 +145,45 @@ def is_expert(target: TensorTarget) -> bool:
     return ".experts." in target.weight
 
 
-def _outer_targets(names: TensorNames, spec: ModelSpec) -> TargetPairs:
-    yield names.embedding, TensorTarget("embedding", (spec.vocabulary, spec.hidden))
-    yield f"{names.stem}.norm.weight", TensorTarget("norm", (spec.hidden,))
+def _packed(spec: ModelSpec, layer: int) -> TensorTarget:
+    weight = f"layers.{layer}.experts.{PACKED_NAME}"
+    return TensorTarget(weight, packed_shape(spec), dtype=torch.uint8)
+
+
+def _shape_of(shape: tuple[int, ...], region: Region) -> tuple[int, ...]:
+    """The shape of a region of a weight."""
+    spans = (part.stop - part.start for part in region if isinstance(part, slice))
+    return (*spans, *shape[len(region) :])
+
+
+def _outer_parts(names: TensorNames, spec: ModelSpec) -> NamedParts:
+    yield names.embedding, "embedding", ()
+    yield f"{names.stem}.norm.weight", "norm", ()
     if not spec.tie_embeddings:
-        yield "lm_head.weight", TensorTarget("head", (spec.vocabulary, spec.hidden))
+        yield "lm_head.weight", "head", ()
     if spec.self_conditioning:
         source, weight = f"{names.stem}.self_conditioning", "self_conditioning"
-        yield f"{source}.pre_norm.weight", TensorTarget(f"{weight}.norm", (spec.hidden,))
-        yield from _mlp_targets(source, f"{weight}.dense", spec.hidden, spec.self_conditioning)
+        yield f"{source}.pre_norm.weight", f"{weight}.norm", ()
+        yield from _mlp_parts(source, f"{weight}.dense", spec.self_conditioning)
 
 
-def _vector_targets(
-    names: TensorNames, layer: int, shapes: Mapping[str, tuple[int, ...]]
-) -> TargetPairs:
+def _vector_parts(names: TensorNames, layer: int) -> NamedParts:
     """The norms and scales of a layer."""
     for name, vector in names.vectors:
-        weight = f"layers.{layer}.{vector}"
-        yield f"{names.stem}.layers.{layer}.{name}", TensorTarget(weight, shapes[weight])
+        yield f"{names.stem}.layers.{layer}.{name}", f"layers.{layer}.{vector}", ()
     for index, stem in enumerate(names.scale_stems):
-        target = TensorTarget(f"layers.{layer}.scales", (1,), (slice(index, index + 1),))
-        yield f"{stem}.layers.{layer}.layer_scalar", target
+        name = f"{stem}.layers.{layer}.layer_scalar"
+        yield name, f"layers.{layer}.scales", (slice(index, index + 1),)
 
 
-def _attention_targets(names: TensorNames, spec: ModelSpec, layer: int) -> TargetPairs:
+def _attention_parts(names: TensorNames, spec: ModelSpec, layer: int) -> NamedParts:
     weight = f"layers.{layer}"
     attention = f"{names.stem}.layers.{layer}.{names.attention}"
-    head_dim = spec.attention[layer].head_dim
-    width, head = spec.heads * head_dim, (head_dim,)
-    yield f"{attention}.{names.query_norm}.weight", TensorTarget(f"{weight}.query_norm", head)
-    yield f"{attention}.{names.key_norm}.weight", TensorTarget(f"{weight}.key_norm", head)
-    yield f"{attention}.{names.out}.weight", TensorTarget(f"{weight}.out", (spec.hidden, width))
+    yield f"{attention}.{names.query_norm}.weight", f"{weight}.query_norm", ()
+    yield f"{attention}.{names.key_norm}.weight", f"{weight}.key_norm", ()
+    yield f"{attention}.{names.out}.weight", f"{weight}.out", ()
     for name, rows in zip(names.qkv, _qkv_rows(names, spec, layer), strict=False):
-        shape = (rows.stop - rows.start, spec.hidden)
-        yield f"{attention}.{name}.weight", TensorTarget(f"{weight}.qkv", shape, (rows,))
+        yield f"{attention}.{name}.weight", f"{weight}.qkv", (rows,)
 
 
 def _qkv_rows(names: TensorNames, spec: ModelSpec, layer: int) -> tuple[slice, ...]:
@@ -186,60 +197,41 @@ def _qkv_rows(names: TensorNames, spec: ModelSpec, layer: int) -> tuple[slice, .
     return rows[:2] if attention.keys_are_values else rows
 
 
-def _feed_forward_targets(
-    names: TensorNames, spec: ModelSpec, layer: int, *, stacked: bool
-) -> TargetPairs:
+def _feed_forward_parts(names: TensorNames, spec: ModelSpec, layer: int) -> NamedParts:
+    """All but the experts."""
     source, weight = f"{names.stem}.layers.{layer}", f"layers.{layer}"
-    hidden, experts = spec.hidden, spec.router.experts
     if not spec.moe[layer]:
-        yield from _mlp_targets(f"{source}.mlp", f"{weight}.dense", hidden, spec.dense_width)
+        yield from _mlp_parts(f"{source}.mlp", f"{weight}.dense", spec.dense_width)
         return
-    yield f"{source}.{names.gate}", TensorTarget(f"{weight}.gate", (experts, hidden))
+    yield f"{source}.{names.gate}", f"{weight}.gate", ()
     if spec.expert_bias:
-        yield f"{source}.{names.gate_bias}", TensorTarget(f"{weight}.gate_bias", (experts,))
+        yield f"{source}.{names.gate_bias}", f"{weight}.gate_bias", ()
     if spec.shared_width:
-        shared = f"{source}.{names.shared}"
-        yield from _mlp_targets(shared, f"{weight}.shared", hidden, spec.shared_width)
-    experts_source, experts_weight = f"{source}.{names.experts}", f"{weight}.experts"
-    if spec.panels:
-        packed = f"{experts_weight}.{PACKED_NAME}"
-        yield packed_name(layer), TensorTarget(packed, packed_shape(spec), dtype=torch.uint8)
-    elif names.fused_gate_up:
-        yield from _fused_targets(experts_source, experts_weight, spec)
-    elif stacked:
-        yield from _stacked_targets(experts_source, experts_weight, spec)
-    else:
+        yield from _mlp_parts(f"{source}.{names.shared}", f"{weight}.shared", spec.shared_width)
+
+
+def _expert_parts(names: TensorNames, spec: ModelSpec, layer: int, *, stacked: bool) -> NamedParts:
+    source, weight = f"{names.stem}.layers.{layer}.{names.experts}", f"layers.{layer}.experts"
+    experts, width = spec.router.experts, spec.expert_width
+    if not (stacked or names.fused_gate_up):
         for expert in range(experts):
-            prefix = f"{experts_source}.{expert}"
-            yield from _mlp_targets(prefix, experts_weight, hidden, spec.expert_width, (expert,))
+            yield from _mlp_parts(f"{source}.{expert}", weight, width, (expert,))
+        return
+    if names.fused_gate_up:
+        yield f"{source}.gate_up_proj", f"{weight}.gate_up", ()
+    else:
+        for name, rows in _gate_up_rows(width):
+            yield f"{source}.{name}", f"{weight}.gate_up", (slice(0, experts), rows)
+    yield f"{source}.down_proj", f"{weight}.down", ()
 
 
-def _mlp_targets(
-    source: str, weight: str, hidden: int, width: int, expert_index: tuple[int, ...] = ()
-) -> TargetPairs:
-    """Gate, up and down of one network; gate rows are first in the fused weight."""
-    shape = (width, hidden)
-    for name, rows in (("gate_proj", slice(0, width)), ("up_proj", slice(width, 2 * width))):
-        target = TensorTarget(f"{weight}.gate_up", shape, (*expert_index, rows))
-        yield f"{source}.{name}.weight", target
-    yield f"{source}.down_proj.weight", TensorTarget(f"{weight}.down", shape[::-1], expert_index)
+def _mlp_parts(source: str, weight: str, width: int, expert_index: Region = ()) -> NamedParts:
+    """Gate, up and down of one network."""
+    for name, rows in _gate_up_rows(width):
+        yield f"{source}.{name}.weight", f"{weight}.gate_up", (*expert_index, rows)
+    yield f"{source}.down_proj.weight", f"{weight}.down", expert_index
 
 
-def _fused_targets(source: str, weight: str, spec: ModelSpec) -> TargetPairs:
-    """The two tensors of a layer's stacked experts, if gate and up are one."""
-    experts, hidden, width = spec.router.experts, spec.hidden, spec.expert_width
-    gate_up = TensorTarget(f"{weight}.gate_up", (experts, 2 * width, hidden))
-    yield f"{source}.gate_up_proj", gate_up
-    yield f"{source}.down_proj", TensorTarget(f"{weight}.down", (experts, hidden, width))
-
-
-def _stacked_targets(source: str, weight: str, spec: ModelSpec) -> TargetPairs:
-    """The three tensors of a layer's stacked experts."""
-    experts, hidden, width = spec.router.experts, spec.hidden, spec.expert_width
-    for name, rows in (("gate_proj", slice(0, width)), ("up_proj", slice(width, 2 * width))):
-        region = (slice(0, experts), rows)
-        yield (
-            f"{source}.{name}",
-            TensorTarget(f"{weight}.gate_up", (experts, width, hidden), region),
-        )
-    yield f"{source}.down_proj", TensorTarget(f"{weight}.down", (experts, hidden, width))
+def _gate_up_rows(width: int) -> tuple[tuple[str, slice], ...]:
+    """The rows of both projections in the fused weight: those of the gate are first."""
+    return ("gate_proj", slice(0, width)), ("up_proj", slice(width, 2 * width))

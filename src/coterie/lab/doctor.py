@@ -68,28 +68,20 @@ class CheckResult:
 class Diagnosis:
     """All checks, and the measured numbers behind them."""
 
-    processor: Processor
-    memory: HostMemory
-    gpu: Gpu | None
-    read_bandwidth: float
-    disk_bandwidth: float | None
-    checks: tuple[CheckResult, ...]
+    processor: Annotated[Processor, Key("processor")]
+    memory: Annotated[HostMemory, Key("memory")]
+    gpu: Annotated[Gpu | None, Key("gpu")]
+    read_bandwidth: Annotated[float, Key("read_bytes_per_second")]
+    disk_bandwidth: Annotated[float | None, Key("disk_bytes_per_second")]
+    checks: Annotated[tuple[CheckResult, ...], Key("checks")]
 
     @property
     def is_broken(self) -> bool:
         return any(check.state == "broken" for check in self.checks)
 
     def to_dict(self) -> dict[str, object]:
-        return {
-            "processor": to_json(self.processor),
-            "memory": to_json(self.memory),
-            "gpu": None if self.gpu is None else to_json(self.gpu),
-            "read_bytes_per_second": self.read_bandwidth,
-            "disk_bytes_per_second": self.disk_bandwidth,
-            "versions": {"python": platform.python_version(), **package_versions()},
-            "checks": [to_json(check) for check in self.checks],
-            "broken": self.is_broken,
-        }
+        versions = {"python": platform.python_version(), **package_versions()}
+        return {**to_json(self), "versions": versions, "broken": self.is_broken}
 
 
 def diagnose(model: str | None, on_progress: Callable[[str], None]) -> Diagnosis:

@@ -18,7 +18,8 @@ class Journal:
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, object]) -> None:
-        """None: in memory only. Raises ConfigError for a file in use or of another identity."""
+        """Without a path, steps stay in memory. Raises ConfigError for a file in use or of another
+        identity."""
         self.steps: dict[str, Any] = {}
         self._file = None if path is None else LockedFile(path)
         if self._file is not None:

@@ -26,7 +26,7 @@ ColourScheme = Literal["light", "dark"]
 
 FIGURE_WIDTH, FIGURE_HEIGHT = 5.2, 3.5  # inches
 STROKE_STYLE = 'style="stroke-linejoin: round; stroke-linecap: butt"'  # replaces the style sheet
-FONTS = ["DejaVu Sans", "Verdana", "Arial"]  # text is laid out with the first, the widest
+STYLE_FILE = Path(__file__).with_suffix(".mplstyle")
 
 BACKGROUND: Mapping[ColourScheme, str] = {"light": "#ffffff", "dark": "#14171c"}
 FOREGROUND: Mapping[ColourScheme, str] = {"light": "#1c2128", "dark": "#e4e7eb"}
@@ -176,30 +176,11 @@ def rc_params(scheme: ColourScheme) -> dict[str, object]:
     foreground_keys = ("axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor")
     background_keys = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
     return {
+        **mpl.rc_params_from_file(STYLE_FILE, use_default_template=False),
         **dict.fromkeys((*foreground_keys, "text.color"), FOREGROUND[scheme]),
         **dict.fromkeys(background_keys, BACKGROUND[scheme]),
         "grid.color": GRID_COLOUR[scheme],
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.linewidth": 0.7,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.linewidth": 0.8,
         "axes.prop_cycle": cycler(color=SERIES_COLOURS),
-        "lines.linewidth": 1.6,
-        "lines.markersize": 5.5,
-        "font.family": "sans-serif",
-        "font.sans-serif": FONTS,
-        "font.size": 10,
-        "axes.titlesize": 10,
-        "axes.titlelocation": "left",
-        "legend.fontsize": 8.5,
-        "legend.frameon": False,
-        "legend.handlelength": 1.4,
-        "legend.columnspacing": 1.2,
-        "legend.labelspacing": 0.3,
-        "image.cmap": "viridis",
-        "svg.fonttype": "none",
     }
 
 

@@ -10,11 +10,7 @@ from coterie.checkpoints.model_folder import ModelFolder
 from coterie.checkpoints.verification import manifest_checksums
 from coterie.errors import CheckpointError, OffloadError
 from coterie.files import ProgressCallback
-from coterie.loading.expert_memory import (
-    ExpertMemoryConfig,
-    ExpertMemoryPlan,
-    plan_expert_memory,
-)
+from coterie.loading.expert_memory import ExpertMemoryConfig, ExpertMemoryPlan, plan_expert_memory
 from coterie.loading.free_memory import free_memory
 from coterie.loading.placement import LoadedModel
 from coterie.loading.target import LoadTarget

@@ -53,7 +53,7 @@ class ExpertMemoryConfig:
         cpu_experts: str | None = None,
         simulated: bool = False,
     ) -> ExpertMemoryConfig:
-        """Parse the command line's spelling.
+        """Parse the texts of the command line's options.
 
         ``capacity`` is "35%", "47" (slots per layer), "6GiB" or "auto"; ``host_memory`` "20GiB" or
         "auto"; ``eviction`` "lru"; ``cpu_experts`` "off", "auto" or a maximum number of tokens.
@@ -80,7 +80,7 @@ class ExpertMemoryConfig:
         return {} if self.warm_start is None else self.warm_start.by_layer()
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON values, under the keys of saved runs."""
+        """The config as JSON values, under the keys of saved runs."""
         config: dict[str, object] = {
             "expert_memory": self.capacity if self.capacity == AUTO else self.capacity.text,
             "host_memory": self.host_memory,

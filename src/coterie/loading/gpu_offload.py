@@ -42,7 +42,7 @@ HOST_SPARE_SHARE = 0.1  # share of the free host memory that "auto" leaves to ot
 
 @dataclass(frozen=True)
 class HostOffload:
-    """Experts in pinned host memory, all or those cached from disk; GPU slots for some."""
+    """Experts in pinned host memory (all, or a cache in front of the disk), some in GPU slots."""
 
     plan: ExpertMemoryPlan
     layout: ExpertLayout  # of an expert in host memory and in a GPU slot

@@ -80,7 +80,7 @@ class LowPrecisionExperts:
 
     @staticmethod
     def parse(folder: str, precision_policy: str | None = None) -> LowPrecisionExperts:
-        """From "static:share=0.3"; promote by default."""
+        """The config of a policy text such as "static:share=0.3"; promote by default."""
         if precision_policy is None:
             return LowPrecisionExperts(folder)
         return LowPrecisionExperts(
@@ -88,7 +88,7 @@ class LowPrecisionExperts:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON, under the keys of saved runs."""
+        """The config as JSON, under the keys of saved runs."""
         spec = format_spec(self.precision_policy, PRECISION_POLICIES)
         name, colon, options = spec.partition(":")
         return {"coarse": str(self.folder), "placement": f"{SAVED_NAMES[name]}{colon}{options}"}

@@ -1,4 +1,4 @@
-"""Placements: where a model's experts are kept, and how they are loaded."""
+"""Placements: where a model's experts are stored, and how they are loaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from coterie.offload.store import TrackedExpertStore
 
 
 class Placement(Protocol):
-    """Where the experts of one model are kept."""
+    """Where the experts of one model are stored, and how they are loaded."""
 
     @property
     def plan(self) -> ExpertMemoryPlan | None:

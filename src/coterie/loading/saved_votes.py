@@ -39,7 +39,7 @@ class SavedVotes:
     def of(
         model: str, layers: Iterable[int], votes: NDArray[np.float64], router_checksum: str = ""
     ):
-        """From votes [L, E]."""
+        """The saved form of votes [L, E]."""
         rows = tuple(tuple(round(float(vote), VOTE_DIGITS) for vote in row) for row in votes)
         return SavedVotes(model, tuple(layers), rows, router_checksum)
 

@@ -48,7 +48,7 @@ class LoadTarget:
         """Check free memory, allocate all weights and read them.
 
         Without ``experts``, the device gets no experts: they are read into ``host_experts``, or
-        stay in their files. ``absent_bytes`` is what the device then needs less.
+        stay in their files. ``absent_bytes`` are those that the device then does not need.
         """
         self._check_free_memory(weight_bytes(self.spec, self.dtype) - absent_bytes)
         weights = allocate(self.spec, self.dtype, self.device, experts=experts)

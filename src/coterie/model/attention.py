@@ -17,18 +17,14 @@ from coterie.values import LayerKV, Matrix, PackedMatrix, QueryPositions, Window
 
 @dataclass(frozen=True)
 class AttentionMetadata:
-    """Positions, key limits and mask of one forward, the same for all layers."""
+    """Positions, key limits and mask of one forward, the same for all layers of one kind.
+
+    No query sees a key before ``first_key``; the mask begins there.
+    """
 
     queries: QueryPositions
-    mask: Tensor | None  # [B, W, kv_length] bool, True = may attend; None = all keys
-
-    @property
-    def positions(self) -> Tensor:
-        return self.queries.positions
-
-    @property
-    def kv_length(self) -> int:
-        return self.queries.kv_length
+    mask: Tensor | None  # [B, W, kv_length - first_key] bool, True = may attend; None = all keys
+    first_key: int = 0
 
     @staticmethod
     def of(
@@ -45,10 +41,11 @@ class AttentionMetadata:
         queries = QueryPositions(
             position_ids, limits, kv_length, cos=angles.cos(), sin=angles.sin()
         )
-        mask = _attention_mask(window, limits, kv_length)
+        first_key = _first_key(window, spec, kv_length)
+        mask = _attention_mask(window, limits, first_key, kv_length)
         if spec.window:
-            mask = _sliding_mask(window, queries, spec.window, mask)
-        return AttentionMetadata(queries, mask)
+            mask = _sliding_mask(window, queries, spec.window, mask, first_key)
+        return AttentionMetadata(queries, mask, first_key)
 
 
 @dataclass(frozen=True)
@@ -84,13 +81,15 @@ class Attention:
         heads = ops.linear(x, self.qkv).unflatten(-1, (-1, self.kind.head_dim))
         if fuse and (attn_output := self._fused_attention(heads, metadata, cache)) is not None:
             return ops.linear(attn_output.flatten(2), self.out), None
-        query, key, value = self._split_heads(heads, metadata)
+        queries = metadata.queries
+        query, key, value = self._split_heads(heads, queries)
         if cache is None:
             keys, values = key.transpose(1, 2), value.transpose(1, 2)
         else:
-            cache.write(self.layer, metadata.positions, key, value)
-            keys, values = cache.read(self.layer, metadata.kv_length)
-        keys, values = keys[:, :, : metadata.kv_length], values[:, :, : metadata.kv_length]
+            cache.write(self.layer, queries.positions, key, value)
+            keys, values = cache.read(self.layer, queries.kv_length)
+        seen = slice(metadata.first_key, queries.kv_length)
+        keys, values = keys[:, :, seen], values[:, :, seen]
         scale = self.kind.scale
         attn_output = _sdpa(query, keys, values, metadata.mask, scale)
         output = ops.linear(attn_output.flatten(2), self.out)
@@ -124,12 +123,9 @@ class Attention:
         keys, values = x.new_zeros(2, rows, self.kind.kv_heads, width, self.kind.head_dim)
         return LayerKV(keys, values, torch.arange(rows, device=x.device))
 
-    def _split_heads(
-        self, heads: Tensor, metadata: AttentionMetadata
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _split_heads(self, heads: Tensor, queries: QueryPositions) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, W, heads, D], key and value [B, W, kv_heads, D], normed and rotated."""
-        kind, queries, epsilon = self.kind, metadata.queries, self.spec.norm_epsilon
-        num_heads = self.spec.heads
+        kind, epsilon, num_heads = self.kind, self.spec.norm_epsilon, self.spec.heads
         query, key, value = heads.tensor_split([num_heads, num_heads + kind.kv_heads], dim=2)
         value = key if kind.keys_are_values else value
         if kind.norms_values:
@@ -166,24 +162,38 @@ def _causal_limits(window: Window, position_ids: Tensor) -> Tensor:
     return limit.expand_as(position_ids).contiguous()
 
 
-def _attention_mask(window: Window, limits: Tensor, kv_length: int) -> Tensor | None:
-    """True where a query with these limits [B, W] may attend to a key, [B, W, kv_length]."""
+def _first_key(window: Window, spec: AttentionSpec, kv_length: int) -> int:
+    """The first key that a query of the window sees, as far as the host knows."""
+    if not spec.window or window.start.device.type != "cpu":
+        return 0
+    first = int(window.start.min())
+    if window.block:
+        first = first // window.block * window.block
+    return max(0, min(first - spec.window + 1, kv_length - 1))
+
+
+def _attention_mask(
+    window: Window, limits: Tensor, first_key: int, kv_length: int
+) -> Tensor | None:
+    """True where a query with these limits [B, W] may attend to a key from ``first_key`` on."""
     on_host = window.visible.device.type == "cpu"
     if window.block == 0 and on_host and bool((window.visible >= kv_length).all()):
         return None
-    return torch.arange(kv_length, device=limits.device) < limits[:, :, None]
+    return torch.arange(first_key, kv_length, device=limits.device) < limits[:, :, None]
 
 
 def _sliding_mask(
-    window: Window, queries: QueryPositions, width: int, mask: Tensor | None
-) -> Tensor:
+    window: Window, queries: QueryPositions, width: int, mask: Tensor | None, first_key: int
+) -> Tensor | None:
     """The mask without keys further back than ``width`` - 1 before the query's block.
 
     All positions of a causal block see the same first key; without blocks the window is the block.
     """
-    positions, block = queries.positions, window.block
+    positions, block, start = queries.positions, window.block, window.start
+    if not block and start.device.type == "cpu" and int(start.max()) - width < first_key:
+        return mask  # every row sees all keys from the first one on
     first = positions // block * block if block else positions[:, :1]
-    keys = torch.arange(queries.kv_length, device=positions.device)
+    keys = torch.arange(first_key, queries.kv_length, device=positions.device)
     inside = keys > (first - width)[:, :, None]
     return (inside if mask is None else mask & inside).expand(*positions.shape, -1)
 
@@ -219,5 +229,5 @@ def _received(
     scores = scores.reshape(batch, heads, width, -1) * (dim**-0.5 if scale is None else scale)
     if metadata.mask is not None:
         scores = scores.masked_fill(~metadata.mask[:, None], float("-inf"))
-    share = scores.softmax(dim=-1).mean(dim=(1, 2))  # [B, kv_length]
-    return share.gather(1, metadata.positions)
+    share = scores.softmax(dim=-1).mean(dim=(1, 2))  # [B, kv_length - first_key]
+    return share.gather(1, metadata.queries.positions - metadata.first_key)

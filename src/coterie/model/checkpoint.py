@@ -39,7 +39,7 @@ class Checkpoint:
         raise _no_weights_error(folder)
 
     def without(self, prefixes: tuple[str, ...]) -> Checkpoint:
-        """The same without tensors of names that start so; files of no others are left out."""
+        """The checkpoint without tensors of these prefixes, and without files of no others."""
         kept = {
             file: {name: e for name, e in entries.items() if not name.startswith(prefixes)}
             for file, entries in self.files.items()

@@ -27,12 +27,12 @@ class CoresetState:
     def of(reuse_tolerance: float, previous: Tensor) -> CoresetState:
         return CoresetState(reuse_tolerance, previous, torch.zeros_like(previous))
 
-    def previous_coresets(self, ordinal: int) -> PreviousCoresets:
-        """The previous coresets of a layer; ``ordinal`` counts MoE layers."""
-        return PreviousCoresets(self.reuse_tolerance, self.previous[ordinal])
+    def previous_coresets(self, moe_index: int) -> PreviousCoresets:
+        """The previous coresets of a layer; ``moe_index`` counts MoE layers."""
+        return PreviousCoresets(self.reuse_tolerance, self.previous[moe_index])
 
-    def set_current(self, ordinal: int, reuse: CoresetReuse) -> None:
-        self.current[ordinal] = reuse.coresets
+    def set_current(self, moe_index: int, reuse: CoresetReuse) -> None:
+        self.current[moe_index] = reuse.coresets
 
 
 @dataclass(frozen=True)

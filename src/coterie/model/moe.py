@@ -102,7 +102,8 @@ class MoE:
     def _router_scores(
         self, x: Tensor, context: ForwardContext, importance: Tensor | None
     ) -> Scores:
-        ordinal, coresets = sum(self.spec.moe[: self.layer]), context.coresets
+        moe_index, coresets = sum(self.spec.moe[: self.layer]), context.coresets
+        slots = self.store.capacity
         return Scores(
             logits=ops.linear(x, self.gate, dtype=torch.float32),
             router=self.spec.router,
@@ -112,10 +113,10 @@ class MoE:
             progress=context.progress,
             importance=importance,
             resident=self.store.resident(self.layer),
-            slots=self.store.slots(self.layer),
-            previous_coresets=None if coresets is None else coresets.previous_coresets(ordinal),
+            slots=None if slots is None else min(slots, self.spec.router.experts),
+            previous_coresets=None if coresets is None else coresets.previous_coresets(moe_index),
             layer=self.layer,
-            moe_index=ordinal,
+            moe_index=moe_index,
             forward_indices=context.forward,
             starts=context.window.start.to(x.device) if self.spec.router.capacity else None,
         )

@@ -74,11 +74,6 @@ class ModelSpec:
         return tuple(layer for layer, has_experts in enumerate(self.moe) if has_experts)
 
     @property
-    def capacity(self) -> int:
-        """The experts that a block admits; 0 = all."""
-        return self.router.capacity
-
-    @property
     def expert_storage(self) -> str:
         """The storage of the experts, for display."""
         if self.panels:

@@ -41,9 +41,7 @@ class TransformerLayer:
         attn_output, received_attention = self.attention(
             normed, metadata, context.cache, return_received=needs_received
         )
-        importance = None
-        if received_attention is not None:
-            importance = received_attention * x.float().abs().sum(-1)
+        importance = _importance(received_attention, x)
         x, normed = ops.add_rms_norm(x, attn_output, self.feed_forward_norm, self.spec.norm_epsilon)
         return x + self.feed_forward(normed, context, importance)
 
@@ -75,9 +73,7 @@ class ParallelLayer:
             context.cache,
             return_received=needs_importance(context.policy),
         )
-        importance = None
-        if received_attention is not None:
-            importance = received_attention * x.float().abs().sum(-1)
+        importance = _importance(received_attention, x)
         x = x + self._norm(attn_output, self.attention_post_norm)
         dense = self._norm(self.dense.apply(self._norm(x, self.dense_norm)), self.dense_post_norm)
         routed = self._norm(self.feed_forward(x, context, importance), self.expert_post_norm)
@@ -89,6 +85,11 @@ class ParallelLayer:
 
 
 Layer: TypeAlias = TransformerLayer | ParallelLayer
+
+
+def _importance(received_attention: Tensor | None, x: Tensor) -> Tensor | None:
+    """[B, W]: the attention that a token receives times its size (MC-MoE); None if not needed."""
+    return None if received_attention is None else received_attention * x.float().abs().sum(-1)
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class Transformer:
 
     @cached_property
     def _multiplications(self) -> int:
-        """Of a token in one layer, on average, without attention to other tokens."""
+        """Multiplications of a token in a layer, on average, without attention to other tokens."""
         return model_size(self.spec, self.dtype).active_parameters // max(1, self.spec.layers)
 
     @property

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from coterie.model.spec import ModelSpec
 from coterie.ops.packed_layout import slab_of_packed
-from coterie.quantization import QTensor, QuantFormat
 from coterie.values import Slab
 
 PACKED_NAME = "packed"
@@ -87,9 +86,7 @@ def loaded_tensors(
                 prefix = name.removesuffix(".gate_up")
                 yield f"{prefix}.{PACKED_NAME}", packed_shape(spec), torch.uint8
         elif spec.expert_format is not None and ".experts." in name:
-            for part, (part_shape, part_dtype) in quantised_parts(
-                spec.expert_format, shape
-            ).items():
+            for part, (part_shape, part_dtype) in spec.expert_format.parts(shape).items():
                 yield f"{name}.{part}", part_shape, part_dtype
         else:
             yield name, shape, torch.float32 if is_always_fp32(name) else dtype
@@ -103,14 +100,6 @@ def packed_shape(spec: ModelSpec) -> tuple[int, int]:
 def is_packed(weight: str) -> bool:
     """Whether this is the tensor of a layer's packed experts."""
     return weight.endswith(f".experts.{PACKED_NAME}")
-
-
-def quantised_parts(
-    form: QuantFormat, shape: tuple[int, ...]
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of the two tensors of a quantised weight: values ``q``, and ``scales``."""
-    numbers, scales = form.storage_shapes(shape)
-    return {"q": (numbers, form.dtype), "scales": (scales, torch.bfloat16)}
 
 
 def allocate(
@@ -134,24 +123,14 @@ def slabs(spec: ModelSpec, weights: dict[str, Tensor]) -> dict[int, Slab]:
 
 def take_slab(spec: ModelSpec, layer: int, weights: dict[str, Tensor]) -> Slab:
     """The layer's slab; its experts are removed from ``weights``."""
-    if spec.panels:
-        packed = weights.pop(f"layers.{layer}.experts.{PACKED_NAME}")
-        slot_of = torch.arange(spec.router.experts, device=packed.device)
-        sizes = {"hidden": spec.hidden, "width": spec.expert_width}
-        return slab_of_packed(packed, spec.panel_kind, slot_of, **sizes)
-    gate_up, down = (
-        _take_weight(f"layers.{layer}.experts.{name}", k, spec.expert_format, weights)
-        for name, k in (("gate_up", spec.hidden), ("down", spec.expert_width))
-    )
-    return Slab(gate_up, down, torch.arange(spec.router.experts, device=gate_up.device))
-
-
-def _take_weight(
-    name: str, k: int, form: QuantFormat | None, weights: dict[str, Tensor]
-) -> Tensor | QTensor:
-    if form is None:
-        return weights.pop(name)
-    return QTensor(weights.pop(f"{name}.q"), weights.pop(f"{name}.scales"), form, k)
+    prefix = f"layers.{layer}.experts."
+    names = [name for name in weights if name.startswith(prefix)]
+    tensors = {name.removeprefix(prefix): weights.pop(name) for name in names}
+    slot_of = torch.arange(spec.router.experts, device=next(iter(tensors.values())).device)
+    if not spec.panels:
+        return Slab.of(tensors, spec.expert_format, slot_of)
+    sizes = {"hidden": spec.hidden, "width": spec.expert_width}
+    return slab_of_packed(tensors[PACKED_NAME], spec.panel_kind, slot_of, **sizes)
 
 
 def _attention_shapes(spec: ModelSpec, layer: int) -> dict[str, tuple[int, ...]]:

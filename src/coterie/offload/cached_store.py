@@ -34,8 +34,8 @@ class LayerCache:
     slots: Slots
     memory: Tensor  # [capacity, bytes of an expert] uint8
     fetches: dict[int, Future[str]] = field(default_factory=dict)  # by expert
-    slab: Slab | None = None  # of all resident experts, once needed
-    mask: Tensor | None = None  # [E] bool on the device: resident experts, once needed
+    slab: Slab | None = None  # of all resident experts; None until it is needed
+    mask: Tensor | None = None  # [E] bool on the device: resident experts; None until needed
 
     def invalidate(self) -> None:
         """Drop what was derived from the slot table, which is about to change."""
@@ -46,11 +46,12 @@ class LayerCache:
 class CachedExpertStore:
     """An expert store with ``capacity`` slots per layer and a fetcher for all other experts.
 
-    Cached experts are computed while others are fetched; a coreset larger than the cache is served
-    in waves. A slot is reused only after the compute that reads it has been enqueued, i.e. once the
-    caller asks for the next slab. ``serve`` reads on the host which experts are used: on a GPU this
-    is its only wait for compute. If a fetch fails, the layer's cache is emptied and the error names
-    the expert. A layer's slots are allocated, and filled with its warm-start experts, at first use.
+    Cached experts are computed while others are fetched. A forward that uses more experts than
+    there are slots is served in waves. A slot is reused only after the compute that reads it has
+    been enqueued, i.e. once the caller asks for the next slab. ``serve`` reads on the host which
+    experts are used: on a GPU this is its only wait for compute. If a fetch fails, the layer's
+    cache is emptied and the error names the expert. A layer's slots are allocated, and filled with
+    its warm-start experts, at first use.
     """
 
     fetcher: ExpertFetcher
@@ -65,7 +66,7 @@ class CachedExpertStore:
     traffic_log: TrafficLog = field(init=False)
     log_transfer: Callable[[str], None] = field(init=False)  # called with the tier of each fetch
     _layers: dict[int, LayerCache] = field(init=False, default_factory=dict)
-    _memory: dict[int, Tensor] = field(init=False, default_factory=dict)  # kept when emptied
+    _memory: dict[int, Tensor] = field(init=False, default_factory=dict)  # by layer; reset keeps it
     _failed_layers: set[int] = field(init=False, default_factory=set)
 
     precision_stats = None
@@ -113,10 +114,6 @@ class CachedExpertStore:
         if cache.mask is None:
             cache.mask = self.fetcher.to_device(cache.slots.resident)
         return cache.mask
-
-    def slots(self, layer: int) -> int | None:
-        del layer
-        return self.capacity
 
     def reset(self) -> None:
         """Empty the cache and reload the warm-start experts; allocated memory is reused."""
@@ -178,7 +175,7 @@ class CachedExpertStore:
 
     @contextmanager
     def rollback_on_error(self, layer: int, cache: LayerCache) -> Iterator[None]:
-        """On any error empty the layer's cache, since its slot table may list missing experts."""
+        """Empty the layer's cache on any error, since its slot table may list missing experts."""
         try:
             yield
         except BaseException as error:
@@ -245,7 +242,7 @@ def allocate_slots(allocate: SlotAllocator, slots: int, expert_bytes: int) -> Te
 
 
 def _prefetchable_loads(waves: Sequence[Wave]) -> list[tuple[int, int]]:
-    """Of the next wave with loads, those into slots that no wave before it reads."""
+    """Those loads of the next wave with loads that go into slots no wave before it reads."""
     read_slots: set[int] = set()
     for previous, wave in pairwise(waves):
         read_slots |= set(previous.slots)

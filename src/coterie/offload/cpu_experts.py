@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,18 +18,6 @@ from coterie.values import Slab
 TokenCounts = NDArray[np.int64]
 
 
-class CpuSelection(Protocol):
-    """Decides which cache misses the CPU computes."""
-
-    def select(self, missed_mask: Mask, token_counts: TokenCounts) -> Mask:
-        """[E] bool, a subset of the misses; ``token_counts`` [E] are the tokens of each expert."""
-        ...
-
-    def describe(self) -> str:
-        """One line for the user."""
-        ...
-
-
 @dataclass(frozen=True)
 class TokenLimit:
     """Misses needed by at most ``max_tokens`` tokens."""
@@ -37,6 +25,7 @@ class TokenLimit:
     max_tokens: int
 
     def select(self, missed_mask: Mask, token_counts: TokenCounts) -> Mask:
+        """[E] bool, a subset of the misses; ``token_counts`` [E] are the tokens of each expert."""
         return missed_mask & (token_counts <= self.max_tokens)
 
     def describe(self) -> str:
@@ -79,7 +68,7 @@ class BreakEven:
         experts: int,
         tokens: int,
     ) -> BreakEven:
-        """From the seconds of a copy and of three layers on the CPU.
+        """The split that follows from the seconds of a copy and of three layers on the CPU.
 
         The layers compute one expert of one token, ``experts`` of one token each, and ``experts``
         of ``tokens`` each. Results are clipped at 0, since timings are noisy.
@@ -100,6 +89,10 @@ class BreakEven:
             f"per layer, {self.expert_seconds * 1e3:.3g} ms per expert and "
             f"{self.token_seconds * 1e3:.3g} ms per token"
         )
+
+
+CpuSelection = TokenLimit | BreakEven
+"""Which cache misses the CPU computes."""
 
 
 @dataclass(frozen=True)

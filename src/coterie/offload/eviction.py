@@ -1,7 +1,7 @@
 """Eviction rules: each gives every expert of a layer a score; the lowest is evicted first.
 
 Ties evict the higher index. A rule updates its scores with what each forward uses and votes for,
-exactly in float64. Slots are kept by ``slot_table``.
+exactly in float64. ``slot_table`` assigns the slots.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Belady:
 
     @staticmethod
     def from_uses(used: Sequence[Mask]) -> Belady:
-        """From the experts [E] that each forward of the layer uses, in order."""
+        """The rule for the experts [E] that each forward of the layer uses, in order."""
         next_uses = np.full((len(used), len(used[0])), NEVER_USED)
         for clock in range(len(used) - 1, 0, -1):
             next_uses[clock - 1] = np.where(used[clock], float(clock), next_uses[clock])

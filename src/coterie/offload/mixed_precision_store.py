@@ -81,10 +81,6 @@ class MixedPrecisionStore:
         low, high = self.low.resident(layer), self.high.resident(layer)
         return None if low is None or high is None else low | high
 
-    def slots(self, layer: int) -> int | None:
-        del layer
-        return min(self.low.experts, self.capacity)
-
     @property
     def capacity(self) -> int:
         """Slots per layer of both precisions; an expert may have one in each."""

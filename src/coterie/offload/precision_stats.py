@@ -55,7 +55,7 @@ class PrecisionStats:
         return math.sqrt(self.square_sum / max(1, self.forwards)) if self.errors else None
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON, under its stable keys."""
+        """The statistics as JSON, under stable keys."""
         return {
             "fine": self.high_format,
             "coarse": self.low_format,

@@ -28,9 +28,5 @@ class ResidentExpertStore:
         del layer
         return None
 
-    def slots(self, layer: int) -> int | None:
-        del layer
-        return None
-
     def reset(self) -> None:
         """There is no cache to reset."""

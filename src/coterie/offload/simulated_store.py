@@ -21,8 +21,8 @@ SIMULATED_TIER = "imagined"  # the tier that simulated loads are logged under
 class CacheSimulator:
     """The slots of a cache with ``capacity`` experts per layer, without weights.
 
-    If a policy does not ask what is cached, simulators of several capacities may count the loads of
-    the same forwards.
+    If routing does not depend on what is cached, simulators of several capacities may count the
+    loads of the same forwards.
     """
 
     experts: int
@@ -88,10 +88,6 @@ class SimulatedCacheStore:
 
     def resident(self, layer: int) -> Tensor | None:
         return torch.from_numpy(self._slots(layer).resident).to(self.device)
-
-    def slots(self, layer: int) -> int | None:
-        del layer
-        return self.capacity
 
     def _slots(self, layer: int) -> Slots:
         if layer not in self.cache.layers:

@@ -19,13 +19,8 @@ class TrackedExpertStore(ExpertStore, Protocol):
         ...
 
     @property
-    def capacity(self) -> int | None:
-        """Slots per layer, of all precisions; None where every expert is always in memory."""
-        ...
-
-    @property
     def precision_stats(self) -> PrecisionStats | None:
-        """None where all experts have one precision."""
+        """The use of each precision; None where all experts have one precision."""
         ...
 
     def reset(self) -> None:

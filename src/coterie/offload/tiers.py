@@ -81,9 +81,9 @@ class ExpertFileSpan:
 class DiskTier:
     """Every expert in files, read without the system's file cache.
 
-    The store's own cache is the only one, so the memory budget holds. Direct reads bypass the file
-    cache; where they are not possible, the pages are dropped after the read. An expert is accepted
-    by its checksum; a file's identity only explains a mismatch.
+    The store's own cache is the only one, so the memory stays within its budget. Direct reads
+    bypass the file cache; where they are not possible, the pages are dropped after the read. An
+    expert is accepted by its checksum; a file's identity only explains a mismatch.
     """
 
     spans: Mapping[int, ExpertFileSpan]

@@ -64,12 +64,12 @@ class Traffic:
 
     @property
     def bytes_saved(self) -> int:
-        """Compared with no cache."""
+        """Bytes that the cache saved; without a cache every used expert is fetched."""
         return self.bytes_without_cache - self.bytes_moved
 
     @property
     def bytes_saved_vs_vanilla(self) -> int | None:
-        """Negative if more was moved than by vanilla."""
+        """Bytes that vanilla would have moved beyond these; negative if it moved fewer."""
         vanilla_bytes = self.vanilla_bytes
         return None if vanilla_bytes is None else vanilla_bytes - self.bytes_moved
 
@@ -85,8 +85,8 @@ class Traffic:
         return self.stall_seconds / self.seconds if self.seconds else None
 
     def to_dict(self) -> dict[str, object]:
-        """As JSON. Vanilla stands for the unmodified model on the same forwards, with LRU and the
-        same slots."""
+        """The traffic as JSON. Vanilla is the unmodified model on the same forwards, with LRU and
+        the same slots."""
         return {
             "forwards": self.forwards,
             "experts_used": self.experts_used,

@@ -84,14 +84,14 @@ class TrafficLog:
     def begin_forward(
         self, kind: str, rows: tuple[int, ...] = (), blocks: tuple[int, ...] = ()
     ) -> None:
-        """A forward starts."""
+        """Start a forward, to which later reports belong."""
         self._finish_forward()
         self._current = ForwardTraffic(
             self._current.number, kind, rows, blocks, self._traffic(), time.perf_counter()
         )
 
     def end_forward(self) -> None:
-        """The forward is over."""
+        """End the current forward, and count its seconds."""
         if self._current.start_time is not None:
             self._count(seconds=time.perf_counter() - self._current.start_time)
         self._finish_forward()
@@ -99,7 +99,7 @@ class TrafficLog:
     def log_layer(
         self, layer: int, request: ExpertRequest, *, used: int, hits: int, on_cpu: int = 0
     ) -> None:
-        """A layer is served: experts used, those of them cached, and those the CPU computes."""
+        """Log a served layer: experts used, those of them cached, and those the CPU computes."""
         if layer <= self._current.last_layer:
             self._finish_forward()
         self._current.last_layer = layer
@@ -112,13 +112,13 @@ class TrafficLog:
                 self._replay_vanilla()
 
     def log_transfer(self, tier: str, experts: int = 1, total_bytes: int | None = None) -> None:
-        """Experts were fetched from a tier; ``total_bytes`` if they do not have the usual size."""
+        """Log experts fetched from a tier; ``total_bytes`` if they do not have the usual size."""
         num_bytes = experts * self.expert_bytes if total_bytes is None else total_bytes
         if experts:
             self._count(transfers={tier: Transfer(experts, num_bytes)})
 
     def log_reset(self) -> None:
-        """The cache returns to its initial state, and vanilla's with it; the totals stay."""
+        """Log that the cache, and vanilla's, return to their initial state; the totals stay."""
         self._finish_forward()
         if self._tracks_vanilla:
             self._pending.append(None)

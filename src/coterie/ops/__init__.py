@@ -44,7 +44,6 @@ __all__ = [
     "rms_norm",
     "route",
     "run_experts",
-    "silu_and_mul",
     "summarize_logits",
     "top_ids",
     "top_mask",
@@ -177,17 +176,10 @@ def add_rms_norm(
     return total, rms_norm(total, weight, epsilon)
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """silu(first half) * second half of [..., 2 I] -> [..., I]."""
-    if (gpu := kernels_for(gate_up)) is not None:
-        return gpu.silu_and_mul(gate_up)
-    return reference.activate_and_mul(gate_up, "silu")
-
-
 def activate_and_mul(gate_up: Tensor, activation: Activation) -> Tensor:
     """activation(first half) * second half of [..., 2 I] -> [..., I]."""
-    if activation == "silu":
-        return silu_and_mul(gate_up)
+    if activation == "silu" and (gpu := kernels_for(gate_up)) is not None:
+        return gpu.silu_and_mul(gate_up)
     return reference.activate_and_mul(gate_up, activation)
 
 

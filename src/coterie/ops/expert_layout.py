@@ -7,9 +7,10 @@ strided views that the kernels read in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from coterie.quantization import QTensor, QuantFormat
 from coterie.values import Slab
 
 ALIGNMENT = 256  # bytes; alignment of the widest GPU memory accesses
-WEIGHT_NAMES = ("gate_up", "down")
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,12 @@ class TensorSpan:
     """One tensor [rows, columns] of an expert, at byte ``start`` of the expert."""
 
     start: int
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def stop(self) -> int:
-        rows, columns = self.shape
-        return self.start + rows * columns * self.dtype.itemsize
+        return self.start + prod(self.shape) * self.dtype.itemsize
 
     def view(self, memory: Tensor) -> Tensor:
         """A view [n, rows, columns] of this tensor in memory [n, expert bytes] uint8."""
@@ -52,7 +51,7 @@ class ExpertLayout:
         """The tensors by name: ``gate_up`` and ``down``, or ``.q`` and ``.scales`` of both."""
         spans: dict[str, TensorSpan] = {}
         start = 0
-        for name, shape, dtype in self._tensors():
+        for name, (shape, dtype) in self._tensors().items():
             span = spans[name] = TensorSpan(start, shape, dtype)
             start = _align_up(span.stop)
         return spans
@@ -68,14 +67,8 @@ class ExpertLayout:
 
     def as_slab(self, memory: Tensor, slot_of: Tensor) -> Slab:
         """A slab over memory [n, size] uint8; it copies nothing."""
-        tensors = self.views(memory)
-        if not isinstance(self.element_type, QuantFormat):
-            return Slab(tensors["gate_up"], tensors["down"], slot_of)
-        gate_up, down = (
-            QTensor(tensors[f"{name}.q"], tensors[f"{name}.scales"], self.element_type, k)
-            for name, k in zip(WEIGHT_NAMES, (self.hidden, self.width), strict=True)
-        )
-        return Slab(gate_up, down, slot_of)
+        form = self.element_type if isinstance(self.element_type, QuantFormat) else None
+        return Slab.of(self.views(memory), form, slot_of)
 
     def fill(self, memory: Tensor, slab: Slab) -> None:
         """Write the experts of a slab, slot by slot, into memory [n, size] uint8."""
@@ -91,19 +84,16 @@ class ExpertLayout:
                     f"experts in {weight.dtype} do not fit a layout of {self.element_type}"
                 )
 
-    def _tensors(self) -> Iterator[tuple[str, tuple[int, int], torch.dtype]]:
-        shapes = ((2 * self.width, self.hidden), (self.hidden, self.width))
-        if not isinstance(self.element_type, QuantFormat):
-            yield from (
-                (name, shape, self.element_type)
-                for name, shape in zip(WEIGHT_NAMES, shapes, strict=True)
-            )
-            return
-        stored_shapes = [self.element_type.storage_shapes(shape) for shape in shapes]
-        for name, (numbers, _) in zip(WEIGHT_NAMES, stored_shapes, strict=True):
-            yield f"{name}.q", (numbers[0], numbers[1]), self.element_type.dtype
-        for name, (_, scales) in zip(WEIGHT_NAMES, stored_shapes, strict=True):
-            yield f"{name}.scales", (scales[0], scales[1]), torch.bfloat16
+    def _tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        shapes = {"gate_up": (2 * self.width, self.hidden), "down": (self.hidden, self.width)}
+        form = self.element_type
+        if not isinstance(form, QuantFormat):
+            return {name: (shape, form) for name, shape in shapes.items()}
+        return {
+            f"{name}.{part}": form.parts(shape)[part]
+            for part in ("q", "scales")
+            for name, shape in shapes.items()
+        }
 
 
 def _align_up(size: int) -> int:

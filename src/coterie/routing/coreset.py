@@ -29,13 +29,7 @@ from coterie.routing.votes import (
     Voters,
     vote_weights,
 )
-from coterie.specs import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    UnitFraction,
-    check_options,
-)
+from coterie.specs import NonNegativeFloat, NonNegativeInt, PositiveInt, UnitFraction, check_options
 from coterie.values import CoresetRule, DecodeProgress, Scores, expert_mask
 
 MaxExperts = Literal["slots"] | PositiveInt
@@ -182,34 +176,37 @@ def elect(scores: Scores, size: CoresetSize | Union, election: Election, k: int)
         protected = union_of_topm(scores, vote_weight, 1 if election.protect == "top1" else 0)
     # [S, E]: experts that no block of the row admits
     excluded = None if scores.admitted is None else ~scores.admitted.any(dim=1)
+
+    def take(order: Tensor, votes: Tensor) -> Tensor:
+        return take_first(
+            order, votes, protected, size, k, max_experts=max_experts, excluded=excluded
+        )
+
     if election.tally == "proportional":
-        ballots = BALLOTS[election.vote](scores)  # [S, N, E]
-        bonus = residency_bonus(scores, election)
-        return take_sequentially(
-            ballots,
+        order, gains = rank_sequentially(
+            BALLOTS[election.vote](scores),
             vote_weight,
             protected,
             size,
             k,
             max_experts=max_experts,
-            bonus=bonus,
+            bonus=residency_bonus(scores, election),
             excluded=excluded,
-        ).unsqueeze(1)
-    votes = VOTES[election.vote](scores, vote_weight, election.seed)  # [S, E]
-    votes = votes if excluded is None else votes.masked_fill(excluded, 0)
-    take = partial(
-        take_by_votes,
-        protected=protected,
-        size=size,
-        k=k,
-        max_experts=max_experts,
-        excluded=excluded,
-    )
-    coreset = take(votes)
+        )
+        return take(order, gains).unsqueeze(1)
+    votes = counted_votes(scores, vote_weight, election)
+    coreset = take(*rank_by_votes(votes, protected, excluded))
     if election.resident_bonus > 0 and scores.resident is not None:
         bonus_votes = votes * (1 + election.resident_bonus * scores.resident.double())
-        coreset = restore_votes(take(bonus_votes), coreset, votes, election.max_vote_loss)
+        bonus_coreset = take(*rank_by_votes(bonus_votes, protected, excluded))
+        coreset = restore_votes(bonus_coreset, coreset, votes, election.max_vote_loss)
     return coreset.unsqueeze(1)
+
+
+def counted_votes(scores: Scores, vote_weight: Tensor, election: Election) -> Tensor:
+    """[S, E] int64: each expert's votes; 0 for one that no block of the row admits."""
+    votes, admitted = VOTES[election.vote](scores, vote_weight, election.seed), scores.admitted
+    return votes if admitted is None else votes.masked_fill(~admitted.any(dim=1), 0)
 
 
 def union_of_topm(scores: Scores, vote_weight: Tensor, m: int) -> Tensor:
@@ -218,27 +215,14 @@ def union_of_topm(scores: Scores, vote_weight: Tensor, m: int) -> Tensor:
     return expert_mask(ids.flatten(1), scores.router.experts)
 
 
-def take_by_votes(
-    votes: Tensor,
-    protected: Tensor,
-    size: CoresetSize,
-    k: int,
-    *,
-    max_experts: int | None = None,
-    excluded: Tensor | None = None,
-) -> Tensor:
-    """Mask [S, E]: the protected experts, then those with most votes until ``size`` is reached.
-
-    Protected experts count towards the size. If they alone exceed it, they are the coreset, up to
-    ``max_experts``. ``excluded`` experts [S, E], without votes, are never taken.
-    """
+def rank_by_votes(
+    votes: Tensor, protected: Tensor, excluded: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Experts [S, E], the protected ones first, then by votes; and the votes in this order."""
     tier = (~protected).to(torch.uint8)
     tier = tier if excluded is None else tier + excluded
     order = top_ids(votes, votes.shape[-1], tier=tier)
-    coreset = take_in_order(
-        order, votes.gather(-1, order), protected, size, k, max_experts=max_experts
-    )
-    return coreset if excluded is None else coreset & ~excluded
+    return order, votes.gather(-1, order)
 
 
 def residency_bonus(scores: Scores, election: Election) -> ResidencyBonus | None:
@@ -248,7 +232,7 @@ def residency_bonus(scores: Scores, election: Election) -> ResidencyBonus | None
     return ResidencyBonus(scores.resident, election.resident_bonus, election.max_vote_loss)
 
 
-def take_sequentially(
+def rank_sequentially(
     ballots: Tensor,
     vote_weight: Tensor,
     protected: Tensor,
@@ -258,14 +242,15 @@ def take_sequentially(
     max_experts: int | None = None,
     bonus: ResidencyBonus | None = None,
     excluded: Tensor | None = None,
-) -> Tensor:
-    """Mask [S, E]: the protected experts, then one expert at a time, with new votes for each."""
+) -> tuple[Tensor, Tensor]:
+    """Experts [S, m], the protected ones first, then one at a time, each with new votes; and the
+    gain of each."""
     max_steps, min_gain = size.search_limits(protected.shape[-1])
     max_steps = max(max_steps, int(protected.sum(-1).max()))
     max_steps = max_steps if max_experts is None else min(max_steps, max_experts)
     if excluded is not None:
         ballots = ballots.masked_fill(excluded.unsqueeze(1), 0)
-    order, gains = elect_sequentially(
+    return elect_sequentially(
         ballots,
         vote_weight,
         protected,
@@ -275,11 +260,9 @@ def take_sequentially(
         bonus=bonus,
         excluded=excluded,
     )
-    coreset = take_in_order(order, gains, protected, size, k, max_experts=max_experts)
-    return coreset if excluded is None else coreset & ~excluded
 
 
-def take_in_order(
+def take_first(
     order: Tensor,
     votes: Tensor,
     protected: Tensor,
@@ -287,17 +270,21 @@ def take_in_order(
     k: int,
     *,
     max_experts: int | None = None,
+    excluded: Tensor | None = None,
 ) -> Tensor:
     """Mask [S, E]: the first experts of ``order`` [S, m], as many as ``size`` says.
 
-    ``votes`` [S, m] are in that order.
+    ``votes`` [S, m] are in that order, and protected experts are first. These count towards the
+    size. If they alone exceed it, they are the coreset, up to ``max_experts``. ``excluded`` experts
+    [S, E], without votes, are never taken.
     """
     experts, ranked = protected.shape[-1], order.shape[-1]
     budget = size.count(F.pad(votes, (0, experts - ranked)), k)
     budget = budget.maximum(protected.sum(dim=-1, keepdim=True))  # [S, 1]
     budget = budget if max_experts is None else budget.clamp(max=max_experts)
     position = torch.arange(ranked, device=votes.device)
-    return torch.zeros_like(protected).scatter_(-1, order, position < budget)
+    coreset = torch.zeros_like(protected).scatter_(-1, order, position < budget)
+    return coreset if excluded is None else coreset & ~excluded
 
 
 def restore_votes(

@@ -98,7 +98,7 @@ class BonusLoss:
 
     def next_expert(self, gain: Tensor, pending: Tensor) -> tuple[Tensor, Tensor, BonusLoss]:
         """The next expert [S, 1], the gains [S, E] with the bonus, and the loss after this step."""
-        # Of ties, the lower index.
+        # Ties go to the lower index.
         best_expert = (gain + PROTECTED_BONUS * pending).argmax(-1, keepdim=True)
         if self.bonus is None:
             return best_expert, gain, self

@@ -71,16 +71,17 @@ def check_layers(policy: Policy, layers: int) -> None:
 
 
 def check_coreset_reuse(policy: Policy) -> None:
-    """Raises ConfigError for a policy of the table without reusable coresets."""
-    if type(policy) not in POLICIES.values():
-        return
-    election = vars(policy).get("election")
-    if not isinstance(election, Election):
+    """Raises ConfigError for a policy of ours whose coresets a block cannot use again.
+
+    A policy from elsewhere is checked by its first mask.
+    """
+    if isinstance(policy, TOKEN_POLICIES):
         raise ConfigError(
             f"`reuse_tolerance` reuses coresets, and {format_policy(policy)} elects none; use a "
             "coreset policy such as des-vote:beta=0.3"
         )
-    if election.scope == "batch":
+    election = getattr(policy, "election", None)
+    if isinstance(election, Election) and election.scope == "batch":
         raise ConfigError(
             f"`reuse_tolerance` reuses the coreset of a block, and {format_policy(policy)} elects "
             "one for all rows of a batch; use scope=block"
@@ -92,6 +93,7 @@ def needs_importance(policy: Policy) -> bool:
     return isinstance(policy, McMoe)
 
 
+TOKEN_POLICIES = (Vanilla, TopK, Naee, McMoe)  # which choose for each token alone
 POLICIES: dict[str, type[Policy]] = {
     "vanilla": Vanilla,
     "topk": TopK,

@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from coterie.routing.router import VOTE_UNIT
-
-
-class CoresetSize(Protocol):
-    """How many experts a coreset has."""
-
-    def count(self, votes: Tensor, k: int) -> Tensor:
-        """[S, 1] or a scalar, from votes [S, m] in the order in which experts are taken."""
-        ...
-
-    def search_limits(self, experts: int) -> tuple[int, float]:
-        """The most experts that can be taken, and the fewest votes of one worth taking."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -31,9 +18,11 @@ class Fraction:
     beta: float
 
     def count(self, votes: Tensor, k: int) -> Tensor:
+        """[S, 1] or a scalar, from votes [S, m] in the order in which experts are taken."""
         return torch.full((), self.count_of(votes.shape[-1]), device=votes.device)
 
     def search_limits(self, experts: int) -> tuple[int, float]:
+        """The most experts that can be taken, and the fewest votes of one worth taking."""
         return self.count_of(experts), 0.0
 
     def count_of(self, experts: int) -> int:
@@ -91,6 +80,10 @@ class Priced:
 
     def search_limits(self, experts: int) -> tuple[int, float]:
         return experts, self.price * VOTE_UNIT
+
+
+CoresetSize = Fraction | Fixed | Mass | Priced
+"""How many experts a coreset has."""
 
 
 @dataclass(frozen=True)

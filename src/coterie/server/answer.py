@@ -44,8 +44,8 @@ class Delta:
 class AnswerStream:
     """Releases final text, in order and once, up to the first stop string.
 
-    What could be the start of a stop string is held back. The stop string that is complete first
-    ends the answer, so that the way in which text arrives does not matter.
+    Text that could be the start of a stop string is held back. The stop string that is complete
+    first ends the answer, so that the way in which text arrives does not matter.
     """
 
     def __init__(self, stop_strings: Sequence[str] = ()) -> None:
@@ -74,7 +74,7 @@ class AnswerStream:
         return self._release(len(self._held) - _held_back(self._held, self._stop_strings))
 
     def finish(self) -> Delta:
-        """What was held back, unless a stop string has ended the answer."""
+        """The text that was held back, unless a stop string has ended the answer."""
         if self.stopped:
             return Delta()
         return self._release(len(self._held))

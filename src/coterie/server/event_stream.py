@@ -46,19 +46,13 @@ class EventStream(Response):
     A reader so slow that the stream takes longer than ``seconds`` is cut off.
     """
 
-    media_type = "text/event-stream"
-
     def __init__(
         self, events: AsyncIterator[bytes], *, on_close: Callable[[], None], seconds: float
     ) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(headers=headers, media_type="text/event-stream")
+        del self.headers["content-length"]  # it is not known
         self.events, self.on_close, self.seconds = events, on_close, seconds
-        self.status_code, self.background, self.body = 200, None, b""
-        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
-
-    def init_headers(self, headers: Any = None) -> None:
-        super().init_headers(headers)
-        # The length is not known.
-        self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

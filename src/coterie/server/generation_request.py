@@ -1,4 +1,4 @@
-"""From a body to a request that the engine will accept; every error is one of the client's."""
+"""Makes a request that the engine accepts from a body; every error is the client's."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _fitted(
     engine: Engine,
     settings: ServerSettings,
 ) -> GenerationConfig:
-    """With the requested number of new tokens, else as many of the default as fit."""
+    """The options with the requested number of new tokens, else as many of the default as fit."""
     room = max_model_len(engine, settings)
     if fields.limit is not None:
         return generation.replace(max_new_tokens=fields.limit)

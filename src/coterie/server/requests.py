@@ -228,7 +228,7 @@ class ChatRequest(GenerationFields):
 
     @property
     def tool_documents(self) -> list[dict[str, object]] | None:
-        """The tools for the template; None if the model is to know of none."""
+        """The tools for the template; None without tools, or if none may be called."""
         if not self.tools or self.tool_choice == "none":
             return None
         return [tool.model_dump() for tool in self.tools]

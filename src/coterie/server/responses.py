@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from coterie.decoding import Token
 from coterie.engine.events import Result
@@ -20,36 +19,13 @@ MIN_LOGPROB = -9999.0  # of a confidence of 0, as in OpenAI's API
 DONE = b"data: [DONE]\n\n"
 
 
-class AnswerFormat(Protocol):
-    """The objects of one endpoint."""
-
-    prefix: str  # of an id
-    object: str
-    chunk_object: str
-
-    def first(self) -> Json | None:
-        """The choice before any text; None if there is none."""
-        ...
-
-    def part(self, delta: Delta, decode_token: DecodeToken, *, logprobs: bool) -> Json:
-        """The choice of a chunk, without its finish reason."""
-        ...
-
-    def last(self) -> Json:
-        """The choice with the finish reason, before that is set."""
-        ...
-
-    def whole(self, delta: Delta, decode_token: DecodeToken, *, logprobs: bool) -> Json:
-        """The choice of an answer that is not streamed."""
-        ...
-
-
 class ChatFormat:
-    """``chat.completion`` and its chunks."""
+    """``chat.completion`` and its chunks: their choices, without index and finish reason."""
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def first(self) -> Json | None:
+        """The choice before any text; None if there is none."""
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
     def part(self, delta: Delta, decode_token: DecodeToken, *, logprobs: bool) -> Json:
@@ -67,7 +43,7 @@ class ChatFormat:
 
 @dataclass  # not frozen: it counts the characters of a stream
 class CompletionFormat:
-    """``text_completion``, whole and in chunks."""
+    """``text_completion``, whole and in chunks; methods as those of ``ChatFormat``."""
 
     prefix = "cmpl"
     object = chunk_object = "text_completion"
@@ -93,6 +69,9 @@ class CompletionFormat:
         logprobs = [_logprob(token) for token in tokens]
         names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         return dict(zip(names, (texts, logprobs, None, offsets), strict=True))
+
+
+AnswerFormat = ChatFormat | CompletionFormat
 
 
 @dataclass(frozen=True)

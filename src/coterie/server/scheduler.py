@@ -38,7 +38,7 @@ LOG = logging.getLogger("coterie.server")
 
 
 class QueueFullError(Exception):
-    """As many requests wait as may."""
+    """The queue is full: ``max_queue`` requests wait."""
 
 
 @dataclass  # not frozen: the engine's thread and the event loop write to it
@@ -85,6 +85,7 @@ class Scheduler:
             ticket.is_cancelled = True
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
+                self.metrics.on_cancelled()
             self._condition.notify()
 
     async def drain(self, timeout: float) -> bool:
@@ -153,8 +154,8 @@ class Scheduler:
         """Free the rows of requests that were cancelled."""
         for number, ticket in list(self._rows.items()):
             if ticket.is_cancelled:
-                self._remove(number)
                 self.metrics.on_cancelled()
+                self._remove(number)
 
     def _admit(self) -> None:
         """Give free rows to the requests that have waited longest."""

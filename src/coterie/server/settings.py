@@ -31,7 +31,7 @@ class AllowedOptions:
 
     @staticmethod
     def parse(texts: Sequence[str]) -> AllowedOptions:
-        """From globs of policies (``des-vote:*``), or of another option (``block=32``)."""
+        """The pairs of globs of policies (``des-vote:*``), or of another option (``block=32``)."""
         patterns = []
         for text in texts:
             option, equals, glob = text.partition("=")

@@ -10,9 +10,9 @@ from torch import Tensor
 from coterie.loading.load import Model
 from coterie.offload.mixed_precision_store import MixedPrecisionStore
 from coterie.routing import Election
-from coterie.routing.coreset import flatten_batch
-from coterie.routing.router import VOTE_UNIT
-from coterie.routing.votes import VOTES, vote_weights
+from coterie.routing.coreset import counted_votes, flatten_batch
+from coterie.routing.router import VOTE_UNIT, admitted_experts
+from coterie.routing.votes import vote_weights
 from coterie.telemetry import Recorder, RowId
 from coterie.values import ExpertStore, Policy, Routing, Scores, expert_mask
 
@@ -119,11 +119,10 @@ class VoteRecorder(Recorder):
 def election_votes(scores: Scores, routing: Routing, election: Election) -> Tensor:
     """[S, E] int64 in ``VOTE_UNIT``: the votes that a plain election counts; [1, E] for a batch."""
     vanilla_ids = routing.vanilla_ids.view(*scores.logits.shape[:2], -1)
-    scores = replace(scores, vanilla_ids=vanilla_ids)
+    scores = replace(scores, vanilla_ids=vanilla_ids, admitted=admitted_experts(scores))
     if election.scope == "batch":
         scores = flatten_batch(scores)
-    weights = vote_weights(scores, election.voters)
-    return VOTES[election.vote](scores, weights, election.seed)
+    return counted_votes(scores, vote_weights(scores, election.voters), election)
 
 
 def _stacked(masks: list[Tensor | None]) -> Tensor | None:

@@ -49,9 +49,7 @@ class ChatTemplate:
         return text
 
     def _render(
-        self,
-        messages: Sequence[Mapping[str, object]],
-        tools: Sequence[Mapping[str, object]] | None,
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] | None
     ) -> str:
         turns: dict[str, object] = {"messages": messages, "add_generation_prompt": True}
         turns |= {"tools": tools} if tools else {}

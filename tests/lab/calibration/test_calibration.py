@@ -33,11 +33,13 @@ from coterie.lab.calibration.search_space import (
     allocation_order,
     experts_per_layer,
     searchable_families,
+    sorted_vote_sums,
 )
 from coterie.lab.calibration.target import Estimate
 from coterie.lab.evals.stats import ratio_interval
 from coterie.lab.problems import PROBLEM_MAKERS, draw_problem, split_of
-from coterie.routing import format_policy, parse_policy, route
+from coterie.routing import Election, format_policy, parse_policy, route
+from coterie.routing.votes import Vote
 from coterie.testing import write_checkpoint
 from coterie.values import RouterSpec
 
@@ -319,11 +321,11 @@ def test_vanilla_on_the_trace_equals_decoding_vanilla(tiny: PolicyEvaluator):
     [
         ("des-vote", "experts=6"),
         ("des-vote", "mass=0.8"),
-        ("des-vote", "loss=0.1"),
         ("racing", "loss=0.2"),
-        ("des-seq", "experts=7"),
-        ("topk", "loss=0.3"),
         ("mass-vote:least=1", "experts=7"),
+        pytest.param("des-vote", "loss=0.1", marks=pytest.mark.slow),
+        pytest.param("des-seq", "experts=7", marks=pytest.mark.slow),
+        pytest.param("topk", "loss=0.3", marks=pytest.mark.slow),
     ],
 )
 def test_calibration_equals_an_exhaustive_search(tiny: PolicyEvaluator, family, target):
@@ -366,7 +368,7 @@ def test_two_thresholds_are_searched_along_their_frontier(
     tiny: PolicyEvaluator, monkeypatch: pytest.MonkeyPatch
 ):
     values = "coterie.lab.calibration.calibration.PROTECT_VALUES"
-    monkeypatch.setattr(values, (0.0, 0.05, 0.3))
+    monkeypatch.setattr(values, (0.0, 0.3))
     target, result = Target.parse("experts=8"), calibrate(tiny, "mc-moe", "experts=8")
     points = result.frontier_points
     assert len(points) >= 2
@@ -390,6 +392,16 @@ def test_drop_cannot_select_two_thresholds(tiny: PolicyEvaluator):
     )
     with pytest.raises(CoterieError, match=r"fix one, such as mc-moe:protect=0\.02"):
         calibrate(PolicyEvaluator(tiny.engine, graded), "mc-moe", "drop=0.1")
+
+
+@pytest.mark.parametrize("vote", ["topk-prob", "full", "max"])
+def test_votes_of_layers_are_those_of_admitted_experts(tmp_path: Path, vote: Vote):
+    """One block of 32 positions admits 5 of 16 experts."""
+    folder = write_checkpoint(tmp_path / "model", "llada2.2", expert_capacity=5)
+    engine = coterie.load(folder, max_new_tokens=8, unmask="fixed:steps=2")
+    prompts = PromptSet((CalibrationPrompt("0", "3 5 7"),))
+    sums = sorted_vote_sums(PolicyEvaluator(engine, prompts), Election(vote=vote))
+    assert (sums > 0).sum(dim=1).tolist() == [5, 5]
 
 
 def test_budgets_per_layer_keep_the_most_votes(tiny: PolicyEvaluator):
@@ -433,16 +445,17 @@ def test_prompts_grade_answers():
     assert not prompt.is_correct(problem.answer + "7")
 
 
+@pytest.mark.usefixtures("embedded_once")
 @pytest.mark.parametrize("target", ["drop=0.1", "experts=38"])
 def test_targets_are_met_on_the_embedded_model(target: str):
-    prompts = prompts_from_tasks(["words", "algebra"], 2, TaskOptions("llada2", seed=3))
+    prompts = prompts_from_tasks(["words", "algebra"], 1, TaskOptions("llada2", seed=3))
     evaluator = PolicyEvaluator(coterie.load(), prompts, batch_size=12)
     family = "des-seq" if target == "drop=0.1" else "uniform-vote"
     calibration = calibrate(evaluator, family, target)
     assert Target.parse(target).is_met(calibration.achieved)
     neighbor = calibration.neighbor
     assert neighbor is None or not Target.parse(target).is_met(neighbor.estimate)
-    assert calibration.achieved.n == len(calibration.vanilla.correct) == 4
+    assert calibration.achieved.n == len(calibration.vanilla.correct) == 2
     experts, vanilla = (run.experts_estimate() for run in (calibration.run, calibration.vanilla))
     assert experts.value < vanilla.value
 

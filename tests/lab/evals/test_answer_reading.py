@@ -170,7 +170,7 @@ def test_fractions_are_equal_in_every_notation(numerator, denominator):
 
 
 @given(st.text(max_size=200), st.text(max_size=20))
-@settings(max_examples=200)
+@settings(max_examples=50)
 def test_no_output_makes_a_grader_raise(output, piece):
     for text in (output, rf"\boxed{{{output}}}", f"#### {output}", rf"\frac{piece}{output}$"):
         gsm8k.grade(text, "18")
@@ -180,7 +180,7 @@ def test_no_output_makes_a_grader_raise(output, piece):
 
 
 @given(st.text("\\{}$frac12^_(), .x=", max_size=12))
-@settings(max_examples=25)
+@settings(max_examples=10)
 def test_no_answer_makes_math500_raise(answer):
     assert math500.grade(rf"\boxed{{{answer}}}", r"\frac{1}{7}").correct in (True, False)
 

@@ -7,12 +7,11 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from policy_strategies import law
 
-from coterie.cli.app import app
+from coterie.cli.entry import root_command
 from coterie.errors import ConfigError
 from coterie.lab.planner.expert_counts import CountExperts, assumed_sample
 from coterie.lab.planner.measurement import GivenRates, gpu_rates
@@ -143,7 +142,7 @@ def parse(line: str) -> dict[str, object]:
     """The parameters of a command line, by the program's own parser."""
     program, *words = shlex.split(line)
     assert program == "coterie"
-    command = typer.main.get_command(app)
+    command = root_command()
     while hasattr(command, "commands"):
         command = command.commands[words.pop(0)]
     return command.make_context("coterie", words, resilient_parsing=False).params

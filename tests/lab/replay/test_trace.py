@@ -45,9 +45,9 @@ EXACT = (
     *("coreset:tau=0.6,vote=count", "uniform-vote:beta=0.2/0.6,resident_bonus=1", "coreset:k=2"),
     "coreset:m=5,vote=random,scope=batch",
 )
-NEARLY = (
-    *("des-vote:beta=0.4", "resident-vote:beta=0.4", "mass-vote:tau=0.7", "naee:beta=0.6"),
-    *("des-vote:beta=0.4,vote=weight", "proportional-vote:beta=0.4", "priced-vote:price=0.1"),
+NEARLY = ("des-vote:beta=0.4", "mass-vote:tau=0.7", "naee:beta=0.6", "priced-vote:price=0.1")
+MORE = (
+    *("resident-vote:beta=0.4", "des-vote:beta=0.4,vote=weight", "proportional-vote:beta=0.4"),
     "des-vote:beta=0.4,vote=margin,scope=batch",
 )
 REFUSED = {
@@ -229,7 +229,9 @@ def expected(one: LayerObservation, mask: torch.Tensor) -> np.ndarray:
     return expert_mask(own.where(allowed, -1).flatten(1), experts).numpy()
 
 
-@pytest.mark.parametrize("policy", NEARLY)
+@pytest.mark.parametrize(
+    "policy", [*NEARLY, *(pytest.param(policy, marks=pytest.mark.slow) for policy in MORE)]
+)
 def test_others_elect_nearly_whom_they_would_have(policy: str) -> None:
     assert fidelity(parse_policy(policy)) == "nearly"
     alike = []

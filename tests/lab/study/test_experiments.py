@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_study import lab, tally
+from tiny_study import drawings_of, findings_of, lab, tables_of, tally
 
 from coterie.lab import plotting
 from coterie.lab.study import speed
@@ -45,11 +45,11 @@ DRAWN = {  # a record's experiment -> one figure of each kind
 def test_experiment_renders_from_its_record(name: str, tmp_path: Path) -> None:
     experiment = EXPERIMENTS[name]
     record = json.loads(json.dumps(experiment.measure(lab(tmp_path, 2)), allow_nan=False))
-    for table in experiment.tables(record):
+    for table in tables_of(experiment, record):
         assert {len(row) for row in table.rows} == {len(table.heads)}
         assert max(table.numbers, default=0) < len(table.heads)
-    assert all(experiment.findings(record))
-    assert (name == "table-1") == (not experiment.drawings(record))
+    assert all(findings_of(experiment, record))
+    assert (name == "table-1") == (not drawings_of(experiment, record))
 
 
 def test_speed_renders_from_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,20 +58,21 @@ def test_speed_renders_from_its_record(tmp_path: Path, monkeypatch: pytest.Monke
     context.engine.generation = context.engine.generation.replace(max_new_tokens=8)
     experiment = speed.SpeedExperiment()
     record = json.loads(json.dumps(experiment.measure(replace(context, num_prompts=1))))
-    (table,) = experiment.tables(record)
+    (table,) = tables_of(experiment, record)
     assert [row[0] for row in table.rows] == [entry["policy"] for entry in record["timed"]]
     assert {len(row) for row in table.rows} == {len(table.heads)}
     assert all(entry["rounds"][0] > 0 for entry in record["timed"])
-    (finding,) = experiment.findings(record)
+    (finding,) = findings_of(experiment, record)
     assert isinstance(finding, Finding)
     assert speed.fastest_des(record)["policy"] in finding.text
 
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_each_kind_of_figure_is_drawn(name: str) -> None:
-    record = json.loads(study_record(name).read_text(encoding="utf-8"))["facts"]
-    drawings = {drawing.name: drawing for drawing in EXPERIMENTS[name].drawings(record)}
-    svg = plotting.render_svg(drawings[DRAWN[name]].draw, name=name, scheme="light")
+    record = read_record(study_record(name).parent, name)
+    assert record is not None
+    named = {each.name: each for each in drawings_of(EXPERIMENTS[name], record["facts"])}
+    svg = plotting.render_svg(named[DRAWN[name]].draw, name=name, scheme="light")
     assert svg.startswith("<svg")
 
 
@@ -134,7 +135,8 @@ def test_every_text_has_an_experiment_and_every_key_a_user() -> None:
     assert {name for name in TEXTS if "title" in TEXTS[name]} == set(EXPERIMENTS)
     trees = [ast.parse(path.read_text("utf-8")) for path in STUDY.glob("*.py")]
     compared = [each for one in DEFINITIONS.values() for each in one.get("comparisons", ())]
-    strings = set().union(*map(strings_of, trees), (each.get("claim") for each in compared))
+    notes = [note for one in DEFINITIONS.values() for note in one.get("notes", ())]
+    strings = set().union(*map(strings_of, trees), (each.get("claim") for each in compared), notes)
     assert {name: unused for name in TEXTS if (unused := text_keys(name) - strings)} == {}
 
 

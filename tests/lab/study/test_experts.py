@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_study import drawings_of, findings_of, tables_of
 from tiny_task import make_quiz
 
 import coterie
@@ -22,7 +23,7 @@ from coterie.keys import to_json
 from coterie.lab import plotting
 from coterie.lab.evals.expert_log import AnswerEntry, AnswerTraceLog
 from coterie.lab.evals.run import Answer, Variant
-from coterie.lab.study import cache_simulation
+from coterie.lab.study import expert_cache
 from coterie.lab.study.experiment import Finding, StudyContext, Verdict, read_record
 from coterie.lab.study.expert_cache import (
     MEMORY_SHARES,
@@ -259,18 +260,18 @@ def test_expert_cache_renders_from_its_record(
     assert set(resident) == {6, 6 // REDUCED_ITEMS_DIVISOR}
     check_rendering(record)
     monkeypatch.setattr(
-        cache_simulation, "generate_outcomes", lambda *_, **__: pytest.fail("asked again")
+        expert_cache, "generate_outcomes", lambda *_, **__: pytest.fail("asked again")
     )
     assert json.loads(json.dumps(experiment.measure(context))) == record
 
 
 def check_rendering(record: JsonObject) -> None:
     experiment = ExpertCacheExperiment()
-    assert all(experiment.findings(record))
-    for table in experiment.tables(record):
+    assert all(findings_of(experiment, record))
+    for table in tables_of(experiment, record):
         assert table.rows
         assert {len(row) for row in table.rows} == {len(table.heads)}
-    for drawing in experiment.drawings(record)[-1:]:
+    for drawing in drawings_of(experiment, record)[-1:]:
         assert "<svg" in plotting.render_svg(drawing.draw, name=drawing.name, scheme="light")
 
 
@@ -287,7 +288,7 @@ def test_committed_record_renders() -> None:
         assert comparison.saved.low <= comparison.saved.value <= comparison.saved.high
         moved = comparison.point.bytes / comparison.baseline.bytes
         assert comparison.saved.value == pytest.approx(1 - moved)
-    names = [drawing.name for drawing in ExpertCacheExperiment().drawings(record)]
+    names = [drawing.name for drawing in drawings_of(ExpertCacheExperiment(), record)]
     assert names == ["experts-bytes", "experts-bytes-int8", "experts-bytes-int4", "experts-commits"]
 
 
@@ -374,10 +375,10 @@ def verdicts(*runs: JsonObject) -> dict[str, list[Verdict | None]]:
     """Verdicts by claim."""
     by_claim: dict[str, list[Verdict | None]] = {}
     record = make_record(*runs)
-    for finding in ExpertCacheExperiment().findings(record):
+    for finding in findings_of(ExpertCacheExperiment(), record):
         if isinstance(finding, Finding):
             by_claim.setdefault(finding.claim, []).append(finding.verdict)
-    assert all(table.rows for table in ExpertCacheExperiment().tables(record))
+    assert all(table.rows for table in tables_of(ExpertCacheExperiment(), record))
     return by_claim
 
 
@@ -424,7 +425,7 @@ def test_low_precision_verdicts(right: int, n: int, whole: float, verdict: Verdi
     priced = make_run(PRICED, 900, saved=0.1)  # not accurate, so it is not compared
     low = make_run("vanilla", right, n=n, whole=whole, precision="int8")
     assert verdicts(VANILLA, priced, low)[claim("low_precision", name="int8")] == [verdict]
-    findings = ExpertCacheExperiment().findings(make_record(VANILLA, priced, low))
+    findings = findings_of(ExpertCacheExperiment(), make_record(VANILLA, priced, low))
     assert any("int4 was not measured: no room" in str(finding) for finding in findings)
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from policy_strategies import law, spellings
 from scipy import stats
 from tiny_models import family_generation, tiny_model
+from tiny_study import drawings_of, findings_of, tables_of
 from tiny_task import make_prompts
 
 import coterie
@@ -420,15 +421,15 @@ def test_kinds_of_positions() -> None:
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
 def test_experiment_writes_from_its_record(chapter: Experiment) -> None:
     kept = json.loads(facts(chapter)[0])
-    drawings = chapter.drawings(kept)
+    drawings = drawings_of(chapter, kept)
     assert len({drawing.name for drawing in drawings}) == len(drawings) > 1
     assert all(drawing.caption for drawing in drawings)
     assert render_svg(drawings[0].draw, name="a", scheme="dark").startswith("<svg")
-    for table in chapter.tables(kept):
+    for table in tables_of(chapter, kept):
         assert table.rows
         assert {len(row) for row in table.rows} == {len(table.heads)}
         assert max(table.numbers) < len(table.heads)
-    for finding in chapter.findings(kept):
+    for finding in findings_of(chapter, kept):
         text = finding.text if isinstance(finding, Finding) else finding
         assert text.endswith(".")
         assert "nan" not in text
@@ -437,7 +438,7 @@ def test_experiment_writes_from_its_record(chapter: Experiment) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.name)
 def test_every_figure_renders_in_both_schemes(chapter: Experiment) -> None:
-    for drawing in chapter.drawings(json.loads(facts(chapter)[0])):
+    for drawing in drawings_of(chapter, json.loads(facts(chapter)[0])):
         light, dark = (
             render_svg(drawing.draw, name=drawing.name, scheme=s) for s in ("light", "dark")
         )
@@ -456,5 +457,5 @@ def test_experiment_reports_progress(chapter: Experiment) -> None:
 def test_bidirectional_model() -> None:
     for chapter in (ImportanceExperiment(), MapsExperiment()):
         kept = json.loads(facts(chapter, "llada-moe")[0])
-        assert chapter.findings(kept)
-        assert chapter.drawings(kept)
+        assert findings_of(chapter, kept)
+        assert drawings_of(chapter, kept)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from script_modules import load_script
-from tiny_study import HOSTILE, counted, studied, tiny
+from tiny_study import HOSTILE, counted, drawings_of, studied, tiny
 
 from coterie.errors import CheckpointError
 from coterie.lab import plotting
@@ -184,7 +184,7 @@ def test_every_policy_has_its_own_style() -> None:
 
 def test_figures_are_reproducible() -> None:
     chapter = counted("a", [])
-    drawing = chapter.drawings({"value": 1.0, "hostile": "right & wrong"})[0]
+    drawing = drawings_of(chapter, {"value": 1.0, "hostile": "right & wrong"})[0]
     first, second = (plotting.render_svg(drawing.draw, name="one", scheme="dark") for _ in range(2))
     other = plotting.render_svg(drawing.draw, name="other", scheme="dark")
     assert first == second

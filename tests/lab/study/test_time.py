@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_study import drawings_of, findings_of, tables_of
 from tiny_task import make_prompts
 
 import coterie
@@ -26,7 +27,7 @@ from coterie.lab.bench.profiler import OTHER, PARTS, Stopwatch, timed_model
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
 from coterie.lab.plotting import ColourScheme, render_svg
 from coterie.lab.records import make_record
-from coterie.lab.study import layers, roofline, selection
+from coterie.lab.study import latency, layers, selection
 from coterie.lab.study.breakdown import BreakdownExperiment
 from coterie.lab.study.charts import pareto_front
 from coterie.lab.study.experiment import Experiment, Finding, StudyContext
@@ -205,7 +206,7 @@ def test_block_size_that_does_not_fit_is_skipped(tmp_path: Path) -> None:
     engine = tiny(tmp_path, longest=60)
     found = ExplosionExperiment(blocks=(8, 64))
     facts = found.measure(lab(tmp_path, engine))
-    told = [each for each in found.findings(facts) if isinstance(each, str)]
+    told = [each for each in findings_of(found, facts) if isinstance(each, str)]
     assert [each.split(" are not")[0] for each in told] == ["Blocks of 64"]
     assert "the model has 60" in told[0]
 
@@ -215,7 +216,7 @@ def test_block_size_that_does_not_fit_is_skipped(tmp_path: Path) -> None:
 
 @given(peak=st.floats(1, 1e12), read=st.floats(1, 1e12), at=st.floats(1e-3, 1e3))
 def test_attainable_rate_is_below_both_roofs(peak: float, read: float, at: float) -> None:
-    best = roofline.attainable_flops(at, peak, read)
+    best = latency.attainable_flops(at, peak, read)
     assert best == min(peak, at * read)
 
 
@@ -228,7 +229,7 @@ def test_roofline_counts(tmp_path: Path) -> None:
     for roof in (own, small):
         k, size = roof["bench"]["k"], roof["bench"]["expert_bytes"] / (3 * 32 * 16)
         plain = [each for each in roof["points"] if each["policy"] == "vanilla"]
-        assert [each["tokens"] for each in plain] == list(roofline.TOKEN_COUNTS)
+        assert [each["tokens"] for each in plain] == [1, *latency.TOKEN_COUNTS]
         for each in plain:
             pairs = each["tokens"] * k
             assert each["flops"] == 6 * 32 * 16 * pairs
@@ -261,7 +262,7 @@ def test_reading_share_is_the_expert_term(fixed: float, each: float, pair: float
         for used, pairs in ((8.0, 8.0), (80.0, 256.0), (38.0, 256.0), (100.0, 512.0))
     ]
     share = each * 80 / (fixed + each * 80 + pair * 256)
-    assert roofline.reading_share(points, points[1]) == pytest.approx(share, rel=1e-3, abs=1e-6)
+    assert latency.reading_share(points, points[1]) == pytest.approx(share, rel=1e-3, abs=1e-6)
 
 
 # Parts of a forward
@@ -392,16 +393,16 @@ def test_timing_experiments_render_from_records(
     for experiment in chapters():
         path = tmp_path / "records" / f"{experiment.name}.json"
         record = json.loads(path.read_text(encoding="utf-8"))["facts"]
-        drawings = experiment.drawings(record)
+        drawings = drawings_of(experiment, record)
         names += [drawing.name for drawing in drawings]
         for drawing in drawings[:figures]:
             svgs = [render_svg(drawing.draw, name=drawing.name, scheme=s) for s in schemes]
             assert all("<svg" in svg for svg in svgs)
             assert len(set(svgs)) == len(schemes)
-        for table in experiment.tables(record):
+        for table in tables_of(experiment, record):
             assert table.rows
             assert {len(row) for row in table.rows} == {len(table.heads)}
-        findings = experiment.findings(record)
+        findings = findings_of(experiment, record)
         assert findings
         judged = [finding for finding in findings if isinstance(finding, Finding)]
         assert all(finding.verdict is not None for finding in judged if finding.claim)

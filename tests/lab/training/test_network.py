@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -21,9 +22,10 @@ from torch import Tensor
 
 from coterie.errors import CoterieError
 from coterie.files import LockedFile
+from coterie.keys import from_json, keys_of
 from coterie.lab.training import export
 from coterie.lab.training.embedded import write_training_record
-from coterie.lab.training.feed import TrainingBatch
+from coterie.lab.training.feed import TrainingBatch, start_process
 from coterie.lab.training.loop import TrainingConfig, TrainingState, saved_step, train
 from coterie.lab.training.network import (
     NetworkShape,
@@ -63,25 +65,8 @@ CONFIG = TrainingConfig(
 
 def golden_shape(config: dict) -> NetworkShape:
     """The shape that an official configuration describes."""
-    return NetworkShape(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        rotary_fraction=config["partial_rotary_factor"],
-        rope_theta=config["rope_theta"],
-        dense_layers=config["first_k_dense_replace"],
-        dense_width=config["intermediate_size"],
-        experts=config["num_experts"],
-        k=config["num_experts_per_tok"],
-        groups=config["n_group"],
-        topk_groups=config["topk_group"],
-        expert_width=config["moe_intermediate_size"],
-        shared_experts=config["num_shared_experts"],
-        routed_scale=config["routed_scaling_factor"],
-    )
+    names = {name for key in keys_of(NetworkShape).values() for name in key.aliases}
+    return from_json(NetworkShape, {name: config[name] for name in names & config.keys()})
 
 
 def counting(step: int) -> TrainingBatch:
@@ -221,8 +206,7 @@ def _interrupt(line: dict[str, object]) -> None:
         raise InterruptedError
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_saves_after_the_step(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals, workers: int
 ) -> None:
@@ -245,6 +229,30 @@ def test_a_signal_saves_after_the_step(
     assert steps == [4, 5, 6]
     for name, weight in whole.checkpoint_tensors().items():
         assert torch.equal(weight, again.checkpoint_tensors()[name]), name
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_run_and_its_state_stays(tmp_path: Path, victim: int) -> None:
+    def kill(step: int) -> None:
+        if step == 4:
+            processes = sorted(multiprocessing.active_children(), key=lambda one: one.pid or 0)
+            processes[victim].kill()  # the one that makes batches, or a worker
+
+    endless = replace(CONFIG, workers=2, steps=10**6)
+    with pytest.raises(CoterieError, match="has ended"):
+        train(counting, endless, tmp_path, on_step=kill)
+    assert saved_step(tmp_path) >= 3
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_whose_parent_has_ended_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    process = start_process((tmp_path / "done").touch)
+    process.join()
+    assert process.exitcode == 1
+    assert not (tmp_path / "done").exists()
 
 
 def test_a_full_disk_names_the_file_and_leaves_the_old_state(
@@ -325,7 +333,7 @@ def test_folder_of_another_run_raises(tmp_path: Path) -> None:
 
 
 def test_balance_moves_load_to_idle_experts(tmp_path: Path) -> None:
-    train(counting, replace(CONFIG, steps=60, bias_update_rate=0.05), tmp_path)
+    train(counting, replace(CONFIG, steps=60, workers=1, bias_update_rate=0.05), tmp_path)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     effective = [r["effective"][0] for r in records if "effective" in r]
     assert np.mean(effective[-10:]) > np.mean(effective[:5])

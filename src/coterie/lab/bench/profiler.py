@@ -117,7 +117,7 @@ def _timed_store(store: ExpertStore, stopwatch: Stopwatch) -> Any:
             with stopwatch(EXPERTS):
                 yield slab
 
-    return SimpleNamespace(serve=serve, resident=store.resident, slots=store.slots)
+    return SimpleNamespace(serve=serve, resident=store.resident, capacity=store.capacity)
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ def _with_tuples(cls: Callable[..., Step], values: Mapping[str, Any]) -> Step:
 
 
 def _trace_estimates(sums: Tensor, with_loss: bool) -> TraceEstimates:
-    """From sums [prompts, 5] of ``_layer_stats``."""
+    """The estimates from sums [prompts, 5] of ``_layer_stats``."""
     experts, ones, votes_kept, votes, loss = (column.tolist() for column in sums.unbind(-1))
     n, mean = len(ones), sum(experts) / max(1.0, sum(ones))
 

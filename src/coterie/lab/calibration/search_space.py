@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ from coterie.routing import (
     parse_policy,
     update_policy_text,
 )
-from coterie.routing.votes import VOTES, vote_weights
+from coterie.routing.coreset import counted_votes
+from coterie.routing.router import admitted_experts
+from coterie.routing.votes import vote_weights
 from coterie.specs import LIST_SEPARATOR, spec_options
 from coterie.values import RouterSpec
 
@@ -138,8 +140,8 @@ def sorted_vote_sums(evaluator: PolicyEvaluator, election: Election) -> Tensor:
     def on_layer(observation: LayerObservation, first_prompt: int) -> None:
         del first_prompt
         scores = observation.scores
-        weight = vote_weights(scores, election.voters)
-        votes = VOTES[election.vote](scores, weight, election.seed).double()  # [S, E]
+        scores = replace(scores, admitted=admitted_experts(scores))
+        votes = counted_votes(scores, vote_weights(scores, election.voters), election).double()
         sums[ordinals[observation.layer]] += votes.sort(descending=True).values.sum(0).cpu()
 
     evaluator.observe_vanilla(on_layer, "votes on vanilla's forwards")

@@ -14,7 +14,6 @@ from coterie.decoding.sequence import first_index_of
 from coterie.engine.engine import Engine
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import CheckpointError
-from coterie.lab.parity.parameters import ReferenceParameters
 from coterie.lab.parity.published import PublishedLoop, make_loop
 from coterie.lab.parity.recorded import RecordedRun, ReferenceArrays, read_runs
 from coterie.loading.load import Model, load_model
@@ -70,9 +69,9 @@ def generation_results(folder: Path, device: str = "cpu") -> tuple[ParityResult,
 
 
 def _compare_run(run: RecordedRun, model: Model, mask_id: int, eos_id: int) -> list[ParityResult]:
-    ReferenceParameters(run.location, run.entry).allow_only("mask_id", mask_id)
+    run.fields.allow_only("mask_id", mask_id)
     algorithm = ALGORITHM_NAMES.get(run.family) or str(run.entry.get("algo"))
-    parameters = ReferenceParameters(run.location, run.parameters)
+    parameters = run.fields.section("params", required=True)
     loop = make_loop(algorithm, parameters, mask_id=mask_id, eos_id=eos_id)
     model = replace(model, mask_id=mask_id, eos_ids=loop.stop_ids)
     configs = loop.configs[:1] if run.excuse else loop.configs
@@ -133,7 +132,7 @@ def _compare_generation(
 
 def _expected_forwards(run: RecordedRun) -> int:
     """The number of denoising forwards; SDAR's ``nfe`` also counts those that store keys."""
-    recorded = _recorded_forwards(run)
+    recorded = run.fields.integer("nfe")
     if run.family != "sdar_moe":
         return recorded
     calls = _calls(run)
@@ -154,14 +153,9 @@ def _trace_problems(
         ours, theirs = [*_calls_with_stores(generated)], [*_calls(run)]
     elif run.family == "lladamoe":
         ours = [[f.rows, f.width] for f in generated.forwards]
-        recorded_calls = run.entry.get("calls")
-        if not isinstance(recorded_calls, list):
-            raise CheckpointError(
-                f"{run.location}: calls is {type(recorded_calls).__name__}, not a list"
-            )
-        theirs = recorded_calls
+        theirs = run.fields.items("calls")
     else:
-        count, width = _recorded_forwards(run), config.block
+        count, width = run.fields.integer("nfe"), config.block
         inputs = run.arrays.integers(f"gen_{run.tag}_trace_block_inputs", count, width)
         ends = run.arrays.integers(f"gen_{run.tag}_trace_window_end", count)
         ours = [(f.blocks[0], f.stop) for f in generated.forwards]
@@ -189,10 +183,6 @@ def _calls(run: RecordedRun) -> list[list[int]]:
     name = f"gen_{run.tag}_calls_len_pos_store"
     count, _ = run.arrays.shape(name, 2)
     return run.arrays.integers(name, count, 3).tolist()
-
-
-def _recorded_forwards(run: RecordedRun) -> int:
-    return ReferenceParameters(run.location, run.entry).integer("nfe")
 
 
 def _whole_canvas(sequence: SequenceState, loop: PublishedLoop, is_single: bool) -> list[int]:

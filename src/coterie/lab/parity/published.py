@@ -29,7 +29,7 @@ from coterie.decoding.unmask import (
 )
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import CheckpointError
-from coterie.lab.parity.parameters import ReferenceParameters
+from coterie.lab.parity.recorded import ReferenceParameters
 
 
 @dataclass(frozen=True)

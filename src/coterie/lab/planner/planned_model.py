@@ -35,7 +35,7 @@ class PlannedModel:
 
     @staticmethod
     def find(name: str | None) -> PlannedModel:
-        """From a shape, a folder, a hub id, or None for the model in the package."""
+        """The model of a shape, a folder or a hub id; None is the model in the package."""
         if name in SHAPES:
             return PlannedModel(name, SHAPES[name], is_shape=True)
         config = ModelConfig.of(find_folder(name, CONFIG_FILES) / "config.json")
@@ -53,7 +53,7 @@ class PlannedModel:
 
     @property
     def spec(self) -> ModelSpec:
-        """As stored."""
+        """The model's spec as it is stored."""
         return self.shape.spec
 
     @property

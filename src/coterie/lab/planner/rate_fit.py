@@ -53,7 +53,7 @@ def fit_rates(runs: Sequence[TimedForwards], expert_bytes: int) -> HardwareModel
 
 
 def _to_hardware(parameters: Vector) -> HardwareModel:
-    """From logarithms of memory, link, other and latency, and the logit of overlap."""
+    """The rates from logarithms of memory, link, other and latency, and the logit of overlap."""
     memory, link, other, latency = (float(value) for value in np.exp(parameters[:4]))
     return HardwareModel(link, memory, other, float(1 / (1 + np.exp(-parameters[4]))), latency)
 

@@ -79,7 +79,7 @@ def elections(
             resident = None if mask is None else mask.cpu().numpy()
             selected[ordinal] = select_from_trace(
                 *(trace, replay_policy.policy, [forward], ordinal, resident),
-                slots=store.slots(layer),
+                slots=store.capacity,
             )[0]
         yield forward, history.reuse(forward, selected, votes[index])
 

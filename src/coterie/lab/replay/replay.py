@@ -118,7 +118,7 @@ class ReplayResult:
     steps_per_block: float
 
     def to_dict(self, trace: Trace, path: Path) -> dict[str, object]:
-        """As JSON, with the recorded run."""
+        """The replay as JSON, with the recorded run."""
         header = trace.header
         return {
             "trace": str(path), "torn": trace.truncated, "model": header.model,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from functools import partial
 
 from coterie.lab.study.charts import pareto_front
 from coterie.lab.study.comparison import PolicyComparison, compare_pairs, variant_rows
-from coterie.lab.study.experiment import ExperimentText, Finding, Table, judge
+from coterie.lab.study.experiment import ExperimentText, Finding, Part, judge
 from coterie.lab.study.results import VariantResult, VariantResults
 
 DES_VOTE, DES_SEQ, TOP_K = "DES-Vote", "DES-Seq", "top-k"  # groups of comparisons.toml
@@ -17,17 +18,15 @@ MIN_RELATIVE_ACCURACY, MIN_EXPERT_REDUCTION = 0.99, 0.55
 NO_ACCURACY = "Vanilla has no correct answer, so there is no accuracy to keep."
 
 
-def accuracy_findings(text: ExperimentText, results: VariantResults) -> list[Finding | str]:
+def accuracy_findings(text: ExperimentText, results: VariantResults) -> Iterator[Part]:
     plain = {result.policy: result for result in results.groups[DES_VOTE]}
     guarded = [(plain[r.policy.partition(",")[0]], r) for r in results.groups[GUARDED]]
     gain = max(compare_pairs(guarded), key=lambda comparison: comparison.change.difference)
     front = pareto_front(results.all, lambda result: (result.experts, result.accuracy))
     points = ", ".join(f"{r.name} ({r.experts:.0f}, {r.accuracy:.1%})" for r in front)
-    return [
-        headline_finding(text, results),
-        text.sentence("guarded", gain=gain),
-        text.sentence("front", points=points),
-    ]
+    yield headline_finding(text, results)
+    yield text.sentence("guarded", gain=gain)
+    yield text.sentence("front", points=points)
 
 
 def headline_finding(text: ExperimentText, results: VariantResults) -> Finding:
@@ -50,26 +49,36 @@ def smallest_accurate(results: VariantResults) -> VariantResult | None:
     return min(accurate, key=lambda result: result.experts, default=None)
 
 
-def size_findings(text: ExperimentText, results: VariantResults) -> list[Finding | str]:
+def size_findings(text: ExperimentText, results: VariantResults) -> Iterator[Part]:
     """How small the coreset can be."""
     votes, vanilla = results.groups[DES_VOTE], results.vanilla
     if not vanilla.accuracy:
-        return [NO_ACCURACY]
+        yield NO_ACCURACY
+        return
     comparisons = compare_pairs([(vanilla, vote) for vote in votes])
-    findings: list[Finding | str] = []
     for comparison in (c for c in comparisons if c.second.policy == "des-vote:beta=0.15"):
         relative = comparison.second.accuracy / vanilla.accuracy
         holds = relative >= MIN_RELATIVE_ACCURACY
-        findings.append(text.finding("small", holds, comparison=comparison, relative=relative))
+        yield text.finding("small", holds, comparison=comparison, relative=relative)
     similar = [comparison.second for comparison in comparisons if comparison.sign == 0]
-    if not similar:
-        return [*findings, text.sentence("none-similar")]
-    smallest = min(similar, key=lambda vote: vote.experts)
-    return [*findings, text.sentence("smallest", smallest=smallest, vanilla=vanilla)]
+    smallest = min(similar, key=lambda vote: vote.experts, default=None)
+    key = "smallest" if smallest else "none-similar"
+    yield text.sentence(key, smallest=smallest, vanilla=vanilla)
 
 
-def table_findings(text: ExperimentText, results: VariantResults) -> list[Finding | str]:
+def table_parts(text: ExperimentText, results: VariantResults) -> Iterator[Part]:
+    """Accuracy by task, paired differences, experts and bytes."""
+    rows, tasks = variant_rows(results), results.vanilla.right
+    columns = {task: partial(_accuracy_cell, task) for task in tasks}
+    n = len(next(iter(tasks.values())))
+    more = {"all": partial(_accuracy_cell, None), **columns}
+    yield text.table("accuracy", results.all, more, n=n)
+    yield text.table("paired", rows[1:])
+    yield text.table("traffic", rows)
     vanilla, *others = results.all
+    yield text.sentence("vanilla", vanilla=vanilla, n=vanilla.accuracy_share().n)
+    for result in (result for result in others if result.policy in MAIN_VOTES):
+        yield task_sentence(text, result, vanilla)
     kept, fewer = MIN_RELATIVE_ACCURACY, MIN_EXPERT_REDUCTION
     names = [
         result.name
@@ -77,12 +86,13 @@ def table_findings(text: ExperimentText, results: VariantResults) -> list[Findin
         if result.accuracy >= kept * vanilla.accuracy
         and result.experts <= (1 - fewer) * vanilla.experts
     ]
-    votes = [result for result in others if result.policy in MAIN_VOTES]
-    return [
-        text.sentence("vanilla", vanilla=vanilla, n=vanilla.accuracy_share().n),
-        *(task_sentence(text, result, vanilla) for result in votes),
-        text.sentence("accurate", kept=kept, fewer=fewer, names=", ".join(names) or "none"),
-    ]
+    yield text.sentence("accurate", kept=kept, fewer=fewer, names=", ".join(names) or "none")
+
+
+def _accuracy_cell(task: str | None, result: VariantResult) -> str:
+    share = result.accuracy_share(task)
+    low, high = share.interval
+    return f"{100 * share.value:.1f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def task_sentence(text: ExperimentText, result: VariantResult, vanilla: VariantResult) -> str:
@@ -96,32 +106,6 @@ def task_sentence(text: ExperimentText, result: VariantResult, vanilla: VariantR
     return text.sentence("tasks", result=result, relative=relative, worst=worst, best=best)
 
 
-def accuracy_tables(text: ExperimentText, results: VariantResults) -> list[Table]:
-    """The tables of Table 1: accuracy by task, paired differences, experts and bytes."""
-
-    def cell(result: VariantResult, task: str | None = None) -> str:
-        share = result.accuracy_share(task)
-        low, high = share.interval
-        return f"{100 * share.value:.1f} ({100 * low:.0f} to {100 * high:.0f})"
-
-    rows, tasks = variant_rows(results), results.vanilla.right
-    columns = {task: lambda result, task=task: cell(result, task) for task in tasks}
-    n = len(next(iter(tasks.values())))
-    return [
-        text.table("accuracy", results.all, {"all": cell, **columns}, n=n),
-        text.table("paired", rows[1:]),
-        text.table("traffic", rows),
-    ]
-
-
-ACCURACY = replace(PolicyComparison.load("accuracy"), findings_after=accuracy_findings)
-CORESET_SIZE = replace(PolicyComparison.load("coreset-size"), findings_after=size_findings)
-TABLE_ONE = replace(
-    PolicyComparison.load("table-1"),
-    draw=None,
-    make_tables=accuracy_tables,
-    findings_after=table_findings,
-)
-BEYOND = replace(
-    PolicyComparison.load("beyond"), findings_after=lambda text, _: [text.sentence("samples")]
-)
+ACCURACY = PolicyComparison.load("accuracy", own_parts=accuracy_findings)
+CORESET_SIZE = PolicyComparison.load("coreset-size", own_parts=size_findings)
+TABLE_ONE = PolicyComparison.load("table-1", own_parts=table_parts, has_usual_parts=False)

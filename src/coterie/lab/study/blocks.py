@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from matplotlib.figure import Figure
@@ -11,7 +11,7 @@ from coterie.errors import CoterieError
 from coterie.lab.evals.run import Variant
 from coterie.lab.study.charts import DASHES, line_chart, policy_series
 from coterie.lab.study.comparison import compare_pairs
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.results import VariantResult
 from coterie.lab.study.variants import GUARD_OPTIONS, short_name
 
@@ -52,18 +52,13 @@ class BlockSizeExperiment(Experiment, name="block-size"):
             "skipped": skipped,
         }
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
+    def report(self, record: Entry) -> Iterator[Part]:
         by_policy, usual = _by_policy(record), record["usual"]
-        draw_accuracy = partial(draw_by_size, by_policy, "accuracy", accuracy=True)
+        draw = partial(draw_by_size, by_policy, "accuracy", accuracy=True)
+        yield Drawing(self.name, self.text.caption("accuracy", usual=usual), draw)
         label = f"unique experts of {record['experts']}"
-        draw_experts = partial(draw_by_size, by_policy, label, accuracy=False)
-        return [
-            Drawing(self.name, self.text.caption("accuracy", usual=usual), draw_accuracy),
-            Drawing(f"{self.name}-experts", self.text.caption("experts"), draw_experts),
-        ]
-
-    def tables(self, record: Entry) -> Sequence[Table]:
-        by_policy = _by_policy(record)
+        draw = partial(draw_by_size, by_policy, label, accuracy=False)
+        yield Drawing(f"{self.name}-experts", self.text.caption("experts"), draw)
         cell = "{0.accuracy:.1%}, {0.experts:.1f}, {0.forwards_per_block:.2f}"
         columns = {
             f"block {size}": lambda policy, size=size: (
@@ -72,16 +67,12 @@ class BlockSizeExperiment(Experiment, name="block-size"):
             for size in by_policy[VANILLA]
         }
         n = next(iter(by_policy[VANILLA].values())).accuracy_share().n
-        return [self.text.table("sizes", list(by_policy), columns, n=n)]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
-        by_policy = _by_policy(record)
+        yield self.text.table("sizes", list(by_policy), columns, n=n)
+        yield self._robustness(DES_VOTE, by_policy)
+        yield self._robustness(GUARDED, by_policy)
         accuracies = {size: r.accuracy for size, r in sorted(by_policy[VANILLA].items())}
-        return [
-            *(self._robustness(policy, by_policy) for policy in (DES_VOTE, GUARDED)),
-            self.text.sentence("vanilla", sizes=_by_size_text(accuracies)),
-            *record["skipped"],
-        ]
+        yield self.text.sentence("vanilla", sizes=_by_size_text(accuracies))
+        yield from record["skipped"]
 
     def _robustness(self, policy: str, by_policy: ResultsByPolicy) -> Finding:
         votes, vanilla = by_policy[policy], by_policy[VANILLA]

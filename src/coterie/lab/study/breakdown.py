@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from statistics import fmean
 
@@ -24,7 +25,7 @@ from coterie.lab.bench.profiler import (
     timed_model,
 )
 from coterie.lab.plotting import SERIES_COLOURS, new_axes
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
 
 POLICIES = ("vanilla", "des-seq:k=3", "des-vote:beta=0.3")
 ROUNDS = 5
@@ -59,44 +60,29 @@ class BreakdownExperiment(Experiment, name="breakdown"):
             "policies": [summarize_breakdown(policy, runs) for policy, runs in laps.items()],
         }
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
+    def report(self, record: Entry) -> Iterator[Part]:
         conditions = timing.describe_conditions(record["machine"])
         caption = self.text.caption("figure", record=record, conditions=conditions)
-        return [Drawing(self.name, caption, lambda: _draw(record["policies"]))]
-
-    def tables(self, record: Entry) -> Sequence[Table]:
-        def cell(entry: Entry, part: str) -> str:
-            timing = entry["forward"] if part == WHOLE else entry["parts"].get(part)
-            if timing is None:
-                return ""
-            median, low, high = (1e3 * timing[key] for key in ("median", "low", "high"))
-            if part == WHOLE:
-                return f"{median:.2f} [{low:.2f} to {high:.2f}]"
-            return f"{median:.2f} ({entry['shares'][part]:.0%})"
-
+        yield Drawing(self.name, caption, partial(_draw, record["policies"]))
         entries = {entry["policy"]: entry for entry in record["policies"]}
         parts = [part for part in PARTS if any(part in e["parts"] for e in entries.values())]
         forwards = ", ".join(str(entry["forward"]["samples"]) for entry in entries.values())
-        columns = {name: lambda part, e=entry: cell(e, part) for name, entry in entries.items()}
-        return [self.text.table("parts", [*parts, WHOLE], columns, forwards=forwards)]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
+        columns = {name: partial(_cell, entry) for name, entry in entries.items()}
+        yield self.text.table("parts", [*parts, WHOLE], columns, forwards=forwards)
         vanilla, *others = record["policies"]
         shares = vanilla["shares"]
         moe_share = sum(shares.get(part, 0.0) for part in MOE_PARTS)
         experts = shares.get(EXPERTS, 0.0)
-        return [
-            self.text.finding(
-                "moe",
-                moe_share > 0.5,
-                moe_share=moe_share,
-                experts=experts,
-                largest=max(shares, key=lambda part: shares[part]),
-                limit=1 / (1 - experts),
-            ),
-            *(self._saving_finding(vanilla, other) for other in others),
-            *timing.load_warnings(record["machine"]),
-        ]
+        yield self.text.finding(
+            "moe",
+            moe_share > 0.5,
+            moe_share=moe_share,
+            experts=experts,
+            largest=max(shares, key=lambda part: shares[part]),
+            limit=1 / (1 - experts),
+        )
+        yield from (self._saving_finding(vanilla, other) for other in others)
+        yield from timing.load_warnings(record["machine"])
 
     def _saving_finding(self, vanilla: Entry, other: Entry) -> Finding:
         def median(entry: Entry, part: str) -> float:
@@ -144,6 +130,16 @@ def summarize_breakdown(policy: str, forwards: Sequence[Laps]) -> Entry:
         "shares": {part: sum(seconds) / sum(wholes) for part, seconds in parts.items()},
         "experts": fmean(used for _, used in forwards),
     }
+
+
+def _cell(entry: Entry, part: str) -> str:
+    timing = entry["forward"] if part == WHOLE else entry["parts"].get(part)
+    if timing is None:
+        return ""
+    median, low, high = (1e3 * timing[key] for key in ("median", "low", "high"))
+    if part == WHOLE:
+        return f"{median:.2f} [{low:.2f} to {high:.2f}]"
+    return f"{median:.2f} ({entry['shares'][part]:.0%})"
 
 
 def _draw(policies: Sequence[Entry]) -> Figure:

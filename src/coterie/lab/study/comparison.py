@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -19,6 +20,7 @@ from coterie.lab.study.experiment import (
     Experiment,
     ExperimentText,
     Finding,
+    Part,
     StudyContext,
     Table,
     decimal_bytes,
@@ -31,6 +33,7 @@ from coterie.lab.study.variants import Templates, beta_text, run_comparison
 TEXT = ExperimentText.load("comparison")
 DEFINITIONS = tomllib.loads(Path(__file__).with_name("comparisons.toml").read_text("utf-8"))
 CONDITION = {"size": "at the same size", "beta": "at the same beta", "experts": "at equal experts"}
+SIGNIFICANCE_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,8 @@ def draw_comparison(
 class PolicyComparison(Experiment):
     """Groups of policies on the same problems, as defined in comparisons.toml.
 
-    ``findings_after`` those of the comparisons, ``make_tables`` and ``draw`` are for what an
-    experiment has of its own. Without ``draw`` it has no figure.
+    ``own_parts`` come after the findings of the comparisons. Without ``has_usual_parts``, they
+    take the place of the figures and tables of all policies too.
     """
 
     text: ExperimentText
@@ -117,50 +120,38 @@ class PolicyComparison(Experiment):
     rivals: Mapping[str, Templates] = field(default_factory=dict)
     comparisons: Sequence[GroupComparison] = ()
     charts: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    style: Mapping[str, bool] = field(default_factory=dict)  # options of ``draw``
-    draw: Callable[..., Figure] | None = draw_comparison
-    make_tables: Callable[[ExperimentText, VariantResults], Sequence[Table]] | None = None
-    findings_after: Callable[[ExperimentText, VariantResults], Sequence[Finding | str]] = (
-        lambda *_: ()
-    )
+    style: Mapping[str, bool] = field(default_factory=dict)  # options of ``draw_comparison``
+    notes: Sequence[str] = ()  # keys of sentences
+    own_parts: Callable[[ExperimentText, VariantResults], Iterable[Part]] = lambda *_: ()
+    has_usual_parts: bool = True
 
     @staticmethod
-    def load(name: str) -> PolicyComparison:
-        definition = dict(DEFINITIONS[name])
-        comparisons = [GroupComparison(**entry) for entry in definition.pop("comparisons", ())]
-        return PolicyComparison(ExperimentText.load(name), **definition, comparisons=comparisons)
+    def load(name: str, **own: Any) -> PolicyComparison:
+        values = {**DEFINITIONS[name], **own}
+        comparisons = [GroupComparison(**entry) for entry in values.pop("comparisons", ())]
+        return PolicyComparison(ExperimentText.load(name), comparisons=comparisons, **values)
 
     def measure(self, context: StudyContext) -> Entry:
         return run_comparison(context, self.groups, self.rivals).to_record()
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
-        results = self._results(record)
-        if self.draw is None:
-            return []
-        caption, charts = self.text.caption("figure"), self.charts or {self.name: ()}
-        return [
-            Drawing(name, caption, partial(self.draw, results, labels, **self.style))
-            for name, labels in charts.items()
-        ]
+    def report(self, record: Entry) -> Iterator[Part]:
+        results = VariantResults.from_record(record, list(self.groups))
+        if self.has_usual_parts:
+            yield from self._usual_parts(results)
+        yield from (comparison.finding(self.text, results) for comparison in self.comparisons)
+        yield from self.own_parts(self.text, results)
+        yield from map(self.text.sentence, self.notes)
 
-    def tables(self, record: Entry) -> Sequence[Table]:
-        """Every policy, and every matched pair where the text has a caption for them."""
-        results = self._results(record)
-        if self.make_tables:
-            return self.make_tables(self.text, results)
+    def _usual_parts(self, results: VariantResults) -> Iterator[Part]:
+        """Figures and tables of every policy and, with a caption for them, every matched pair."""
+        for name, labels in (self.charts or {self.name: ()}).items():
+            draw = partial(draw_comparison, results, labels, **self.style)
+            yield Drawing(name, self.text.caption("figure"), draw)
+        yield variant_table(results)
         oriented = [pair for each in self.comparisons for pair in each.pairs(results)]
         pairs = [(a, b) if (a, b) in oriented else (b, a) for a, b in results.pairs]
-        has_pairs = pairs and "pairs" in self.text.captions
-        pair_tables = [comparison_table(pairs, self.text.caption("pairs"))] if has_pairs else []
-        return [variant_table(results), *pair_tables]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
-        results = self._results(record)
-        compared = (comparison.finding(self.text, results) for comparison in self.comparisons)
-        return [*compared, *self.findings_after(self.text, results)]
-
-    def _results(self, record: Entry) -> VariantResults:
-        return VariantResults.from_record(record, list(self.groups))
+        if pairs and "pairs" in self.text.captions:
+            yield comparison_table(pairs, self.text.caption("pairs"))
 
 
 def group_series(
@@ -208,9 +199,6 @@ def variant_rows(results: VariantResults) -> list[dict[str, object]]:
         }
         for result, change in zip(results.all, changes, strict=True)
     ]
-
-
-SIGNIFICANCE_LEVEL = 0.05
 
 
 @dataclass(frozen=True)

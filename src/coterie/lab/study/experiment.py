@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -21,6 +21,7 @@ from coterie.lab.study.results import VariantResult
 from coterie.routing import update_policies_in_json
 from coterie.strict_json import LISTING_FILE, read_object
 
+BATCH_SIZE = 64  # decoded together in accuracy runs
 Verdict = Literal["holds", "does not hold", "inconclusive"]
 T = TypeVar("T")
 Entry = Mapping[str, Any]  # a JSON object in a record
@@ -53,6 +54,9 @@ class Finding:
     text: str
     claim: str = ""
     verdict: Verdict | None = None
+
+
+Part = Drawing | Table | Finding | str
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ class ExperimentText:
 
 
 class Experiment(ABC):
-    """One question of the study. All methods but ``measure`` work from the record alone.
+    """One question of the study.
 
     ``record`` is the JSON value that ``measure`` returned; each experiment declares its shape.
     """
@@ -132,14 +136,8 @@ class Experiment(ABC):
         """Run the measurements; ``context.on_progress(share, activity)`` reports progress."""
 
     @abstractmethod
-    def drawings(self, record: Entry) -> Sequence[Drawing]: ...
-
-    @abstractmethod
-    def tables(self, record: Entry) -> Sequence[Table]: ...
-
-    @abstractmethod
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
-        """Results in prose; numbers and verdicts are computed from the record."""
+    def report(self, record: Entry) -> Iterator[Part]:
+        """Figures, tables, and results in prose; numbers and verdicts come from the record."""
 
 
 def judge(text: str, claim: str, holds: bool | None) -> Finding:
@@ -167,10 +165,6 @@ def decimal_bytes(size: float) -> str:
     while size >= 1000 and unit < len(units) - 1:
         size, unit = size / 1000, unit + 1
     return f"{size:.{0 if size >= 100 else 1}f} {units[unit]}"
-
-
-T = TypeVar("T")
-BATCH_SIZE = 64  # decoded together in accuracy runs
 
 
 def interleave(lists: Iterable[Sequence[T]]) -> list[T]:

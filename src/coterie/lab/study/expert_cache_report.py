@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
@@ -18,6 +18,7 @@ from coterie.lab.study.experiment import (
     Entry,
     Experiment,
     Finding,
+    Part,
     StudyContext,
     Table,
     decimal_bytes,
@@ -237,50 +238,43 @@ class ExpertCacheExperiment(Experiment, name="experts"):
     def measure(self, context: StudyContext) -> Entry:
         return measure_expert_cache(context)
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
-        grid = ResultGrid.from_record(record)
-        figures = {
-            "experts-bytes" if name == grid.precisions[0] else f"experts-bytes-{name}": (
-                "bytes",
-                [point for point in grid.select(name) if MEMORY_SHARES[point.cache["share"]] < 1],
-            )
-            for name in grid.precisions
-        }
-        if record["commits"]:
-            figures["experts-commits"] = "commits", grid.main_points(None)
-        return [
-            Drawing(name, self.text.caption(key, point=points[0]), partial(draw_errors, points))
-            for name, (key, points) in figures.items()
-        ]
-
-    def tables(self, record: Entry) -> Sequence[Table]:
-        grid = ResultGrid.from_record(record)
-        by_precision = [grid.select(name) for name in grid.precisions]
-        by_vanilla = [grid.main_points(kind) for kind in grid.commit_kinds[1:]]
-        return [self._points_table(points) for points in (*by_precision, *by_vanilla)]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
+    def report(self, record: Entry) -> Iterator[Part]:
         grid, text = ResultGrid.from_record(record), self.text
+        yield from self._figures(grid)
+        for name in grid.precisions:
+            yield self._points_table(grid.select(name))
+        for kind in grid.commit_kinds[1:]:
+            yield self._points_table(grid.main_points(kind))
         vanilla = [p for p in grid.select(grid.precisions[0]) if p.policy == "vanilla"]
         rates = ", ".join(text.sentence("hit_rate", point=point) for point in vanilla)
-        findings: list[Finding | str] = [text.sentence("cache_alone", grid=grid, rates=rates)]
+        yield text.sentence("cache_alone", grid=grid, rates=rates)
         if vanilla[0].result.accuracy:
             for kind in grid.commit_kinds:
-                findings += self._caching_findings(grid.against_vanilla(kind))
+                yield from self._caching_findings(grid.against_vanilla(kind))
             for name in grid.precisions[1:]:
-                findings += self._low_findings(grid, name)
+                yield from self._low_findings(grid, name)
         else:
-            findings.append(text.finding("no_accuracy", None, claim="caching"))
+            yield text.finding("no_accuracy", None, claim="caching")
         for name in grid.precisions[1:]:
             same_memory = grid.select(grid.precisions[0], "25%")[:1], grid.select(name, "50%")[:1]
-            findings += [
-                text.sentence("same_memory", base=base, low=low)
-                for base, low in zip(*same_memory, strict=False)
-            ]
-        findings += [text.sentence("left_out", **entry) for entry in record["left_out"]]
+            for base, low in zip(*same_memory, strict=False):
+                yield text.sentence("same_memory", base=base, low=low)
+        yield from (text.sentence("left_out", **entry) for entry in record["left_out"])
         tasks = {task for point in grid.points for task in point.result.right}
         note = text.sentence("own_problems") if {"words", "docstring"} <= tasks else ""
-        return [*findings, text.sentence("definitions", record=record, note=note)]
+        yield text.sentence("definitions", record=record, note=note)
+
+    def _figures(self, grid: ResultGrid) -> Iterator[Drawing]:
+        """Error rates by bytes, of caches that hold some of the experts."""
+        for name in grid.precisions:
+            points = [p for p in grid.select(name) if MEMORY_SHARES[p.cache["share"]] < 1]
+            suffix = "" if name == grid.precisions[0] else f"-{name}"
+            caption = self.text.caption("bytes", point=points[0])
+            yield Drawing(f"experts-bytes{suffix}", caption, partial(draw_errors, points))
+        if grid.record["commits"]:
+            points = grid.main_points(None)
+            caption = self.text.caption("commits", point=points[0])
+            yield Drawing("experts-commits", caption, partial(draw_errors, points))
 
     def _caching_findings(self, comparisons: Sequence[PointComparison]) -> list[Finding]:
         """Whether a cache saves bytes, and whether it saves half of them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,15 +11,7 @@ from torch import Tensor
 from coterie.lab.evals.generation import EvalRequest, generate_outcomes
 from coterie.lab.evals.run import EvalResult, Variant, make_answer
 from coterie.lab.study.comparison import claim_finding, draw_comparison, variant_table
-from coterie.lab.study.experiment import (
-    BATCH_SIZE,
-    Drawing,
-    Entry,
-    Experiment,
-    Finding,
-    StudyContext,
-    Table,
-)
+from coterie.lab.study.experiment import BATCH_SIZE, Drawing, Entry, Experiment, Part, StudyContext
 from coterie.lab.study.results import VariantResult, VariantResults
 from coterie.lab.study.variants import expand_policies, run_comparison
 from coterie.routing import parse_policy
@@ -58,20 +50,16 @@ class ExpertsPerTokenExperiment(Experiment, name="experts-per-token"):
         narrow = [result.name for result in half_k_results]
         return {**results.to_record(), "half": half, "narrow": narrow}
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
-        draw = partial(draw_comparison, _results_with_half_k(record), by_family=False)
-        return [Drawing(self.name, self.text.caption("figure"), draw)]
-
-    def tables(self, record: Entry) -> Sequence[Table]:
-        return [variant_table(_results_with_half_k(record), self.text.caption("table"))]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
+    def report(self, record: Entry) -> Iterator[Part]:
         results = _results_with_half_k(record)
+        draw = partial(draw_comparison, results, by_family=False)
+        yield Drawing(self.name, self.text.caption("figure"), draw)
+        yield variant_table(results, self.text.caption("table"))
         full_k, half_k = results.groups.values()
         half, k = f"K = {record['half']}", f"K = {results.k}"
         pairs = list(zip(half_k, full_k, strict=True))
         claim, at = self.text.claim("full", k=k, half=half), "at the same coreset"
-        return [claim_finding(claim, pairs, second=k, first=half, condition=at)]
+        yield claim_finding(claim, pairs, second=k, first=half, condition=at)
 
 
 def evaluate_policy(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, product
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from coterie.engine.observation import LayerObservation, observe_forwards
 from coterie.errors import CoterieError, TaskError
 from coterie.lab.study.charts import dash_repeats, guide_series, line_chart, policy_series
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Part, StudyContext
 from coterie.lab.study.variants import coreset_size
 from coterie.telemetry import routing_stats
 
@@ -67,51 +68,30 @@ class ExplosionExperiment(Experiment, name="explosion"):
             "skipped": list(skipped.values()),
         }
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
-        bins, y = record["masked"], f"unique experts of {record['experts']}"
-        masked, means = [entry["masked"] for entry in bins], [entry["mean"] for entry in bins]
-        series = policy_series("vanilla", masked, means)
-        xlim, ylim = (record["usual"] + 1, 0), (0, record["experts"])
-        return [
-            Drawing(self.name, self.text.caption("blocks"), lambda: _draw_blocks(record, y)),
-            Drawing(
-                f"{self.name}-masked",
-                self.text.caption("masked", record=record),
-                lambda: line_chart([series], "positions still masked", y, xlim=xlim, ylim=ylim),
-            ),
-        ]
-
-    def tables(self, record: Entry) -> Sequence[Table]:
-        blocks = [point["block"] for point in record["curves"][0]["points"]]
-        uniform = [expected_uniform(record["experts"], record["k"], block) for block in blocks]
-        means = {c["policy"]: [point["mean"] for point in c["points"]] for c in record["curves"]}
-        rows = [(name, *values) for name, values in (means | {"random routing": uniform}).items()]
-        columns = {f"block {block}": f"{{0[{i}]:.1f}}" for i, block in enumerate(blocks, start=1)}
-        return [self.text.table("blocks", rows, columns, record=record)]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
-        experts, k, points = record["experts"], record["k"], record["curves"][0]["points"]
+    def report(self, record: Entry) -> Iterator[Part]:
+        experts, k, curves, text = record["experts"], record["k"], record["curves"], self.text
+        y, masked = f"unique experts of {experts}", record["masked"]
+        yield Drawing(self.name, text.caption("blocks"), partial(_draw_blocks, record, y))
+        means = [[entry[key] for entry in masked] for key in ("masked", "mean")]
+        series = policy_series("vanilla", *means)
+        limits = {"xlim": (record["usual"] + 1, 0), "ylim": (0, experts)}
+        draw = partial(line_chart, [series], "positions still masked", y, **limits)
+        yield Drawing(f"{self.name}-masked", text.caption("masked", record=record), draw)
+        points = curves[0]["points"]
+        uniform = [expected_uniform(experts, k, point["block"]) for point in points]
+        rows = [(each["policy"], *(p["mean"] for p in each["points"])) for each in curves]
+        columns = {f"block {p['block']}": f"{{0[{i}]:.1f}}" for i, p in enumerate(points, start=1)}
+        yield text.table("blocks", [*rows, ("random routing", *uniform)], columns, record=record)
+        ends = {"first": points[0], "last": points[-1], "times": points[-1]["mean"] / k}
         grows = len(points) > 1 and all(a["mean"] < b["mean"] for a, b in pairwise(points))
-        times = points[-1]["mean"] / k
-        shares = [p["mean"] / expected_uniform(experts, k, p["block"]) for p in points]
-        return [
-            self.text.finding(
-                "growth", grows, record=record, first=points[0], last=points[-1], times=times
-            ),
-            self.text.finding("skew", max(shares) < 1, low=min(shares), high=max(shares)),
-            *(
-                self.text.finding(
-                    "flat",
-                    max(point["high"] for point in curve["points"]) <= curve["budget"],
-                    curve=curve,
-                    first=curve["points"][0],
-                    last=curve["points"][-1],
-                )
-                for curve in record["curves"]
-                if curve["budget"] is not None
-            ),
-            *record["skipped"],
-        ]
+        yield text.finding("growth", grows, record=record, **ends)
+        shares = [point["mean"] / mean for point, mean in zip(points, uniform, strict=True)]
+        yield text.finding("skew", max(shares) < 1, low=min(shares), high=max(shares))
+        for curve in (curve for curve in curves if curve["budget"] is not None):
+            own = curve["points"]
+            holds = max(point["high"] for point in own) <= curve["budget"]
+            yield text.finding("flat", holds, curve=curve, first=own[0], last=own[-1])
+        yield from record["skipped"]
 
 
 def expected_uniform(experts: int, k: int, tokens: float) -> float:

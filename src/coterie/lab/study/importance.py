@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ from coterie.engine.engine import Engine
 from coterie.lab.evals.stats import mean_interval, spearman
 from coterie.lab.plotting import FIGURE_WIDTH, foreground, grid_colour, policy_style
 from coterie.lab.study.charts import guide_series, line_chart, policy_series
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.fidelity import (
     Prompt,
     content_mask,
@@ -136,33 +136,27 @@ class ImportanceExperiment(Experiment, name="importance"):
             },
         }
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
-        shown = record["shown"]
-        drawings = [
-            Drawing(
-                f"importance-layer-{block['layer']}",
-                self.text.caption("block", record=record, block=block),
-                partial(_draw_block, block),
-            )
-            for block in (shown if len(shown) == 1 else (shown[0], shown[-1]))
-        ]
-        caption = self.text.caption("coverage", record=record)
-        return [*drawings, Drawing("importance-covered", caption, partial(_draw_coverage, record))]
-
-    def tables(self, record: Entry) -> Sequence[Table]:
+    def report(self, record: Entry) -> Iterator[Part]:
+        shown, text = record["shown"], self.text
+        for block in shown if len(shown) == 1 else (shown[0], shown[-1]):
+            caption = text.caption("block", record=record, block=block)
+            name = f"importance-layer-{block['layer']}"
+            yield Drawing(name, caption, partial(_draw_block, block))
+        caption = text.caption("coverage", record=record)
+        yield Drawing("importance-covered", caption, partial(_draw_coverage, record))
         by_measure = record["correlations"]
         rows = [
             dict(zip(by_measure, entries, strict=True))
             for entries in zip(*by_measure.values(), strict=True)
         ]
+        yield text.table("correlations", rows, record=record, layers=len(record["layers"]))
         coverages = [entry for family in record["curves"].values() for entry in family]
-        return [
-            self.text.table("correlations", rows, record=record, layers=len(record["layers"])),
-            self.text.table("coverage", coverages),
-        ]
+        yield text.table("coverage", coverages)
+        yield from self._findings(record)
 
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
-        correlations, curves = record["correlations"], record["curves"]
+    def _findings(self, record: Entry) -> Iterator[Finding | str]:
+
+        correlations, curves, text = record["correlations"], record["curves"], self.text
         weight, hidden = (correlations[measure][0] for measure in ("output", "hidden"))
         low, high = weight["used_interval"]
         predicts = True if low > 0.5 else False if high < 0.5 else None
@@ -176,13 +170,11 @@ class ImportanceExperiment(Experiment, name="importance"):
         example = next((e for e in vote if e["policy"] == "des-vote:beta=0.3"), vote[0])
         pairs = [*zip(vote, curves["proportional"], strict=True)]
         ahead = sum(own["share"] > other["share"] for other, own in pairs)
-        return [
-            self.text.finding("weight", predicts, weight=weight, hidden=hidden, record=record),
-            self.text.sentence("votes", votes=", ".join(by_vote), best=best),
-            self.text.finding("coverage", covers, example=example, wins=sum(wins), sizes=len(wins)),
-            self.text.sentence("proportional", wins=ahead, sizes=len(pairs), pair=pairs[3]),
-            self.text.sentence("used", record=record),
-        ]
+        yield text.finding("weight", predicts, weight=weight, hidden=hidden, record=record)
+        yield text.sentence("votes", votes=", ".join(by_vote), best=best)
+        yield text.finding("coverage", covers, example=example, wins=sum(wins), sizes=len(wins))
+        yield text.sentence("proportional", wins=ahead, sizes=len(pairs), pair=pairs[3])
+        yield text.sentence("used", record=record)
 
 
 def ablate_layer(engine: Engine, prompt: Prompt, layer: int) -> LayerAblation:

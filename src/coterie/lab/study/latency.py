@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from coterie.lab.bench.routings import BLOCK_LENGTH, balanced_routing
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
 from coterie.lab.plotting import SeriesStyle, indexed_style
 from coterie.lab.study.charts import Series, guide_series, line_chart, policy_series, timing_series
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.layers import (
     INPUTS_PER_WIDTH,
     BenchLayer,
@@ -58,29 +58,19 @@ class LatencyExperiment(Experiment, name="latency"):
         )
         return {**machine, "lines": layers}
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
-        layers = enumerate(map(_with_units, record["lines"]))
-        return [
-            Drawing(f"{self.name}-{n}", self.text.caption("figure", **layer), partial(_draw, layer))
-            for n, layer in layers
-        ]
-
-    def tables(self, record: Entry) -> Sequence[Table]:
-        layers = [_with_units(layer) for layer in record["lines"]]
-        return [
-            self.text.table("fit", layers, **machine_values(record)),
-            *(self.text.table("checks", one["checks"], **one) for one in layers if one["checks"]),
-        ]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
+    def report(self, record: Entry) -> Iterator[Part]:
         bandwidth = record["limits"]["bytes_per_second"]
         layers = [_with_units(layer) for layer in record["lines"]]
-        return [
-            *(self.text.finding("linear", layer["is_linear"], **layer) for layer in layers),
-            *(self._reading_finding(layer, bandwidth) for layer in layers if layer["checks"]),
-            *record["skipped"],
-            *timing.load_warnings(record["machine"]),
-        ]
+        for number, layer in enumerate(layers):
+            caption = self.text.caption("figure", **layer)
+            yield Drawing(f"{self.name}-{number}", caption, partial(_draw, layer))
+        yield self.text.table("fit", layers, **machine_values(record))
+        with_checks = [layer for layer in layers if layer["checks"]]
+        yield from (self.text.table("checks", one["checks"], **one) for one in with_checks)
+        yield from (self.text.finding("linear", layer["is_linear"], **layer) for layer in layers)
+        yield from (self._reading_finding(layer, bandwidth) for layer in with_checks)
+        yield from record["skipped"]
+        yield from timing.load_warnings(record["machine"])
 
     def _reading_finding(self, layer: Entry, bandwidth: float) -> Finding:
         vanilla = next(check for check in layer["checks"] if check["policy"] == VANILLA)
@@ -184,38 +174,26 @@ class RooflineExperiment(Experiment, name="roofline"):
         )
         return {**machine, "roofs": layers}
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
-        drawings = []
+    def report(self, record: Entry) -> Iterator[Part]:
+        limits, at_block = record["limits"], []
         for number, layer in enumerate(record["roofs"]):
             tokens = ", ".join(map(str, sorted({point["tokens"] for point in layer["points"]})))
             caption = self.text.caption("figure", tokens=tokens, **layer_names(layer["bench"]))
-            draw = partial(_draw_roof, layer, record["limits"])
-            drawings.append(Drawing(f"{self.name}-{number}", caption, draw))
-        return drawings
-
-    def tables(self, record: Entry) -> Sequence[Table]:
-        limits = record["limits"]
+            draw = partial(_draw_roof, layer, limits)
+            yield Drawing(f"{self.name}-{number}", caption, draw)
+            points = rated_points(layer, limits)
+            at_block += [point for point in points if point["tokens"] == BLOCK_LENGTH]
+            yield from self._findings(layer, points, limits)
         peaks = sorted(limits["flops_per_second"].items())
-        rows = [
-            point
-            for layer in record["roofs"]
-            for point in rated_points(layer, limits)
-            if point["tokens"] == BLOCK_LENGTH
-        ]
         rates = ", ".join(f"{peak / 1e9:.0f} in {dtype}" for dtype, peak in peaks)
         machine = machine_values(record)
-        return [self.text.table("points", rows, block=BLOCK_LENGTH, peaks=rates, **machine)]
+        yield self.text.table("points", at_block, block=BLOCK_LENGTH, peaks=rates, **machine)
+        yield from record["skipped"]
+        yield from timing.load_warnings(record["machine"])
 
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
-        limits = record["limits"]
-        return [
-            *(finding for layer in record["roofs"] for finding in self._findings(layer, limits)),
-            *record["skipped"],
-            *timing.load_warnings(record["machine"]),
-        ]
-
-    def _findings(self, layer: Entry, limits: timing.DeviceLimits) -> list[Finding]:
-        points = rated_points(layer, limits)
+    def _findings(
+        self, layer: Entry, points: Sequence[Entry], limits: timing.DeviceLimits
+    ) -> list[Finding]:
         at_block = {point["policy"]: point for point in points if point["tokens"] == BLOCK_LENGTH}
         if VANILLA not in at_block:
             return []

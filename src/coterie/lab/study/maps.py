@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -19,7 +19,7 @@ from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation
 from coterie.lab.plotting import indexed_style, new_panels
 from coterie.lab.study.charts import Series, dash_repeats, guide_series, line_chart, policy_series
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Part, StudyContext
 from coterie.lab.study.fidelity import (
     BlockForward,
     Prompt,
@@ -90,44 +90,36 @@ class MapsExperiment(Experiment, name="maps"):
             ],
         }
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
+    def report(self, record: Entry) -> Iterator[Part]:
         draws = {
             "hit-rate-positions": partial(_draw_maps, record, "positions", "position in the block"),
             "hit-rate-steps": partial(_draw_maps, record, "steps", "forward of the block"),
             "cosine-by-depth": partial(_draw_depths, record),
             "sorted-activation": partial(_draw_activation, record),
         }
-        return [
-            Drawing(name, self.text.caption(name, record=record, steps=SLOW_STEPS), draw)
-            for name, draw in draws.items()
-        ]
-
-    def tables(self, record: Entry) -> Sequence[Table]:
+        for name, draw in draws.items():
+            yield Drawing(name, self.text.caption(name, record=record, steps=SLOW_STEPS), draw)
         shares, rows = record["share"], [_at_head(entry) for entry in record["depths"]]
         by_kind = {f"{k} ({shares[k]:.0%})": f"{{kinds[{k}]:.1%}}" for k in POSITION_KINDS}
-        kinds = self.text.table("kinds", record["maps"], by_kind)
-        return [kinds, self.text.table("depths", rows)]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
-        depths = {entry["policy"]: _at_head(entry) for entry in record["depths"]}
-        vote, seq, topk, random = (
-            depths[policy]
-            for policy in ("des-vote:beta=0.3", "des-seq:k=3", "topk:k=4", "random:beta=0.3")
-        )
-        beats_seq, beats_random = (vote["cosine"] > other["cosine"] for other in (seq, random))
+        yield self.text.table("kinds", record["maps"], by_kind)
+        yield self.text.table("depths", rows)
         plain, guarded = (m for m in record["maps"] if m["policy"].startswith(POLICIES[2]))
         kinds = [
             f"{kind} {plain['kinds'][kind]:.0%} and {guarded['kinds'][kind]:.0%}"
             for kind in POSITION_KINDS
         ]
+        yield self.text.sentence("kinds", plain=plain, kinds=", ".join(kinds), record=record)
+        depths = {row["policy"]: row for row in rows}
+        vote, seq, topk, random = (
+            depths[policy]
+            for policy in ("des-vote:beta=0.3", "des-seq:k=3", "topk:k=4", "random:beta=0.3")
+        )
+        beats_seq, beats_random = (vote["cosine"] > other["cosine"] for other in (seq, random))
+        yield self.text.finding("seq", beats_seq, vote=vote, seq=seq)
+        yield self.text.finding("random", beats_random, random=random, topk=topk)
         layers = [f"layer {e['layer']} {e['effective']:.0f}" for e in record["activation"]]
         top = max(entry["choices"][0] for entry in record["activation"]) * record["experts"]
-        return [
-            self.text.sentence("kinds", plain=plain, kinds=", ".join(kinds), record=record),
-            self.text.finding("seq", beats_seq, vote=vote, seq=seq),
-            self.text.finding("random", beats_random, random=random, topk=topk),
-            self.text.sentence("skew", layers=", ".join(layers), top=top, record=record),
-        ]
+        yield self.text.sentence("skew", layers=", ".join(layers), top=top, record=record)
 
 
 @dataclass(frozen=True)

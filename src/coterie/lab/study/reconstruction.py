@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from matplotlib.figure import Figure
 
 from coterie.lab.study.charts import line_chart, policy_series
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.fidelity import (
     Metric,
     compare_policies,
@@ -86,34 +86,22 @@ class ReconstructionExperiment(Experiment, name="reconstruction"):
             },
         }
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
-        layers = ", ".join(map(str, record["layers"]))
-        return [
-            Drawing(
-                name,
-                self.text.caption(metric, record=record, layers=layers),
-                partial(draw_metric, record, metric),
-            )
-            for name, metric in DRAWN_METRICS.items()
-        ]
-
-    def tables(self, record: Entry) -> Sequence[Table]:
+    def report(self, record: Entry) -> Iterator[Part]:
+        layers, against = ", ".join(map(str, record["layers"])), record["against"]
+        for name, metric in DRAWN_METRICS.items():
+            caption = self.text.caption(metric, record=record, layers=layers)
+            yield Drawing(name, caption, partial(draw_metric, record, metric))
         readings = [reading for curve in record["curves"] for reading in curve["readings"]]
-        gaps = [
-            dict(zip(METRIC_NAMES, gaps, strict=True))
-            for gaps in zip(*map(record["against"].get, METRIC_NAMES), strict=True)
-        ]
-        return [self.text.table("scores", readings, record=record), self.text.table("gaps", gaps)]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
-        content = count_outcomes(record["against"]["word_loss"], "word_loss")
-        return [
-            self._control_finding(record["control"]),
-            self._seq_finding(record["against"]["recall"], "recall"),
-            self._seq_finding(record["against"]["loss"], "loss"),
-            self.text.sentence("word_loss", **content),
-            *(self._vote_sentence(key, record[key]) for key in ("guarded", "ours")),
-        ]
+        yield self.text.table("scores", readings, record=record)
+        by_policy = zip(*map(against.get, METRIC_NAMES), strict=True)
+        rows = [dict(zip(METRIC_NAMES, gaps, strict=True)) for gaps in by_policy]
+        yield self.text.table("gaps", rows)
+        yield self._control_finding(record["control"])
+        yield self._seq_finding(against["recall"], "recall")
+        yield self._seq_finding(against["loss"], "loss")
+        content = count_outcomes(against["word_loss"], "word_loss")
+        yield self.text.sentence("word_loss", **content)
+        yield from (self._vote_sentence(key, record[key]) for key in ("guarded", "ours"))
 
     def _control_finding(self, control: Entry) -> Finding:
         """Random coresets against elected ones, in recall and in loss."""

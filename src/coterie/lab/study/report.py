@@ -80,16 +80,20 @@ def make_section(
     section = ReportSection(text.name, text.title, text.question, record=record, failure=failure)
     if record is None:
         return section
-    data = record["facts"]
     try:
-        findings = [f if isinstance(f, Finding) else Finding(f) for f in experiment.findings(data)]
-        figures = [render_figure(drawing, schemes) for drawing in experiment.drawings(data)]
-        tables = tuple(experiment.tables(data))
+        parts = list(experiment.report(record["facts"]))
+        figures = [render_figure(each, schemes) for each in parts if isinstance(each, Drawing)]
     # A record of an older version may not render; the other sections must.
     except Exception as error:
         reason = f"the record cannot be rendered ({type(error).__name__}: {error})"
         return replace(section, failure=f"{reason}; measure the experiment again")
-    return replace(section, figures=tuple(figures), tables=tables, findings=tuple(findings))
+    findings = (Finding(each) if isinstance(each, str) else each for each in parts)
+    return replace(
+        section,
+        figures=tuple(figures),
+        tables=tuple(each for each in parts if isinstance(each, Table)),
+        findings=tuple(each for each in findings if isinstance(each, Finding)),
+    )
 
 
 def render_figure(drawing: Drawing, schemes: Sequence[ColourScheme]) -> RenderedFigure:

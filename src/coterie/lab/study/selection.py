@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -17,7 +17,7 @@ from coterie.lab import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH, find_skew, skewed_scores
 from coterie.lab.plotting import policy_style
 from coterie.lab.study.charts import line_chart, timing_series
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.layers import NUM_PROMPTS, RunMaker, layer_runner, time_observed_layers
 from coterie.model.moe import MoE
 from coterie.routing import parse_policy, route
@@ -80,21 +80,17 @@ class SelectionExperiment(Experiment, name="selection"):
             "large": large_layer_timings(context),
         }
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
+    def report(self, record: Entry) -> Iterator[Part]:
         machine = timing.describe_conditions(record["machine"])
         fixed = {"experts": ("tokens", BLOCK_LENGTH), "tokens": ("experts", EXPERT_COUNTS[-1])}
-        drawings = []
         for version, (axis, (other, value)) in product(VERSIONS, fixed.items()):
             caption = self.text.caption(
                 axis, version=version, value=value, machine=machine, record=record
             )
             points = [p for p in record["points"] if p["version"] == version and p[other] == value]
             draw = partial(_draw, points, axis)
-            drawings.append(Drawing(f"{self.name}-{version}-{axis}", caption, draw))
-        return drawings
-
-    def tables(self, record: Entry) -> Sequence[Table]:
-        seconds, tables = medians(record), []
+            yield Drawing(f"{self.name}-{version}-{axis}", caption, draw)
+        seconds = medians(record)
         for version in VERSIONS:
             columns = {
                 f"{experts}, N = {tokens}": lambda policy, key=(version, experts, tokens): (
@@ -102,7 +98,7 @@ class SelectionExperiment(Experiment, name="selection"):
                 )
                 for experts, tokens in product(EXPERT_COUNTS, TABLE_TOKENS)
             }
-            tables.append(self.text.table("versions", POLICIES, columns, version=version))
+            yield self.text.table("versions", POLICIES, columns, version=version)
         layers = [
             {
                 **entry,
@@ -112,27 +108,27 @@ class SelectionExperiment(Experiment, name="selection"):
             }
             for entry in record["layers"]
         ]
-        return [*tables, self.text.table("layers", layers, tokens=layers[0]["tokens"])]
+        yield self.text.table("layers", layers, tokens=layers[0]["tokens"])
+        yield from self._findings(record, seconds)
 
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
+    def _findings(self, record: Entry, seconds: Mapping[Any, float]) -> Iterator[Finding | str]:
         vanilla, *others = record["layers"]
         des = [entry for entry in others if entry["policy"].startswith("des-")]
-        seconds, size = medians(record), {"experts": EXPERT_COUNTS[-1], "block": BLOCK_LENGTH}
+        yield from (self._cost_finding(entry, vanilla) for entry in des)
+        yield from (self._large_layer_finding(entry, seconds) for entry in record["large"])
+        size, most_experts = (
+            {"experts": EXPERT_COUNTS[-1], "block": BLOCK_LENGTH},
+            EXPERT_COUNTS[-1],
+        )
         fewest, most = TOKEN_COUNTS[0], TOKEN_COUNTS[-1]
-        few, many = (seconds[DES_VOTE, "fused", EXPERT_COUNTS[-1], n] for n in (fewest, most))
+        few, many = (seconds[DES_VOTE, "fused", most_experts, n] for n in (fewest, most))
         width = {"policy": DES_VOTE, "most": most, "fewest": fewest, "ratio": many / few}
-        findings = [
-            *(self._cost_finding(entry, vanilla) for entry in des),
-            *(self._large_layer_finding(entry, seconds) for entry in record["large"]),
-            self.text.sentence("width", **width, **size),
-        ]
+        yield self.text.sentence("width", **width, **size)
         for policy in (VANILLA, DES_VOTE):
-            times = {v: 1e6 * seconds[policy, v, EXPERT_COUNTS[-1], BLOCK_LENGTH] for v in VERSIONS}
+            times = {v: 1e6 * seconds[policy, v, most_experts, BLOCK_LENGTH] for v in VERSIONS}
             ratio = times["eager"] / times["fused"]
-            findings.append(
-                self.text.sentence("fused", policy=policy, ratio=ratio, **times, **size)
-            )
-        return [*findings, *timing.load_warnings(record["machine"])]
+            yield self.text.sentence("fused", policy=policy, ratio=ratio, **times, **size)
+        yield from timing.load_warnings(record["machine"])
 
     def _cost_finding(self, entry: Entry, vanilla: Entry) -> Finding:
         extra = entry["selection"]["median"] - vanilla["selection"]["median"]

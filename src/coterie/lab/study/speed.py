@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -26,9 +25,8 @@ from coterie.lab.study.experiment import (
     Entry,
     Experiment,
     ExperimentText,
-    Finding,
+    Part,
     StudyContext,
-    Table,
 )
 from coterie.lab.study.results import VariantResults
 from coterie.lab.study.variants import GUARD_OPTIONS, short_name
@@ -37,23 +35,23 @@ ROUNDS = 5
 PAPER_LATENCY_CUT = 0.38  # the paper: latency falls by up to this share
 
 
-def forward_findings(text: ExperimentText, results: VariantResults) -> list[Finding | str]:
+def forward_parts(text: ExperimentText, results: VariantResults) -> Iterator[Part]:
+    yield Drawing(text.name, text.caption("figure"), partial(draw_forwards, results))
+    yield text.table("forwards", variant_rows(results))
     vanilla, group = results.vanilla, results.groups[DES_VOTE]
     votes = [result for result in group if result.experts < vanilla.experts]
     sentences = []
     for result in (votes[1], votes[-2]):
         ratio = result.experts_per_block / vanilla.experts_per_block
         change = f"{1 - ratio:.0%} fewer" if ratio < 1 else f"{ratio - 1:.0%} more"
-        fewer = 1 - result.experts / vanilla.experts
-        sentences.append(
-            text.sentence("policy", result=result, vanilla=vanilla, fewer=fewer, change=change)
-        )
+        values = {"result": result, "fewer": 1 - result.experts / vanilla.experts}
+        sentences.append(text.sentence("policy", vanilla=vanilla, change=change, **values))
     slowest = max(group, key=lambda result: result.forwards_per_block)
     holds = slowest.experts_per_block < vanilla.experts_per_block
-    return [text.finding("forwards", holds, policies=" ".join(sentences))]
+    yield text.finding("forwards", holds, policies=" ".join(sentences))
 
 
-def draw_forwards(results: VariantResults, _: Sequence[str] = ()) -> Figure:
+def draw_forwards(results: VariantResults) -> Figure:
     """Forwards against experts; on the guide a policy reads as many experts as vanilla does."""
     vanilla = results.vanilla
     most = max(result.forwards_per_block for result in results.all[1:])
@@ -97,23 +95,18 @@ class SpeedExperiment(Experiment, name="speed"):
                 }
         return {"timed": list(timed.values()), "prompts": len(prompts)}
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
+    def report(self, record: Entry) -> Iterator[Part]:
+        timed, best, cut = timed_policies(record), fastest_des(record), PAPER_LATENCY_CUT
         rows = {
             short_name(entry["policy"]): (entry["slowest"], entry["speed"], entry["fastest"])
-            for entry in timed_policies(record)
+            for entry in timed
         }
         series = [IntervalSeries("", indexed_style(0), rows)]
         draw = partial(interval_chart, list(rows), series, "tokens per second")
-        return [Drawing(self.name, self.text.caption("figure"), draw)]
-
-    def tables(self, record: Entry) -> Sequence[Table]:
-        rows, prompts = timed_policies(record), record["prompts"]
-        return [self.text.table("speed", rows, prompts=prompts, rounds=ROUNDS)]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
-        vanilla, best, cut = timed_policies(record)[0], fastest_des(record), PAPER_LATENCY_CUT
-        holds = best["slowest"] > vanilla["fastest"] and 1 - 1 / best["ratio"] >= cut
-        return [self.text.finding("fastest", holds, best=best, vanilla=vanilla, cut=cut)]
+        yield Drawing(self.name, self.text.caption("figure"), draw)
+        yield self.text.table("speed", timed, prompts=record["prompts"], rounds=ROUNDS)
+        holds = best["slowest"] > timed[0]["fastest"] and 1 - 1 / best["ratio"] >= cut
+        yield self.text.finding("fastest", holds, best=best, vanilla=timed[0], cut=cut)
 
 
 def timed_policies(record: Entry) -> list[Entry]:
@@ -137,9 +130,5 @@ def fastest_des(record: Entry) -> Entry:
     return max(des, key=lambda entry: entry["speed"])
 
 
-FORWARDS = replace(  # its runs are shared with the accuracy experiments
-    PolicyComparison.load("forwards"),
-    findings_after=forward_findings,
-    make_tables=lambda text, results: [text.table("forwards", variant_rows(results))],
-    draw=draw_forwards,
-)
+# Its runs are shared with the accuracy experiments.
+FORWARDS = PolicyComparison.load("forwards", own_parts=forward_parts, has_usual_parts=False)

@@ -17,7 +17,7 @@ from coterie.files import atomic_write
 from coterie.keys import Key, to_json
 from coterie.lab.evals.task import Task
 from coterie.lab.records import make_record, write_record
-from coterie.lab.study.accuracy import ACCURACY, BEYOND, CORESET_SIZE, TABLE_ONE
+from coterie.lab.study.accuracy import ACCURACY, CORESET_SIZE, TABLE_ONE
 from coterie.lab.study.blocks import BlockSizeExperiment
 from coterie.lab.study.breakdown import BreakdownExperiment
 from coterie.lab.study.comparison import PolicyComparison
@@ -198,7 +198,7 @@ def _read_valid_record(
     return record if is_current else None
 
 
-ABLATIONS = ("random-control", "votes", "voters", "protection", "mass")
+COMPARISONS = ("random-control", "votes", "voters", "protection", "mass", "beyond")
 EXPERIMENTS: dict[str, Experiment] = {
     "explosion": ExplosionExperiment(),
     "roofline": RooflineExperiment(),
@@ -214,8 +214,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "experts-per-token": ExpertsPerTokenExperiment(),
     "maps": MapsExperiment(),
     "table-1": TABLE_ONE,
-    **{name: PolicyComparison.load(name) for name in ABLATIONS},
-    "beyond": BEYOND,
+    **{name: PolicyComparison.load(name) for name in COMPARISONS},
     "forwards": FORWARDS,
     "speed": SpeedExperiment(),
     "experts": ExpertCacheExperiment(),

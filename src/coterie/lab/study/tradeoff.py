@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
@@ -15,7 +15,7 @@ from coterie.lab import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH
 from coterie.lab.plotting import policy_style
 from coterie.lab.study.charts import guide_series, line_chart, pareto_front, policy_series
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, StudyContext, Table
+from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.layers import (
     FORWARDS_PER_PROMPT,
     NUM_PROMPTS,
@@ -88,36 +88,28 @@ class TradeoffExperiment(Experiment, name="latency-accuracy"):
             ],
         }
 
-    def drawings(self, record: Entry) -> Sequence[Drawing]:
+    def report(self, record: Entry) -> Iterator[Part]:
         points = timed_points(record)
+        vanilla = next(point for point in points if point["policy"] == "vanilla")
+        names = vanilla["predicted"]
         label = "milliseconds of the MoE layer, measured"
         draw = partial(draw_tradeoff, points, [point["ms"] for point in points], label)
-        drawings = [Drawing(self.name, self.text.caption("measured"), draw)]
-        for name in points[0]["predicted"]:
+        yield Drawing(self.name, self.text.caption("measured"), draw)
+        for name in names:
             label = f"milliseconds of {name}'s experts, predicted"
             times = [point["predicted"][name] for point in points]
             draw = partial(draw_tradeoff, points, times, label)
             caption = self.text.caption("predicted", name=name)
-            drawings.append(Drawing(f"{self.name}-{name.lower()}", caption, draw))
-        return drawings
-
-    def tables(self, record: Entry) -> Sequence[Table]:
-        points = sorted(timed_points(record), key=lambda point: -point["accuracy"])
-        names = points[0]["predicted"]
+            yield Drawing(f"{self.name}-{name.lower()}", caption, draw)
+        rows = sorted(points, key=lambda point: -point["accuracy"])
         columns = {f"{name}, ms (predicted)": f"{{predicted[{name}]:.1f}}" for name in names}
-        items, forwards = points[0]["items"], record["forwards"]
-        return [self.text.table("points", points, columns, items=items, forwards=forwards)]
-
-    def findings(self, record: Entry) -> Sequence[Finding | str]:
-        points = timed_points(record)
-        vanilla = next(point for point in points if point["policy"] == "vanilla")
+        items, forwards = vanilla["items"], record["forwards"]
+        yield self.text.table("points", rows, columns, items=items, forwards=forwards)
         others = [point for point in points if point is not vanilla]
         similar = [point for point in others if point["p"] >= INDISTINGUISHABLE_P]
-        return [
-            self._own_layer_finding(vanilla, similar),
-            *(self._predicted_finding(name, vanilla, similar) for name in vanilla["predicted"]),
-            *timing.load_warnings(record["machine"]),
-        ]
+        yield self._own_layer_finding(vanilla, similar)
+        yield from (self._predicted_finding(name, vanilla, similar) for name in names)
+        yield from timing.load_warnings(record["machine"])
 
     def _own_layer_finding(self, vanilla: Entry, similar: Sequence[Entry]) -> Finding:
         if not similar:

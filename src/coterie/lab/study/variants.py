@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -72,13 +71,10 @@ def run_comparison(
     variants = {label: expand_policies(templates, k) for label, templates in groups.items()}
     by_name = {v.name: v for v in (VANILLA, *(v for group in variants.values() for v in group))}
     results = {r.name: r for r in context.evaluate(list(by_name.values()), (0.0, share))}
-    pairs = [
-        pair
-        for family, templates in rivals.items()
-        for pair in SizeMatcher(context, results, family).match(
-            [results[rival.name] for rival in expand_policies(templates, k)], (share, 1.0)
-        )
-    ]
+    pairs: list[Pair] = []
+    for family, templates in rivals.items():
+        others = [results[rival.name] for rival in expand_policies(templates, k)]
+        pairs += match_sizes(context, results, others, family, (share, 1.0))
     return VariantResults(
         experts=spec.router.experts,
         k=k,
@@ -89,52 +85,39 @@ def run_comparison(
     )
 
 
-@dataclass(frozen=True)
-class SizeMatcher:
-    """Finds the vote with the nearest number of experts for each given result."""
+def match_sizes(
+    context: StudyContext,
+    results: dict[str, VariantResult],
+    others: Sequence[VariantResult],
+    family: str,
+    progress_span: tuple[float, float],
+) -> list[Pair]:
+    """(other, vote) for each result with a vote within ``MAX_EXPERT_DIFFERENCE``, the nearest.
 
-    context: StudyContext
-    results: dict[str, VariantResult]  # grows
-    family: str = "des-vote"
+    Two rounds: the first interpolates the size from known ``results``, the second corrects it. The
+    votes that they measure are added to ``results``.
+    """
+    total = context.engine.model.spec.router.experts
 
-    @property
-    def _total(self) -> int:
-        return self.context.engine.model.spec.router.experts
-
-    def match(
-        self, others: Sequence[VariantResult], progress_span: tuple[float, float]
-    ) -> list[Pair]:
-        """(other, vote) for each match within ``MAX_EXPERT_DIFFERENCE``.
-
-        Two rounds: the first interpolates the size from known results, the second corrects it.
-        """
-        first, last = progress_span
-        middle = first + 0.6 * (last - first)
-        for span in ((first, middle), (middle, last)):
-            unmatched = [other for other in others if self._nearest_vote(other) is None]
-            sizes = {self._estimate_size(other.experts) for other in unmatched}
-            variants = [vote_of_size(size, self._total, self.family) for size in sorted(sizes)]
-            new_variants = [variant for variant in variants if variant.name not in self.results]
-            if new_variants:
-                self.results.update({r.name: r for r in self.context.evaluate(new_variants, span)})
-        matches = [(other, self._nearest_vote(other)) for other in others]
-        return [(other, vote) for other, vote in matches if vote is not None]
-
-    def _votes(self) -> list[VariantResult]:
+    def votes() -> list[VariantResult]:
         """Results of the plain vote, which has no option but its size."""
-        prefix = f"{self.family}:beta="
-        return [r for name, r in self.results.items() if name == f"{prefix}{beta_text(r.policy)}"]
+        prefix = f"{family}:beta="
+        return [r for name, r in results.items() if name == f"{prefix}{beta_text(r.policy)}"]
 
-    def _nearest_vote(self, other: VariantResult) -> VariantResult | None:
-        def distance(vote: VariantResult) -> float:
-            return abs(vote.experts - other.experts)
+    def nearest(other: VariantResult) -> VariantResult | None:
+        distances = [(abs(vote.experts - other.experts), vote) for vote in votes()]
+        near = [pair for pair in distances if pair[0] <= MAX_EXPERT_DIFFERENCE]
+        return min(near, key=lambda pair: pair[0], default=(0.0, None))[1]
 
-        near = [vote for vote in self._votes() if distance(vote) <= MAX_EXPERT_DIFFERENCE]
-        return min(near, key=distance, default=None)
-
-    def _estimate_size(self, experts: float) -> int:
-        """The coreset size expected to use ``experts``, by linear interpolation."""
-        total = self._total
-        votes = [(vote.experts, coreset_size(vote.policy, total)) for vote in self._votes()]
-        ends, sizes = zip(*sorted([(0.0, 0), *votes, (float(total), total)]), strict=True)
-        return max(1, round(float(np.interp(experts, ends, sizes))))
+    first, last = progress_span
+    middle = first + 0.6 * (last - first)
+    for span in ((first, middle), (middle, last)):
+        sizes = [(vote.experts, coreset_size(vote.policy, total)) for vote in votes()]
+        ends, counts = zip(*sorted([(0.0, 0), *sizes, (float(total), total)]), strict=True)
+        unmatched = [other.experts for other in others if nearest(other) is None]
+        missing = {max(1, round(count)) for count in np.interp(unmatched, ends, counts).tolist()}
+        variants = [vote_of_size(size, total, family) for size in sorted(missing)]
+        if new_variants := [variant for variant in variants if variant.name not in results]:
+            results.update({r.name: r for r in context.evaluate(new_variants, span)})
+    matches = [(other, nearest(other)) for other in others]
+    return [(other, vote) for other, vote in matches if vote is not None]

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing as mp
+import os
 import pickle
 import queue
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import Queue
 
 import torch
 from torch import Tensor
 
+from coterie.errors import CoterieError
+
+DEAD_PROCESS = "a process of the training has ended; memory may have run out"
 PR_SET_PDEATHSIG = 1
 FORK_CONTEXT = mp.get_context("fork")
 
@@ -72,33 +78,51 @@ class BatchLoader:
         prefetch: int = 8,
     ) -> None:
         self.queues: list[Queue] = [FORK_CONTEXT.Queue(prefetch) for _ in range(num_workers)]
-        self._process = start_process(_produce_batches, make_batch, start, stop, self.queues)
+        self.process = start_process(_produce_batches, make_batch, start, stop, self.queues)
 
     def next_batch(self, worker: int = 0) -> TrainingBatch:
-        """The next part of a worker; raises RuntimeError if the batch process has died."""
+        """The next part of a worker; raises CoterieError if the batch process has died."""
         while True:
             try:
                 return pickle.loads(self.queues[worker].get(timeout=10))
             except queue.Empty:
                 # Only the parent process, worker 0, may query the state of its child.
-                if worker == 0 and not self._process.is_alive():
-                    raise RuntimeError("the process that makes batches has died") from None
+                if worker == 0 and not self.process.is_alive():
+                    raise CoterieError(DEAD_PROCESS) from None
 
     def close(self) -> None:
         """Terminate the batch process."""
-        self._process.terminate()
-        self._process.join()
+        self.process.terminate()
+        self.process.join()
 
 
 def start_process(target: Callable[..., None], *args: object) -> BaseProcess:
     """Start a forked process with one thread that is killed if this process ends."""
-    process = FORK_CONTEXT.Process(target=_run_in_child, args=(target, *args), daemon=True)
+    all_args = (os.getpid(), target, *args)
+    process = FORK_CONTEXT.Process(target=_run_in_child, args=all_args, daemon=True)
     process.start()
     return process
 
 
-def _run_in_child(target: Callable[..., None], *args: object) -> None:
+def call_when_one_fails(processes: Sequence[BaseProcess], act: Callable[[], None]) -> None:
+    """Call ``act``, in a thread, once one of the processes has failed or was killed."""
+
+    def watch() -> None:
+        by_sentinel = {process.sentinel: process for process in processes}
+        while by_sentinel:
+            for sentinel in connection.wait(list(by_sentinel)):
+                process = by_sentinel.pop(sentinel)  # type: ignore[call-overload]
+                process.join()
+                if process.exitcode != 0:
+                    return act()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run_in_child(parent: int, target: Callable[..., None], *args: object) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before, and this process would hold its locks for ever
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

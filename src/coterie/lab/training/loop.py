@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from threading import BrokenBarrierError
 from typing import Annotated, Literal
@@ -24,28 +23,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from coterie.errors import CheckpointError, ConfigError
+from coterie.errors import CheckpointError, ConfigError, CoterieError
 from coterie.files import LockedFile, atomic_write, opened
 from coterie.keys import Key, to_json
 from coterie.lab.training.feed import (
+    DEAD_PROCESS,
     FORK_CONTEXT,
     BatchFunction,
     BatchLoader,
     TrainingBatch,
+    call_when_one_fails,
     start_process,
 )
 from coterie.lab.training.network import NetworkShape, TrainingNetwork, additive_mask
-from coterie.lab.training.optim import (
-    OptimizerOptions,
-    adamw_step,
-    attach_gradients,
-    build_buffer,
-    muon_step,
-)
+from coterie.lab.training.optim import OptimizerOptions, adamw_step, build_buffer, muon_step
 from coterie.lab.training.signals import StopSignals
 from coterie.strict_json import parse_object
-
-WORKER_TIMEOUT = 600.0  # seconds that the first worker waits for the others
 
 STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
 FREE_SETTINGS = ("steps", "save_every", "log_every")  # which a resumed run may change
@@ -103,9 +96,9 @@ class TrainingState:
         self.step = 0
         self.run_config = json.dumps(to_json(config), sort_keys=True)
         workers, network = config.workers, self.network
-        self.groups = _parameter_groups(network, config.optimizer)
+        groups = _parameter_groups(network, config.optimizer)
         self.buffers = [
-            build_buffer(pairs, workers, matrices=i > 0) for i, pairs in enumerate(self.groups)
+            build_buffer(pairs, workers, matrices=i > 0) for i, pairs in enumerate(groups)
         ]
         for bias in network.biases():
             bias.share_memory_()
@@ -223,15 +216,16 @@ def _started_workers(
     torch.set_num_threads(1)  # before forking: an OpenMP pool does not survive a fork
     loader = BatchLoader(make_batch, state.step, config.steps, num_workers=config.workers)
     barrier = FORK_CONTEXT.Barrier(config.workers)
-    # Only the first worker saves and logs, so the others wait for it without a timeout.
     workers = [
-        _TrainingWorker(i, config, state, loader, partial(barrier.wait, timeout))
-        for i, timeout in enumerate([WORKER_TIMEOUT, *[None] * (config.workers - 1)])
+        _TrainingWorker(i, config, state, loader, barrier.wait) for i in range(config.workers)
     ]
     followers = [start_process(_run_follower, worker, barrier.abort) for worker in workers[1:]]
+    call_when_one_fails([loader.process, *followers], barrier.abort)
     try:
         workers[0].attach_gradients()
         yield workers[0]
+    except BrokenBarrierError:
+        raise CoterieError(DEAD_PROCESS) from None
     finally:
         barrier.abort()
         loader.close()
@@ -252,8 +246,8 @@ class _TrainingWorker:
 
     def attach_gradients(self) -> None:
         """Make backward write this worker's gradients into the shared buffers."""
-        for buffer, pairs in zip(self.state.buffers, self.state.groups, strict=True):
-            attach_gradients(buffer, [p for p, _ in pairs], self.index)
+        for buffer in self.state.buffers:
+            buffer.attach_gradients(self.index)
 
     def step(self) -> None:
         """Compute the gradients of this worker's rows, then update its part of the weights."""

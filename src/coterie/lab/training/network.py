@@ -27,28 +27,33 @@ ROW_ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class NetworkShape:
-    """The sizes of a LLaDA2 model. The defaults are those of the embedded model."""
+    """The sizes of a LLaDA2 model. The defaults are those of the embedded model.
 
-    vocab_size: Annotated[int, Key("vocabulary")] = 300
-    hidden_size: Annotated[int, Key("hidden")] = 128
-    layers: Annotated[int, Key("layers")] = 5
-    heads: Annotated[int, Key("heads")] = 4
-    kv_heads: Annotated[int, Key("kv_heads")] = 4
-    head_dim: Annotated[int, Key("head")] = 32
-    rotary_fraction: Annotated[float, Key("rotary")] = 0.5  # of a head, with rotary embedding
-    rope_theta: Annotated[float, Key("theta")] = 10_000.0
-    dense_layers: Annotated[int, Key("dense_layers")] = 1
-    dense_width: Annotated[int, Key("dense_width")] = 384
-    experts: Annotated[int, Key("experts")] = 128
-    k: Annotated[int, Key("k")] = 8
-    groups: Annotated[int, Key("groups")] = 8
-    topk_groups: Annotated[int, Key("kept_groups")] = 4
-    expert_width: Annotated[int, Key("width")] = 32
-    shared_experts: Annotated[int, Key("shared")] = 1
-    routed_scale: Annotated[float, Key("scale")] = 2.5
-    epsilon: Annotated[float, Key("epsilon")] = 1e-6
+    A second name is that of ``config.json``.
+    """
+
+    vocab_size: Annotated[int, Key("vocabulary", "vocab_size")] = 300
+    hidden_size: Annotated[int, Key("hidden", "hidden_size")] = 128
+    layers: Annotated[int, Key("layers", "num_hidden_layers")] = 5
+    heads: Annotated[int, Key("heads", "num_attention_heads")] = 4
+    kv_heads: Annotated[int, Key("kv_heads", "num_key_value_heads")] = 4
+    head_dim: Annotated[int, Key("head", "head_dim")] = 32
+    rotary_fraction: Annotated[float, Key("rotary", "partial_rotary_factor")] = (
+        0.5  # of a head, with rotary embedding
+    )
+    rope_theta: Annotated[float, Key("theta", "rope_theta")] = 10_000.0
+    dense_layers: Annotated[int, Key("dense_layers", "first_k_dense_replace")] = 1
+    dense_width: Annotated[int, Key("dense_width", "intermediate_size")] = 384
+    experts: Annotated[int, Key("experts", "num_experts")] = 128
+    k: Annotated[int, Key("k", "num_experts_per_tok")] = 8
+    groups: Annotated[int, Key("groups", "n_group")] = 8
+    topk_groups: Annotated[int, Key("kept_groups", "topk_group")] = 4
+    expert_width: Annotated[int, Key("width", "moe_intermediate_size")] = 32
+    shared_experts: Annotated[int, Key("shared", "num_shared_experts")] = 1
+    routed_scale: Annotated[float, Key("scale", "routed_scaling_factor")] = 2.5
+    epsilon: Annotated[float, Key("epsilon", "rms_norm_eps")] = 1e-6
     block: Annotated[int, Key("block")] = 32
-    max_length: Annotated[int, Key("length")] = 2048
+    max_length: Annotated[int, Key("length", "max_position_embeddings")] = 2048
 
 
 class ExpertOrder(NamedTuple):

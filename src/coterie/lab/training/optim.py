@@ -44,6 +44,13 @@ class ParameterBuffer:
     gradients: Tensor  # [W, *weights.shape]
     state: tuple[Tensor, ...]  # each like weights
     rate: Tensor  # [n], of each matrix or element
+    parameters: Sequence[nn.Parameter]  # views of the weights
+
+    def attach_gradients(self, worker: int) -> None:
+        """Make backward write this worker's gradients into the buffer."""
+        parts = self.gradients[worker].view(-1).split([p.numel() for p in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
 
     def worker_slice(self, worker: int) -> slice:
         """The part of the leading dimension that a worker updates."""
@@ -72,16 +79,7 @@ def build_buffer(
     rate = torch.cat([torch.full((n,), r) for n, (_, r) in zip(counts, pairs, strict=True)])
     gradients = torch.zeros(workers, *weights.shape).share_memory_()
     state = tuple(torch.zeros_like(weights).share_memory_() for _ in range(1 if matrices else 2))
-    return ParameterBuffer(weights, gradients, state, rate)
-
-
-def attach_gradients(
-    buffer: ParameterBuffer, parameters: Sequence[nn.Parameter], worker: int
-) -> None:
-    """Make backward write this worker's gradients into the buffer."""
-    parts = buffer.gradients[worker].view(-1).split([p.numel() for p in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = part.view_as(parameter)
+    return ParameterBuffer(weights, gradients, state, rate, [parameter for parameter, _ in pairs])
 
 
 def muon_step(

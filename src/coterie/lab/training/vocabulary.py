@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer
@@ -31,6 +32,7 @@ CHAT_TEMPLATE = (
 )
 
 
+@cache  # it takes half a minute, and a run needs it twice
 def build_tokenizer(num_problems: int = 20_000, seed: int = 0) -> Tokenizer:
     """A lossless tokenizer with each piece of ``num_problems`` problems per task."""
     splitter = Sequence(

@@ -13,13 +13,7 @@ from coterie.ops.cpu.elementwise import (
     supports_logits_summary,
     supports_rms_norm,
 )
-from coterie.ops.cpu.experts import (
-    allocate,
-    pack,
-    packed_format,
-    read_experts,
-    run_experts,
-)
+from coterie.ops.cpu.experts import allocate, pack, packed_format, read_experts, run_experts
 from coterie.ops.cpu.library import available_isas, is_available
 from coterie.ops.cpu.linear import can_pack_matrix, linear, pack_matrix, swiglu
 from coterie.ops.cpu.routing import route

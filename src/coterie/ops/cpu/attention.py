@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -24,9 +22,9 @@ def fused_attention(
     qkv: Tensor, norms: tuple[Tensor, Tensor], queries: QueryPositions, kv: LayerKV, epsilon: float
 ) -> Tensor:
     """See ``ops.fused_attention``. Sums in fp32; rounds where plain torch does, or later."""
-    call = AttentionCall.create(qkv.contiguous(), norms, queries, kv, epsilon)
-    run_ops(call.args)
-    return call.out
+    args, out = attention_args(qkv.contiguous(), norms, queries, kv, epsilon)
+    run_ops(args)
+    return out
 
 
 def fused_attention_layer(
@@ -42,72 +40,59 @@ def fused_attention_layer(
     x = x.detach().contiguous()
     qkv_out = empty_product(x, weights[0], x.dtype)
     qkv = qkv_out.unflatten(-1, (-1, kv.keys.shape[-1]))
-    call = AttentionCall.create(qkv, norms, queries, kv, epsilon)
-    attended = call.out.flatten(2)
+    args, heads_out = attention_args(qkv, norms, queries, kv, epsilon)
+    attended = heads_out.flatten(2)
     out = empty_product(attended, weights[1], x.dtype)
-    run_ops(matmul_args(x, weights[0], qkv_out), call.args, matmul_args(attended, weights[1], out))
+    run_ops(matmul_args(x, weights[0], qkv_out), args, matmul_args(attended, weights[1], out))
     return out
 
 
-@dataclass(frozen=True)
-class AttentionCall:
-    """The kernel arguments of one attention call, and the tensors that they point to."""
-
-    args: AttentionArgs
-    out: Tensor
-    references: tuple[Tensor, ...]
-
-    @staticmethod
-    def create(
-        qkv: Tensor,
-        norms: tuple[Tensor, Tensor],
-        queries: QueryPositions,
-        kv: LayerKV,
-        epsilon: float,
-    ) -> AttentionCall:
-        """Prepares the call. qkv [B, W, heads + 2 kv_heads, D] may be written later."""
-        rows, width, all_heads, dim = qkv.shape
-        cache_size, kv_heads, capacity, _ = check_cache(kv, dim)
-        heads, rotary_half = all_heads - 2 * kv_heads, queries.cos.shape[-1]
-        if heads < 1 or heads % kv_heads or 2 * rotary_half > dim:
-            raise ValueError(
-                f"{all_heads} heads of {dim} with {kv_heads} KV heads and {rotary_half} rotations"
-            )
-        if not 1 <= queries.kv_length <= capacity:
-            raise ValueError(f"{queries.kv_length} keys in a KV cache of {capacity} positions")
-        limits = queries.key_limits.clamp(0, queries.kv_length).to(torch.int32).contiguous()
-        positions, cos = queries.positions.contiguous(), queries.cos.contiguous()
-        sin, bf16 = queries.sin.contiguous(), torch.bfloat16
-        rotations = (rows, width, 1, rotary_half)
-        out = torch.empty(rows, width, heads, dim, dtype=bf16)
-        args = AttentionArgs(
-            qkv=address(qkv, bf16, qkv.shape, "qkv"),
-            query_norm=address(norms[0], bf16, (dim,), "query norm"),
-            key_norm=address(norms[1], bf16, (dim,), "key norm"),
-            cos=address(cos, torch.float32, rotations, "cos"),
-            sin=address(sin, torch.float32, rotations, "sin"),
-            positions=address(positions, torch.int64, (rows, width), "positions"),
-            cache_rows=address(kv.cache_rows, torch.int64, (rows,), "cache rows"),
-            limits=address(limits, torch.int32, (rows, width), "key limits"),
-            keys=kv.keys.data_ptr(),
-            values=kv.values.data_ptr(),
-            out=out.data_ptr(),
-            row_stride=kv.keys.stride(0),
-            head_stride=kv.keys.stride(1),
-            epsilon=epsilon,
-            scale=dim**-0.5,
-            rows=rows,
-            width=width,
-            heads=heads,
-            kv_heads=kv_heads,
-            dim=dim,
-            rotary_half=rotary_half,
-            kv_length=queries.kv_length,
-            cache_size=cache_size,
-            capacity=capacity,
+def attention_args(
+    qkv: Tensor, norms: tuple[Tensor, Tensor], queries: QueryPositions, kv: LayerKV, epsilon: float
+) -> tuple[AttentionArgs, Tensor]:
+    """The arguments and the output; qkv [B, W, heads + 2 kv_heads, D] may be written later."""
+    rows, width, all_heads, dim = qkv.shape
+    cache_size, kv_heads, capacity, _ = check_cache(kv, dim)
+    heads, rotary_half = all_heads - 2 * kv_heads, queries.cos.shape[-1]
+    if heads < 1 or heads % kv_heads or 2 * rotary_half > dim:
+        raise ValueError(
+            f"{all_heads} heads of {dim} with {kv_heads} KV heads and {rotary_half} rotations"
         )
-        references = (qkv, limits, positions, cos, sin, kv.cache_rows)
-        return AttentionCall(args, out, references)
+    if not 1 <= queries.kv_length <= capacity:
+        raise ValueError(f"{queries.kv_length} keys in a KV cache of {capacity} positions")
+    limits = queries.key_limits.clamp(0, queries.kv_length).to(torch.int32).contiguous()
+    positions, cos = queries.positions.contiguous(), queries.cos.contiguous()
+    sin, bf16 = queries.sin.contiguous(), torch.bfloat16
+    rotations = (rows, width, 1, rotary_half)
+    out = torch.empty(rows, width, heads, dim, dtype=bf16)
+    args = AttentionArgs(
+        qkv=address(qkv, bf16, qkv.shape, "qkv"),
+        query_norm=address(norms[0], bf16, (dim,), "query norm"),
+        key_norm=address(norms[1], bf16, (dim,), "key norm"),
+        cos=address(cos, torch.float32, rotations, "cos"),
+        sin=address(sin, torch.float32, rotations, "sin"),
+        positions=address(positions, torch.int64, (rows, width), "positions"),
+        cache_rows=address(kv.cache_rows, torch.int64, (rows,), "cache rows"),
+        limits=address(limits, torch.int32, (rows, width), "key limits"),
+        keys=kv.keys.data_ptr(),
+        values=kv.values.data_ptr(),
+        out=out.data_ptr(),
+        row_stride=kv.keys.stride(0),
+        head_stride=kv.keys.stride(1),
+        epsilon=epsilon,
+        scale=dim**-0.5,
+        rows=rows,
+        width=width,
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        rotary_half=rotary_half,
+        kv_length=queries.kv_length,
+        cache_size=cache_size,
+        capacity=capacity,
+    )
+    args.tensors = (qkv, limits, positions, cos, sin, kv.cache_rows)  # kept alive with the struct
+    return args, out
 
 
 def check_cache(kv: LayerKV, dim: int) -> torch.Size:

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from coterie.checks import address, describe
-from coterie.ops.cpu.library import (
-    ERROR_MESSAGES,
-    LogitsSummaryArgs,
-    RmsNormArgs,
-    is_available,
-    require_library,
-)
+from coterie.ops.cpu.library import LogitsSummaryArgs, RmsNormArgs, is_available, require_library
 from coterie.ops.cpu.op_chain import run_ops
 from coterie.ops.threads import busy_threads
 from coterie.values import NO_MASK, LogitsSummary
@@ -85,7 +77,5 @@ def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
         mask_id=mask_id,
         threads=busy_threads(LOGIT_COST * rows * width),
     )
-    kernels = require_library()
-    if status := kernels.handle.coterie_summarize_logits(kernels.isa(), ctypes.byref(args)):
-        raise RuntimeError(f"summarize_logits failed: {ERROR_MESSAGES[status]}")
+    require_library().call("summarize_logits", args)
     return LogitsSummary.from_logits(logits, best, unmasked, logsumexp)

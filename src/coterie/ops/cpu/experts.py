@@ -13,18 +13,13 @@ from torch import Tensor
 from coterie.checks import address, describe
 from coterie.ops.cpu.library import (
     ACTIVATIONS,
-    ERROR_MESSAGES,
     FORMAT_IDS,
     ExpertsArgs,
     PackArgs,
     ReadArgs,
     require_library,
 )
-from coterie.ops.packed_layout import (
-    expert_bytes,
-    packed_format_of,
-    slab_of_packed,
-)
+from coterie.ops.packed_layout import expert_bytes, packed_format_of, slab_of_packed
 from coterie.ops.threads import busy_threads
 from coterie.quantization import QTensor
 from coterie.values import Activation, PackedExperts, PackedFormat, Routing, Slab
@@ -72,7 +67,6 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab, activation: Activation 
     x, ids = x.contiguous(), routing.topk_ids.contiguous()
     weights, k = routing.topk_weights.contiguous(), ids.shape[-1]
     out = torch.empty(tokens, hidden)
-    kernels = require_library()
     args = ExpertsArgs(
         x=address(x, x.dtype, (tokens, hidden), "tokens"),
         ids=address(ids, torch.int64, (tokens, k), "expert ids"),
@@ -92,8 +86,7 @@ def run_experts(x: Tensor, routing: Routing, slab: Slab, activation: Activation 
         x_is_bf16=x.dtype == torch.bfloat16,
         activation=ACTIVATIONS.index(activation),
     )
-    if status := kernels.handle.coterie_run_experts(kernels.isa(), ctypes.byref(args)):
-        raise RuntimeError(f"run_experts failed: {ERROR_MESSAGES[status]}")
+    require_library().call("run_experts", args)
     return out
 
 

@@ -53,9 +53,8 @@ TYPES: Mapping[str, type] = {
 }
 
 
+# The argument structs: each has the fields of the struct of the same name in ``api.hpp``.
 class ExpertsArgs(Structure):
-    """See ``api.hpp``."""
-
     _fields_ = _fields(
         pointers="x ids slot_of weights out panels",
         sizes="stride",
@@ -64,14 +63,10 @@ class ExpertsArgs(Structure):
 
 
 class ReadArgs(Structure):
-    """See ``api.hpp``."""
-
     _fields_ = _fields(pointers="panels slots", sizes="stride bytes", ints="count threads")
 
 
 class PackArgs(Structure):
-    """See ``api.hpp``."""
-
     _fields_ = _fields(
         pointers="gate_up down gate_up_scales down_scales panels",
         sizes="stride",
@@ -80,14 +75,10 @@ class PackArgs(Structure):
 
 
 class PackMatrixArgs(Structure):
-    """See ``api.hpp``."""
-
     _fields_ = _fields(pointers="rows panels", ints="count k threads format")
 
 
 class MatmulArgs(Structure):
-    """See ``api.hpp``."""
-
     _fields_ = _fields(
         pointers="x panels residual out", ints="tokens k rows format x_is_bf16 out_is_bf16"
     )
@@ -97,8 +88,6 @@ class MatmulArgs(Structure):
 
 
 class RouteArgs(Structure):
-    """See ``api.hpp``."""
-
     _fields_ = _fields(
         pointers="logits p bias vote_weight resident starts ids vanilla_ids weights used ballots "
         "sums previous_coresets reuse_vote_weight coresets reused vote_loss",
@@ -110,8 +99,6 @@ class RouteArgs(Structure):
 
 
 class AttentionArgs(Structure):
-    """See ``api.hpp``."""
-
     _fields_ = _fields(
         pointers="qkv query_norm key_norm cos sin positions cache_rows limits keys values out",
         sizes="row_stride head_stride",
@@ -124,8 +111,6 @@ class AttentionArgs(Structure):
 
 
 class RmsNormArgs(Structure):
-    """See ``api.hpp``."""
-
     _fields_ = _fields(pointers="x residual weight sum out", floats="epsilon", ints="rows width")
 
     def multiplications(self) -> int:
@@ -133,8 +118,6 @@ class RmsNormArgs(Structure):
 
 
 class SiluMulArgs(Structure):
-    """See ``api.hpp``."""
-
     _fields_ = _fields(pointers="gate_up out", ints="rows width")
 
     def multiplications(self) -> int:
@@ -142,20 +125,14 @@ class SiluMulArgs(Structure):
 
 
 class Op(Structure):
-    """See ``api.hpp``."""
-
     _fields_ = _fields(pointers="args", ints="kind")
 
 
 class OpList(Structure):
-    """See ``api.hpp``."""
-
     _fields_ = _fields(pointers="ops", ints="count threads")
 
 
 class LogitsSummaryArgs(Structure):
-    """See ``api.hpp``."""
-
     _fields_ = _fields(pointers="logits best unmasked logsumexp", ints="rows width mask_id threads")
 
 
@@ -193,6 +170,11 @@ class KernelLibrary:
             known = ", ".join(self.isas)
             raise ConfigError(f"{ISA_VARIABLE}={isa_name}: not supported here; known: {known}")
         return self.isas[isa_name]
+
+    def call(self, name: str, args: Structure) -> None:
+        """Run the function of this name; raises RuntimeError if it fails."""
+        if status := getattr(self.handle, f"coterie_{name}")(self.isa(), ctypes.byref(args)):
+            raise RuntimeError(f"{name} failed: {ERROR_MESSAGES[status]}")
 
     def is_widest_isa(self) -> bool:
         """Whether the selected instruction set has 512-bit registers, if any supported one has."""

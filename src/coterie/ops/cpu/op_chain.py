@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TypeAlias
 
 from coterie.ops.cpu.library import (
-    ERROR_MESSAGES,
     AttentionArgs,
     MatmulArgs,
     Op,
@@ -36,8 +35,4 @@ def run_ops(*ops: OpArgs) -> None:
     """
     array = (Op * len(ops))(*((ctypes.addressof(op), _OP_KINDS[type(op)]) for op in ops))
     threads = busy_threads(sum(op.multiplications() for op in ops))
-    op_list = OpList(ctypes.addressof(array), len(ops), threads)
-    kernels = require_library()
-    if status := kernels.handle.coterie_run_ops(kernels.isa(), ctypes.byref(op_list)):
-        names = ", ".join(type(op).__name__.lower() for op in ops)
-        raise RuntimeError(f"run_ops failed ({names}): {ERROR_MESSAGES[status]}")
+    require_library().call("run_ops", OpList(ctypes.addressof(array), len(ops), threads))

@@ -112,16 +112,7 @@ def vote_kernel(
     outer = tl.where(in_groups, LOWEST_KEY, key)
     inner_count = tl.full((TOKENS,), KEPT, tl.int32)
     columns, inner, outer, last_key, marked = topk_columns(
-        inner,
-        outer,
-        inner_count,
-        column,
-        choice,
-        marked,
-        K,
-        MARKS,
-        HAS_OUTER,
-        PADDED_GROUPS * PADDED_SIZE,
+        inner, outer, inner_count, column, choice, marked, K, MARKS, HAS_OUTER
     )
     if EXTRA:
         last_key = tl.max(inner if K < KEPT else outer, axis=1)
@@ -165,14 +156,8 @@ def vote_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "tokens",
-        "tiles",
-        "blocks",
-        "count",
-        "min_experts",
-        "mass_bits",
-        "bonus_bits",
-        "loss_bits",
+        *("tokens", "tiles", "blocks", "count", "min_experts"),
+        *("mass_bits", "bonus_bits", "loss_bits"),
     ]
 )
 def choose_kernel(
@@ -230,86 +215,28 @@ def choose_kernel(
         coreset = valid_column
         eligible = valid_column
         if admitted is not None:
-            eligible = (
-                reduce_tiles(
-                    admitted + row * blocks * EXPERTS + expert,
-                    valid_column,
-                    blocks,
-                    EXPERTS,
-                    PADDED_GROUPS * PADDED_SIZE,
-                    "any",
-                )
-                > 0
-            )
+            pointers = admitted + row * blocks * EXPERTS + expert
+            eligible = reduce_tiles(pointers, valid_column, blocks, EXPERTS, "any") > 0
         if RULE == "union":
-            coreset = (
-                reduce_tiles(
-                    marks + tile_offset,
-                    valid_column,
-                    tiles,
-                    EXPERTS,
-                    PADDED_GROUPS * PADDED_SIZE,
-                    "any",
-                )
-                > 0
-            )
+            coreset = reduce_tiles(marks + tile_offset, valid_column, tiles, EXPERTS, "any") > 0
         else:
             reduction: tl.constexpr = "best" if BEST else "sum"
-            votes = reduce_tiles(
-                vote_sums + tile_offset,
-                valid_column,
-                tiles,
-                EXPERTS,
-                PADDED_GROUPS * PADDED_SIZE,
-                reduction,
-            )
+            votes = reduce_tiles(vote_sums + tile_offset, valid_column, tiles, EXPERTS, reduction)
             votes = tl.where(eligible, votes, 0)
             protected = tl.zeros((PADDED_GROUPS * PADDED_SIZE,), tl.int1)
             if PROTECT:
-                protected = (
-                    reduce_tiles(
-                        marks + tile_offset,
-                        valid_column,
-                        tiles,
-                        EXPERTS,
-                        PADDED_GROUPS * PADDED_SIZE,
-                        "any",
-                    )
-                    > 0
-                )
+                protected = reduce_tiles(marks + tile_offset, valid_column, tiles, EXPERTS, "any")
+                protected = protected > 0
             MASS: tl.constexpr = RULE == "mass"
-            coreset = elect(
-                votes,
-                protected,
-                eligible,
-                count,
-                min_experts,
-                mass_bits,
-                MASS,
-                PADDED_GROUPS * PADDED_SIZE,
-            )
+            coreset = elect(votes, protected, eligible, count, min_experts, mass_bits, MASS)
             if resident is not None:
                 is_resident = tl.load(resident + expert, mask=valid_column, other=0).to(tl.float64)
                 factor = 1.0 + bonus_bits.to(tl.int64).to(tl.float64, bitcast=True) * is_resident
                 weighted_votes = votes.to(tl.float64) * factor
                 resident_coreset = elect(
-                    weighted_votes,
-                    protected,
-                    eligible,
-                    count,
-                    min_experts,
-                    mass_bits,
-                    MASS,
-                    PADDED_GROUPS * PADDED_SIZE,
+                    weighted_votes, protected, eligible, count, min_experts, mass_bits, MASS
                 )
-                coreset = restore_votes(
-                    resident_coreset,
-                    coreset,
-                    votes,
-                    loss_bits,
-                    EXPERTS,
-                    PADDED_GROUPS * PADDED_SIZE,
-                )
+                coreset = restore_votes(resident_coreset, coreset, votes, loss_bits)
         offset = token_index[:, None] * EXPERTS + expert[None, :]
         bits = tl.load(p_bits + offset, mask=valid_token[:, None] & valid_column[None, :], other=0)
         c = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True)
@@ -322,16 +249,7 @@ def choose_kernel(
         inner_count = tl.sum((inner != LOWEST_KEY).to(tl.int32), axis=1)
         marked = tl.zeros((TOKENS, PADDED_GROUPS * PADDED_SIZE), tl.int1)
         columns, _, _, _, _ = topk_columns(
-            inner,
-            outer,
-            inner_count,
-            column,
-            choice,
-            marked,
-            K,
-            0,
-            HAS_OUTER,
-            PADDED_GROUPS * PADDED_SIZE,
+            inner, outer, inner_count, column, choice, marked, K, 0, HAS_OUTER
         )
         selected = tl.where(
             columns < 0, -1, (columns // PADDED_SIZE) * GROUP_SIZE + columns % PADDED_SIZE
@@ -389,28 +307,19 @@ def vote_units(x):
 
 
 @triton.jit
-def reduce_tiles(
-    pointers, valid_column, tiles, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, HOW: tl.constexpr
-):
-    """[COLUMNS]: int64 votes or int32 marks of one row, reduced over its tiles."""
+def reduce_tiles(pointers, valid_column, tiles, EXPERTS: tl.constexpr, HOW: tl.constexpr):
+    """[COLUMNS]: int64 votes ("best", "sum") or int32 marks ("any") of a row, over its tiles."""
     tile = tl.arange(0, 8)
-    if HOW == "best":
-        total = tl.full((COLUMNS,), LOWEST_KEY64, tl.int64)
-    elif HOW == "sum":
-        total = tl.full((COLUMNS,), 0, tl.int64)
-    else:
-        total = tl.full((COLUMNS,), 0, tl.int32)
+    LEAST: tl.constexpr = LOWEST_KEY64 if HOW == "best" else 0
+    total = tl.full(valid_column.shape, LEAST, tl.int32 if HOW == "any" else tl.int64)
     for start in range(0, tiles, 8):
         valid = (start + tile < tiles)[:, None] & valid_column[None, :]
         tile_pointers = pointers[None, :] + (start + tile)[:, None] * EXPERTS
-        if HOW == "best":
-            total = tl.maximum(
-                total, tl.max(tl.load(tile_pointers, mask=valid, other=LOWEST_KEY64), axis=0)
-            )
-        elif HOW == "sum":
-            total += tl.sum(tl.load(tile_pointers, mask=valid, other=0), axis=0)
+        values = tl.load(tile_pointers, mask=valid, other=LEAST)
+        if HOW == "sum":
+            total += tl.sum(values, axis=0)
         else:
-            total = tl.maximum(total, tl.max(tl.load(tile_pointers, mask=valid, other=0), axis=0))
+            total = tl.maximum(total, tl.max(values, axis=0))
     return total
 
 
@@ -423,10 +332,9 @@ def elect(
     min_experts,
     mass_bits,
     MASS: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
     """The coreset, a mask [COLUMNS]: protected experts, then those with most votes."""
-    rank = tl.arange(0, COLUMNS)
+    rank = tl.arange(0, votes.shape[0])
     candidate = eligible & ~protected
     candidate_count = tl.sum(candidate.to(tl.int32), axis=0)
     protected_count = tl.sum(protected.to(tl.int32), axis=0)
@@ -452,16 +360,14 @@ def elect(
 
 
 @triton.jit
-def restore_votes(
-    coreset, plain_coreset, votes, loss_bits, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def restore_votes(coreset, plain_coreset, votes, loss_bits):
     """``coreset`` with its largest losses restored, a mask [COLUMNS].
 
     Missing experts of ``plain_coreset`` return one by one, most votes first. Each replaces the
     extra expert with fewest votes, until the coreset holds (1 - max_vote_loss) of the votes that
     ``plain_coreset`` holds.
     """
-    rank = tl.arange(0, COLUMNS)
+    rank = tl.arange(0, votes.shape[0])
     missing, extra = plain_coreset & ~coreset, coreset & ~plain_coreset
     zero = tl.zeros_like(votes)
     gain = tl.where(missing, votes, LOWEST_KEY64)
@@ -474,7 +380,7 @@ def restore_votes(
     plain_votes = tl.sum(tl.where(plain_coreset, votes, zero), axis=0).to(tl.float64)
     floor = plain_votes * (1.0 - loss_bits.to(tl.int64).to(tl.float64, bitcast=True))
     after = (coreset_votes + tl.cumsum(swap_gain, axis=0)).to(tl.float64)
-    swaps = tl.min(tl.where(after >= floor, rank + 1, COLUMNS), axis=0)
+    swaps = tl.min(tl.where(after >= floor, rank + 1, votes.shape[0]), axis=0)
     swaps = tl.where(coreset_votes.to(tl.float64) >= floor, 0, swaps)
     restored = first_candidates(gain, missing, swaps, sorted_gain, rank)
     return (coreset | restored) & ~first_candidates(loss, extra, swaps, sorted_loss, rank)

@@ -41,7 +41,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """See ``ops.silu_and_mul``."""
+    """See ``ops.activate_and_mul``: with silu."""
     gate_up = gate_up.contiguous()
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty(*gate_up.shape[:-1], width)

@@ -1,4 +1,4 @@
-"""The expert kernels: gate-up, down and the weighted sum.
+"""The expert kernels: one for both products, gate-up and down, and one for the weighted sum.
 
 A program computes a few weight rows of one expert for all of its tokens, one tile of tokens at a
 time. Few tokens are one tile, so the weights are streamed once along k. With TRANSPOSED, weight
@@ -13,16 +13,16 @@ import triton.language as tl
 
 
 @triton.jit
-def gate_up_kernel(
-    x,  # [tokens, HIDDEN]
-    weight,  # [slots, 2 * WIDTH, ROW_SIZE] stored elements, slots STRIDE apart
-    scales,  # [slots, 2 * WIDTH, SCALES_SIZE] bf16, SCALES_STRIDE apart; not read if BITS is 16
-    token_ids,  # [pairs] int32, sorted by slot; see ``reference.Dispatch``
+def product_kernel(
+    x,  # [rows, K]
+    weight,  # [slots, N, ROW_SIZE] stored elements, slots STRIDE apart; gate-up has 2 * N rows
+    scales,  # [slots, N, SCALES_SIZE] bf16, SCALES_STRIDE apart; not read if BITS is 16
+    row_ids,  # [pairs] int32: token ids of gate-up, pair ids of down; see ``reference.Dispatch``
     slot_begin,  # [slots + 1] int32
     active_slots,  # [slots] int32
-    h,  # output [pairs, WIDTH], in the order of ``token_ids``
-    HIDDEN: tl.constexpr,
-    WIDTH: tl.constexpr,
+    out,  # output [pairs, N]
+    K: tl.constexpr,
+    N: tl.constexpr,
     ROW_SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
     SCALES_SIZE: tl.constexpr,
@@ -34,115 +34,64 @@ def gate_up_kernel(
     STEP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     UPCAST: tl.constexpr,
-    GELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # "" for down
 ):
-    """COLUMNS of silu(gate) * up, for the pairs of one expert; with GELU, of gelu in tanh form."""
-    tiles: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    """COLUMNS of a product, for the pairs of one expert.
+
+    Gate-up reads the tokens of its pairs, and gives activation(gate) * up in the order of the
+    pairs. Down reads these in that order, and writes each to the row of its pair id; rows of pairs
+    without a slot are not written.
+    """
+    GATED: tl.constexpr = ACTIVATION != ""
+    ROWS: tl.constexpr = 2 * COLUMNS if GATED else COLUMNS
+    tiles: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     active_index = tl.program_id(0) // tiles
     first_column = (tl.program_id(0) % tiles) * COLUMNS
+    column = first_column + tl.arange(0, COLUMNS)
     slot = tl.load(active_slots + active_index)
     if slot >= 0:
         start = tl.load(slot_begin + slot)
         stop = tl.load(slot_begin + slot + 1)
-        # Gate and up rows alternate, so that two adjacent results belong to one column. Rows past
-        # the end repeat the last row; their results are not stored.
-        interleaved = tl.arange(0, 2 * COLUMNS)
-        row = (interleaved % 2) * WIDTH + tl.minimum(first_column + interleaved // 2, WIDTH - 1)
+        # Rows past the end repeat the last row; their results are not stored.
+        if GATED:
+            # Gate and up rows alternate, so that two adjacent results belong to one column.
+            index = tl.arange(0, ROWS)
+            row = (index % 2) * N + tl.minimum(first_column + index // 2, N - 1)
+        else:
+            row = tl.minimum(column, N - 1)
         weight_offset = slot.to(tl.int64) * STRIDE
         scales_offset = slot.to(tl.int64) * SCALES_STRIDE
-        column = first_column + tl.arange(0, COLUMNS)
         for first in range(start, stop, TOKENS):
             pair_index = first + tl.arange(0, TOKENS)
             valid = pair_index < stop
-            token = tl.load(token_ids + pair_index, mask=valid, other=0)
+            row_id = tl.load(row_ids + pair_index, mask=valid, other=0)
             total = _tiled_matmul(
                 x,
-                token * HIDDEN,
+                (row_id if GATED else pair_index) * K,
                 valid,
                 weight,
                 weight_offset + row * ROW_SIZE,
                 scales,
                 scales_offset + row * SCALES_SIZE,
-                HIDDEN,
+                K,
                 TOKENS,
-                2 * COLUMNS,
+                ROWS,
                 STEP,
                 BITS,
                 GROUP,
                 TRANSPOSED,
                 UPCAST,
             )
-            gate, up = tl.split(tl.reshape(total, (TOKENS, COLUMNS, 2)))
-            inner = gate
-            if GELU:  # 0.5 (1 + tanh z) is the sigmoid of 2 z
-                inner = 1.5957691216 * (gate + 0.044715 * gate * gate * gate)
-            hidden = gate / (1.0 + tl.exp(-inner)) * up
+            if GATED:
+                gate, up = tl.split(tl.reshape(total, (TOKENS, COLUMNS, 2)))
+                inner = gate
+                if ACTIVATION == "gelu-tanh":  # 0.5 (1 + tanh z) is the sigmoid of 2 z
+                    inner = 1.5957691216 * (gate + 0.044715 * gate * gate * gate)
+                total = gate / (1.0 + tl.exp(-inner)) * up
             tl.store(
-                h + pair_index[:, None] * WIDTH + column[None, :],
-                hidden.to(h.dtype.element_ty),
-                mask=valid[:, None] & (column < WIDTH)[None, :],
-            )
-
-
-@triton.jit
-def down_kernel(
-    h,  # [pairs, WIDTH], in the order of ``pair_ids``
-    weight,  # [slots, HIDDEN, ROW_SIZE], slots STRIDE apart
-    scales,  # [slots, HIDDEN, SCALES_SIZE], SCALES_STRIDE apart
-    pair_ids,  # [pairs] int32
-    slot_begin,
-    active_slots,
-    y,  # output [pairs, HIDDEN] fp32, by pair id; rows of pairs without a slot are not written
-    HIDDEN: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROW_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    SCALES_SIZE: tl.constexpr,
-    SCALES_STRIDE: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """COLUMNS of one expert's output, for its pairs."""
-    tiles: tl.constexpr = (HIDDEN + COLUMNS - 1) // COLUMNS
-    active_index = tl.program_id(0) // tiles
-    column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    slot = tl.load(active_slots + active_index)
-    if slot >= 0:
-        start = tl.load(slot_begin + slot)
-        stop = tl.load(slot_begin + slot + 1)
-        row = tl.minimum(column, HIDDEN - 1)
-        weight_offset = slot.to(tl.int64) * STRIDE
-        scales_offset = slot.to(tl.int64) * SCALES_STRIDE
-        for first in range(start, stop, TOKENS):
-            pair_index = first + tl.arange(0, TOKENS)
-            valid = pair_index < stop
-            pair = tl.load(pair_ids + pair_index, mask=valid, other=0)
-            total = _tiled_matmul(
-                h,
-                pair_index * WIDTH,
-                valid,
-                weight,
-                weight_offset + row * ROW_SIZE,
-                scales,
-                scales_offset + row * SCALES_SIZE,
-                WIDTH,
-                TOKENS,
-                COLUMNS,
-                STEP,
-                BITS,
-                GROUP,
-                TRANSPOSED,
-                UPCAST,
-            )
-            tl.store(
-                y + pair[:, None] * HIDDEN + column[None, :],
-                total,
-                mask=valid[:, None] & (column < HIDDEN)[None, :],
+                out + (pair_index if GATED else row_id)[:, None] * N + column[None, :],
+                total.to(out.dtype.element_ty),
+                mask=valid[:, None] & (column < N)[None, :],
             )
 
 

@@ -59,35 +59,29 @@ def run_experts(
     h = torch.empty(tokens * choices, width, dtype=x.dtype, device=x.device)
     y = torch.empty(tokens * choices, hidden, dtype=torch.float32, device=x.device)
     out = torch.empty(tokens, hidden, dtype=torch.float32, device=x.device)
-    constants = {"HIDDEN": hidden, "WIDTH": width, "UPCAST": INTERPRETER_MODE}
-    gate_up_tensors, down_tensors = _weight_and_scales(slab.gate_up), _weight_and_scales(slab.down)
-    launch(
-        kernels.gate_up_kernel,
-        (max_active * ceil_div(width, gate_up_config.columns),),
-        x.contiguous(),
-        *gate_up_tensors,
-        pairs.token_ids,
-        pairs.slot_begin,
-        pairs.active_slots,
-        h,
-        **constants,
-        GELU=activation == "gelu-tanh",
-        **_layout_constants(*gate_up_tensors, slab.gate_up),
-        **gate_up_config.launch_options(),
+    products = (
+        (x.contiguous(), slab.gate_up, pairs.token_ids, h, activation, gate_up_config),
+        (h, slab.down, pairs.pair_ids, y, "", down_config),
     )
-    launch(
-        kernels.down_kernel,
-        (max_active * ceil_div(hidden, down_config.columns),),
-        h,
-        *down_tensors,
-        pairs.pair_ids,
-        pairs.slot_begin,
-        pairs.active_slots,
-        y,
-        **constants,
-        **_layout_constants(*down_tensors, slab.down),
-        **down_config.launch_options(),
-    )
+    for source, weight, row_ids, target, gate, config in products:
+        numbers, scales = _weight_and_scales(weight)
+        launch(
+            kernels.product_kernel,
+            (max_active * ceil_div(target.shape[1], config.columns),),
+            source,
+            numbers,
+            scales,
+            row_ids,
+            pairs.slot_begin,
+            pairs.active_slots,
+            target,
+            K=source.shape[1],
+            N=target.shape[1],
+            ACTIVATION=gate,
+            UPCAST=INTERPRETER_MODE,
+            **_layout_constants(numbers, scales, weight),
+            **config.launch_options(),
+        )
     launch(
         kernels.sum_kernel,
         (tokens, ceil_div(hidden, SUM_COLUMNS)),

@@ -54,7 +54,6 @@ def topk_columns(
     ROUNDS: tl.constexpr,
     MARKS: tl.constexpr,
     HAS_OUTER: tl.constexpr,
-    COLUMNS: tl.constexpr,
 ):
     """Each row's ROUNDS best columns, preferred columns first.
 
@@ -68,7 +67,9 @@ def topk_columns(
         if HAS_OUTER:
             keys = tl.where((rank < inner_count)[:, None], inner, outer)
         best = tl.max(keys, axis=1)
-        best_column = tl.min(tl.where(keys == best[:, None], column[None, :], COLUMNS), axis=1)
+        best_column = tl.min(
+            tl.where(keys == best[:, None], column[None, :], column.shape[0]), axis=1
+        )
         hit = column[None, :] == best_column[:, None]
         column_or_none = tl.where(best == LOWEST_KEY, -1, best_column)
         columns = tl.where((choice == rank)[None, :], column_or_none[:, None], columns)

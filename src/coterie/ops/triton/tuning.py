@@ -170,8 +170,7 @@ def save_config(gemm: GemmShape, config: TileConfig) -> None:
         temporary.replace(path)
     except OSError as error:
         logging.getLogger("coterie").warning(
-            "Measured tile sizes are not saved: %s (set COTERIE_CACHE to another folder)",
-            error,
+            "Measured tile sizes are not saved: %s (set COTERIE_CACHE to another folder)", error
         )
 
 

@@ -1,16 +1,17 @@
 """Writes docs/demo/index.html: the page of `coterie serve` with one recorded run, in one file.
 
-Two policies answer one question with the embedded model; half of its experts are cached.
+    python -m experiments demo          record two policies on one question, and write the page
+    python -m experiments demo page     write the page again, with the runs that it has
+
+The embedded model answers; half of its experts are cached.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import coterie
 from coterie.engine.engine import Engine
@@ -18,23 +19,25 @@ from coterie.engine.events import Denoised
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.model.weights import expert_bytes
 from coterie.routing import parse_policy
+from coterie.server.app import STATIC
 from coterie.server.frames import Json, model_summary, step_frame
 from coterie.server.votes import VoteRecorder
+from experiments.records import ROOT
 
-STATIC = Path(__file__).with_name("static")
-PAGE = Path(__file__).parents[3] / "docs" / "demo" / "index.html"
+PAGE = ROOT / "docs" / "demo" / "index.html"
 PROMPT = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
 POLICIES = ("des-vote:beta=0.4", "vanilla")
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     """Record both runs, and write the page with them; `page` keeps the runs of the last time."""
-    if sys.argv[1:] == ["page"]:
+    if list(argv) == ["page"]:
         run = recorded_run(PAGE.read_text(encoding="utf-8"))
     else:
         run, other = (record(policy) for policy in POLICIES)
         run["compared"] = other
     PAGE.write_text(bundle(run), encoding="utf-8")
+    return 0
 
 
 def recorded_run(page: str) -> Json:
@@ -92,7 +95,3 @@ def bundle(run: Json) -> str:
         page = page.replace(f'<script src="{name}"></script>', f"<script>\n{code}</script>")
     recorded = f'<script type="application/json" id="recorded">{document}</script>\n'
     return page.replace("<script>", recorded + "<script>", 1)
-
-
-if __name__ == "__main__":
-    main()
