@@ -14,14 +14,14 @@ import pytest
 from coterie.cli import bench_output
 from coterie.cli.entry import run
 from coterie.files import LockedFile
-from coterie.lab.bench import forward, session
+from coterie.lab.bench import forward, layer
 from coterie.lab.bench.plots import make_chart
 
 
 @pytest.fixture(autouse=True)
 def small_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test here depends on what the processor's cache holds."""
-    monkeypatch.setattr(session, "FLUSH_BYTES", 1 << 12)
+    monkeypatch.setattr(layer, "FLUSH_BYTES", 1 << 12)
 
 
 @pytest.fixture
