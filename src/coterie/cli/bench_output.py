@@ -31,16 +31,18 @@ def open_journal(
 ) -> Iterator[Journal]:
     """The journal of a record's repeats; raises ConfigError if the record exists already.
 
-    The same command goes on from it. It is removed once the record is written.
+    The same command goes on from it. It is removed once the record and its figures are written, so
+    a record beside a journal is not complete.
     """
     record = record_path(out, title)
-    if record.exists() and not overwrite:
+    journal_path = record.with_suffix(".journal")
+    if record.exists() and not overwrite and not journal_path.exists():
         raise ConfigError(
             f"{record}: exists already; --overwrite replaces it, --out moves the new one"
         )
     out.mkdir(parents=True, exist_ok=True)
     same = {"commit": git_commit(), "machine": machine_info(), "versions": package_versions()}
-    with output.resumable(Journal(record.with_suffix(".journal"), {**options, **same})) as journal:
+    with output.resumable(Journal(journal_path, {**options, **same})) as journal:
         yield journal
         journal.remove()
 

@@ -17,7 +17,9 @@ NAME_HELP = "Policy to explain, with every option (default: list all)."
 
 
 def policies(
-    name: Annotated[str | None, typer.Argument(help=NAME_HELP)] = None, *, json: o.Json = False
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help=NAME_HELP)] = None,
+    *,
+    json: o.Json = False,
 ) -> None:
     """List every routing policy with its meaning and its source, or explain one.
 
@@ -26,6 +28,7 @@ def policies(
     coterie policies des-vote
     coterie policies --json
     """
+    name = name and name.partition(":")[0]  # also of des-vote:beta=0.3
     if name is not None and name not in POLICIES:
         raise ConfigError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
     shown = POLICIES if name is None else {name: POLICIES[name]}

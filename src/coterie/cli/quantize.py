@@ -27,7 +27,7 @@ LAYOUT_HELP = (
 
 def quantize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
-    output: Annotated[Path, typer.Argument(help=OUTPUT_HELP)],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help=OUTPUT_HELP)],
     *,
     expert_dtype: Annotated[str, typer.Option(help=FORMAT_HELP)],
     group_size: Annotated[int | None, typer.Option(help=GROUP_HELP, min=1)] = None,

@@ -51,7 +51,7 @@ class LimitOptions:
     max_model_len: Annotated[
         int | None, limits("Most tokens of a prompt and its answer (default: the model's).", min=1)
     ] = None
-    deadline: Annotated[float, limits("Seconds until a request is given up (504).")] = 600.0
+    deadline: Annotated[float, limits("Seconds until a request gets a 504.", min=0.001)] = 600.0
     max_body: Annotated[str, limits("Largest body of a request, in bytes (4MiB).")] = "4MiB"
     drain: Annotated[float, limits("Seconds for running requests after SIGTERM.", min=0)] = 60.0
     prefill_chunk: Annotated[

@@ -11,10 +11,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from threading import BrokenBarrierError
 from typing import Annotated, Literal
 
 import torch
@@ -27,14 +27,7 @@ from coterie.errors import CheckpointError, ConfigError, CoterieError
 from coterie.files import LockedFile, atomic_write, opened
 from coterie.keys import Key, to_json
 from coterie.lab.training.batch import TrainingBatch
-from coterie.lab.training.feed import (
-    DEAD_PROCESS,
-    FORK_CONTEXT,
-    BatchFunction,
-    BatchLoader,
-    call_when_one_fails,
-    start_process,
-)
+from coterie.lab.training.feed import BatchFunction, BatchLoader, LeaderBarrier
 from coterie.lab.training.network import NetworkShape, TrainingNetwork, additive_mask
 from coterie.lab.training.optim import (
     OptimizerOptions,
@@ -204,22 +197,14 @@ def _run_workers(make_batch: BatchFunction, leader: _Leader) -> None:
     config, state = leader.config, leader.state
     torch.set_num_threads(1)  # before forking: an OpenMP pool does not survive a fork
     loader = BatchLoader(make_batch, state.step, config.steps, num_workers=config.workers)
-    barrier = FORK_CONTEXT.Barrier(config.workers)
-    workers = [
-        _TrainingWorker(i, config, state, loader, barrier.wait) for i in range(config.workers)
-    ]
-    followers = [start_process(_run_follower, worker, barrier.abort) for worker in workers[1:]]
-    call_when_one_fails([loader.process, *followers], barrier.abort)
+    barrier = LeaderBarrier()
+    for index in range(1, config.workers):
+        barrier.start_follower(partial(_run_follower, index, config, state, loader))
     try:
-        leader.run(workers[0])
-    except BrokenBarrierError:
-        raise CoterieError(DEAD_PROCESS) from None
+        leader.run(_TrainingWorker(0, config, state, loader, barrier.wait))
     finally:
-        barrier.abort()
         loader.close()
-        for process in followers:
-            process.terminate()
-            process.join()
+        barrier.close()
 
 
 @dataclass(frozen=True)
@@ -230,7 +215,7 @@ class _TrainingWorker:
     config: TrainingConfig
     state: TrainingState
     loader: BatchLoader
-    barrier_wait: Callable[[], int]
+    barrier_wait: Callable[[], None]
 
     def attach_gradients(self) -> None:
         """Make backward write this worker's gradients into the shared buffers."""
@@ -323,16 +308,18 @@ class _Leader:
         self.log.append(json.dumps(entry).encode() + b"\n")
 
 
-def _run_follower(worker: _TrainingWorker, abort: Callable[[], None]) -> None:
-    try:
-        worker.attach_gradients()
-        while worker.state.step < worker.config.steps:
+def _run_follower(
+    index: int,
+    config: TrainingConfig,
+    state: TrainingState,
+    loader: BatchLoader,
+    barrier_wait: Callable[[], None],
+) -> None:
+    worker = _TrainingWorker(index, config, state, loader, barrier_wait)
+    worker.attach_gradients()
+    with suppress(CoterieError):  # the leader finds this process ended, and says so
+        while state.step < config.steps:
             worker.step()
-    except BrokenBarrierError:  # the leader stopped
-        return
-    except BaseException:
-        abort()
-        raise
 
 
 def _positions(state: TrainingState) -> int:
