@@ -96,9 +96,8 @@ def listen(settings: ServerSettings) -> socket.socket:
     try:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
     except OSError as error:
-        where, reason = f"{settings.host}:{settings.port}", os.strerror(error.errno or 0)
-        if isinstance(error, socket.gaierror):  # its numbers are not those of the system
-            reason = error.strerror
+        where, number = f"{settings.host}:{settings.port}", error.errno or 0
+        reason = os.strerror(number) if number > 0 else "no such address"  # below 0: the resolver's
         raise ConfigError(f"cannot listen on {where}: {reason}") from None
     # Connections inherit it: else a small chunk waits 40 ms for the reader to confirm the last.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
