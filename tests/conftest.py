@@ -1,9 +1,13 @@
-"""How every test runs: Triton interpreted where there is no GPU, few threads, poisoned memory."""
+"""What every run of the tests sets before torch is imported, and what it could not test."""
 
-import gc
+from __future__ import annotations
+
 import os
-import signal
 import tempfile
+from importlib import import_module
+
+import pytest
+from shared_data import missing
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for child processes too
@@ -15,83 +19,18 @@ if not os.path.exists("/dev/nvidiactl"):
 # Tile sizes that a GPU's user has measured would make other kernels than the tests expect.
 os.environ["COTERIE_CACHE"] = tempfile.mkdtemp(prefix="coterie-tests-")
 
-from collections.abc import Callable
-from functools import cache
 
-import pytest
-import torch
-from hypothesis import settings
-from shared_data import missing
-from torch import Tensor
-
-from coterie.engine import engine
-from coterie.loading.load import Model, load_model
-
-settings.register_profile("default", deadline=None, max_examples=10, derandomize=True)
-settings.register_profile("thorough", deadline=None, max_examples=1000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
-
-# A shell's background job ignores interrupts, and the tests' child processes inherit that.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# Workers of pytest-xdist share the cores: more threads would only wait for each other.
-PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
-torch.set_num_threads(1 if PARALLEL else int(os.environ.get("OMP_NUM_THREADS", "2")))
+def pytest_configure(config: pytest.Config) -> None:
+    """A process that only gives tests to its workers runs none, and needs no torch."""
+    has_workers = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
+    if not has_workers:
+        config.pluginmanager.register(import_module("process_setup"))
 
 
 def pytest_report_header() -> list[str]:
     return missing()
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now stays: looking through it for garbage takes a tenth of some tests."""
-    gc.freeze()
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for line in missing():
         terminalreporter.write_sep("!", line, yellow=True, bold=True)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unwritten memory is NaN (integers: their largest value), so that reading it shows."""
-    monkeypatch.setattr(torch, "empty", poisoning(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoning(torch.empty_like))
-    monkeypatch.setattr(Tensor, "new_empty", poisoning(Tensor.new_empty))
-
-
-def poisoning(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def poisoned(*args: object, **kwargs: object) -> Tensor:
-        tensor = make(*args, **kwargs)
-        if tensor.requires_grad:
-            with torch.no_grad():
-                return tensor.fill_(poison(tensor.dtype))
-        return tensor.fill_(poison(tensor.dtype))
-
-    return poisoned
-
-
-@pytest.fixture
-def embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedded model, where all its experts are in memory, is read once a process."""
-    monkeypatch.setattr(engine, "load_model", load_model_once)
-
-
-def load_model_once(name: str | None = None, **options: object) -> Model:
-    if name is not None or options["expert_memory"] is not None:
-        return load_model(name, **options)
-    return embedded_model(options["dtype"], options["device"], options["expert_dtype"])
-
-
-@cache
-def embedded_model(dtype: object, device: object, expert_dtype: object) -> Model:
-    return load_model(dtype=dtype, device=device, expert_dtype=expert_dtype)
-
-
-@cache
-def poison(dtype: torch.dtype) -> float | int | bool:
-    if dtype.is_floating_point or dtype.is_complex:
-        return float("nan")
-    return True if dtype == torch.bool else torch.iinfo(dtype).max

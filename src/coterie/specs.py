@@ -14,8 +14,9 @@ reads ``lam``. ``Annotated[X, ValueAlias("masked", "topk-prob")]`` also reads th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, replace
+from difflib import get_close_matches
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -170,7 +171,8 @@ def parse_spec(text: str, table: Mapping[str, type[SpecT]], noun: str) -> SpecT:
     """
     name, _, rest = text.strip().partition(":")
     if name not in table:
-        raise SpecError(f"unknown {noun} {name!r}; known: {', '.join(sorted(table))}")
+        known = f"known: {', '.join(sorted(table))}"
+        raise SpecError(f"unknown {noun} {name!r}; {known}{_suggestion(name, table)}")
     options = spec_options(table[name])
     try:
         values = {option: option.parse(value) for option, value in _parse_pairs(rest, options)}
@@ -184,6 +186,11 @@ def parse_spec(text: str, table: Mapping[str, type[SpecT]], noun: str) -> SpecT:
         return _build(table[name], values)
     except CoterieError as error:
         raise SpecError(f"{noun} {text!r}: {error}") from None
+
+
+def _suggestion(name: str, table: Iterable[str]) -> str:
+    similar = get_close_matches(name.lower().replace("_", "-"), table, 1)
+    return f"; did you mean {similar[0]!r}?" if similar else ""
 
 
 def format_spec(spec: object, table: Mapping[str, type[object]]) -> str:

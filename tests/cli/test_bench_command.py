@@ -233,3 +233,25 @@ def test_the_table_is_shown_where_the_record_cannot_be_written(
     assert "vanilla" in shown.out
     assert "x.json: No space left" in shown.err
     assert (tmp_path / "bench-forward-tiny-int8.journal").exists()
+
+
+def test_a_benchmark_killed_between_its_record_and_its_figures_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(path: Path) -> list[Path]:
+        raise Killed(path)
+
+    words = [*SHORT, "-o", str(tmp_path)]
+    monkeypatch.setattr(bench_output, "plot_record", kill)
+    with pytest.raises(Killed):
+        run(words)
+    names = {path.suffix for path in tmp_path.iterdir()}
+    assert names == {".json", ".journal"}
+    monkeypatch.setattr(bench_output, "plot_record", lambda path: [tmp_path / "figure.svg"])
+    assert run(words) == 0
+    assert "figure.svg" in capsys.readouterr().err
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json"}
+    assert run(words) == 2

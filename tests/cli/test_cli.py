@@ -412,3 +412,33 @@ def test_bytes_are_readable() -> None:
 def test_the_source_of_a_policy_stands_in_its_parenthesis() -> None:
     assert split_source("Votes ``twice`` (DES, Eq. 6).") == ("Votes twice.", "DES, Eq. 6")
     assert split_source("The unmodified model.") == ("The unmodified model.", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["generate", "hi", "-m", ""], "empty name"),
+        (["generate", "hi", "-p", "policy.json"], "@policy.json reads it"),
+        (["eval", "-o", "policy.json"], "exists, and is no folder"),
+        (["bench", "forward", "--shape", "tiny", "-o", "policy.json"], "exists, and is no folder"),
+        (["serve", "--deadline", "nan"], "--deadline"),
+        (["serve", "--host", "nowhere.invalid", "--port", "0"], "no such address"),
+    ],
+)
+def test_a_newcomers_mistake_is_named(
+    words: list[str], expected: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("policy.json").write_text("{}")
+    assert run(words) == 2
+    message = capsys.readouterr().err
+    assert re.search(expected, message)
+    assert message.count("\n") == 1
+
+
+def test_a_policy_with_options_is_explained_too(capsys: Capture) -> None:
+    assert run(["policies", "des-vote:beta=0.3"]) == 0
+    explained = capsys.readouterr().out
+    assert run(["policies", "des-vote"]) == 0
+    assert explained == capsys.readouterr().out

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from coterie.model import attention
 from coterie.model.attention import AttentionMetadata
 from coterie.model.cache import KVCache
 from coterie.model.forward_context import ForwardContext
@@ -311,6 +312,16 @@ def test_a_sliding_window_ends_before_the_block(starts: list[int], width: int, b
             if seen.mask is not None:
                 mask = seen.mask[row, query - start].tolist()
             assert [seen.first_key + key for key, sees in enumerate(mask) if sees] == [*keys]
+
+
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_queries_that_attend_in_parts_see_the_same(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, view = tokens(2), window(0, 0, width=LENGTH, visible=[LENGTH, LENGTH - 5], block=4)
+    whole = run(MODELS[family], ids, view)
+    monkeypatch.setattr(attention, "QUERIES_PER_PART", 5)
+    same(run(MODELS[family], ids, view), whole)
 
 
 def test_one_canvas_needs_no_mask_of_its_window() -> None:

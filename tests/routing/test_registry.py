@@ -83,6 +83,8 @@ def test_every_combination_of_options_round_trips(text: str):
             "unknown policy 'des-vot'; known: coreset, des-seq, des-vote, ",
         ),
         ("", "unknown policy ''; known: "),
+        ("des_vote:beta=0.3", "did you mean 'des-vote'?"),
+        ("DES-SEQ:k=3", "did you mean 'des-seq'?"),
         ("vanilla:k=1", "unknown option 'k'; it has: none"),
         ("topk", "needs k"),
         ("des-vote:vote=weight", "needs beta"),

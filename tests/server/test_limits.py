@@ -15,7 +15,7 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_server import SLOW, LiveServer, byte_engine, live_server, wait_for
+from live_server import SLOW, LiveServer, byte_engine, live_server, text_of, wait_for
 
 from coterie.errors import NonFiniteLogitsError, OffloadError
 from coterie.server.settings import AllowedOptions
@@ -61,14 +61,6 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     assert set(error) == {"message", "type", "param", "code"}
     assert not re.search(r"Traceback|\.py", answer.text)
     return error
-
-
-def text_of(stream: str) -> str:
-    """The text of a stream of chunks that ended well."""
-    *events, done = stream.strip().split("\n\n")
-    assert done == "data: [DONE]"
-    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
-    return "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"])
 
 
 @settings(max_examples=6)

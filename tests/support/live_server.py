@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -67,6 +68,14 @@ def live_server(engine: Engine, **settings: object) -> Iterator[LiveServer]:
         finally:
             server.force_exit = server.should_exit = True
             thread.join(60)
+
+
+def text_of(stream: str) -> str:
+    """The text of a stream of chunks that ended well."""
+    *events, done = stream.strip().split("\n\n")
+    assert done == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    return "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"])
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:

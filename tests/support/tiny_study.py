@@ -124,7 +124,7 @@ def studied(
 
 
 def lab(folder: Path, items: int = 6) -> StudyContext:
-    return StudyContext(tiny(folder), [QUIZ], folder, items, 2, 1, lambda share, doing: None)
+    return StudyContext(tiny(folder), [QUIZ], folder, items, 2, lambda share, doing: None)
 
 
 def tally(name: str, right: str, experts: float = 10.0) -> VariantResult:

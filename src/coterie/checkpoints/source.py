@@ -31,6 +31,8 @@ def find_folder(name: str | Path | None, patterns: tuple[str, ...] = MODEL_FILES
     """
     if name is None or str(name) == EMBEDDED:
         return _embedded_folder()
+    if not str(name).strip():
+        raise CheckpointError("the model has an empty name")  # which would be this folder
     path = Path(name).expanduser()
     if (path / JOURNAL).exists():
         raise CheckpointError(

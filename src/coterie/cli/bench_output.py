@@ -39,16 +39,17 @@ class RecordOptions:
     def journal(self, title: str, options: Mapping[str, object]) -> Iterator[Journal]:
         """The journal of a record's repeats; raises ConfigError if the record exists already.
 
-        The same command goes on from it. It is removed once the record is written.
+        The same command goes on from it. It is removed once the record and its figures are written,
+        so a record beside a journal is not complete.
         """
         record = record_path(self.out, title)
-        if record.exists() and not self.overwrite:
+        file = record.with_suffix(".journal")
+        if record.exists() and not self.overwrite and not file.exists():
             raise ConfigError(
                 f"{record}: exists already; --overwrite replaces it, --out moves the new one"
             )
         self.out.mkdir(parents=True, exist_ok=True)
         same = {"commit": git_commit(), "machine": machine_info(), "versions": package_versions()}
-        file = record.with_suffix(".journal")
         with output.resumable(Journal(file, {**options, **same})) as journal:
             yield journal
             journal.remove()

@@ -202,6 +202,8 @@ def canonical_policy(spec: str) -> str:
     """The policy in its canonical form; for ``@file``, the calibrated policy of that file."""
     if spec.startswith(FILE_PREFIX):
         return read_calibrated_policy(spec.removeprefix(FILE_PREFIX)).policy
+    if Path(spec).is_file():
+        raise ConfigError(f"policy {spec!r} is a file; {FILE_PREFIX}{spec} reads it")
     return format_policy(parse_policy(spec))
 
 

@@ -152,6 +152,8 @@ def _error_message(error: Exception) -> str:
     """The error as a line; an error of the system without its number: ``runs: Not a directory``."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
+    if isinstance(error, FileExistsError):  # from a folder that is to be made
+        return f"{error.filename}: exists, and is no folder"
     return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 

@@ -19,6 +19,7 @@ def policies(name: str | None = None, *, json: bool = False) -> None:
     coterie policies des-vote
     coterie policies --json
     """
+    name = name and name.partition(":")[0]  # also of des-vote:beta=0.3
     if name is not None and name not in POLICIES:
         raise ConfigError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
     shown = POLICIES if name is None else {name: POLICIES[name]}

@@ -14,6 +14,8 @@ from coterie.model.cache import KVCache, window_positions
 from coterie.model.spec import AttentionSpec, ModelSpec
 from coterie.values import LayerKV, Matrix, PackedMatrix, QueryPositions, Window
 
+QUERIES_PER_PART = 512  # that attend together where there is a mask
+
 
 @dataclass(frozen=True)
 class AttentionMetadata:
@@ -91,7 +93,7 @@ class Attention:
         seen = slice(metadata.first_key, queries.kv_length)
         keys, values = keys[:, :, seen], values[:, :, seen]
         scale = self.kind.scale
-        attn_output = _sdpa(query, keys, values, metadata.mask, scale)
+        attn_output = _attend(query, keys, values, metadata.mask, scale)
         output = ops.linear(attn_output.flatten(2), self.out)
         return output, _received(query, keys, metadata, scale) if return_received else None
 
@@ -196,6 +198,33 @@ def _sliding_mask(
     keys = torch.arange(first_key, queries.kv_length, device=positions.device)
     inside = keys > (first - width)[:, :, None]
     return (inside if mask is None else mask & inside).expand(*positions.shape, -1)
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """Attention output [B, W, heads, D] of query [B, W, heads, D].
+
+    Under a mask some queries at a time attend to the keys that any of them sees. This bounds the
+    memory of a long prompt.
+    """
+    if mask is None or query.shape[1] <= QUERIES_PER_PART:
+        return _sdpa(query, keys, values, mask, scale)
+    parts = []
+    for start in range(0, query.shape[1], QUERIES_PER_PART):
+        part = slice(start, start + QUERIES_PER_PART)
+        seen = _seen_keys(mask[:, part])
+        span = keys[:, :, seen], values[:, :, seen]
+        parts.append(_sdpa(query[:, part], *span, mask[:, part, seen], scale))
+    return torch.cat(parts, dim=1)
+
+
+def _seen_keys(mask: Tensor) -> slice:
+    """From the first to the last key that a query sees; all of them on a GPU, without a wait."""
+    if mask.device.type != "cpu":
+        return slice(None)
+    seen = mask.flatten(0, 1).any(dim=0).nonzero()
+    return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(None)
 
 
 def _sdpa(

@@ -107,6 +107,7 @@ def bind(settings: ServerSettings) -> socket.socket:
         listener.bind((settings.host, settings.port))
     except OSError as error:
         listener.close()
-        where = f"{settings.host}:{settings.port}"
-        raise ConfigError(f"cannot listen on {where}: {error.strerror}") from None
+        where, number = f"{settings.host}:{settings.port}", error.errno or 0
+        reason = os.strerror(number) if number > 0 else "no such address"  # below 0: the resolver's
+        raise ConfigError(f"cannot listen on {where}: {reason}") from None
     return listener

@@ -225,7 +225,7 @@ def test_some_seeds_shuffle_differently() -> None:
 
 
 def test_a_folder_is_locked_for_other_processes(tmp_path: Path) -> None:
-    with AnswerLog(tmp_path, {}), pytest.raises(CoterieError, match="another process"):
+    with AnswerLog.open(tmp_path, {}), pytest.raises(CoterieError, match="another process"):
         run_eval(engine(), [make_quiz()], [VANILLA], tmp_path)
     run_eval(engine(), [make_quiz()], [VANILLA], tmp_path)
 

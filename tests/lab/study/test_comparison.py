@@ -14,7 +14,7 @@ from tiny_study import QUIZ, lab, tally
 
 from coterie.lab.evals.run import Variant
 from coterie.lab.evals.task import Grade, Item
-from coterie.lab.study.charts import pareto_front
+from coterie.lab.plotting import pareto_front
 from coterie.lab.study.comparison import claim_finding, compare_pairs, is_better
 from coterie.lab.study.experts_per_token import LimitTopK, evaluate_policy
 from coterie.lab.study.results import VariantResult, VariantResults

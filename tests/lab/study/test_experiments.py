@@ -119,7 +119,7 @@ def test_experiments_have_names_and_questions() -> None:
 
 STUDY = ROOT / "src" / "coterie" / "lab" / "study"
 TEXTS = {path.stem: tomllib.loads(path.read_text("utf-8")) for path in STUDY.glob("texts/*.toml")}
-TEXT_METHODS = ("caption", "sentence", "claim", "finding", "table")
+TEXT_METHODS = ("caption", "drawing", "sentence", "claim", "finding", "table")
 
 
 def strings_of(tree: ast.AST) -> set[str]:

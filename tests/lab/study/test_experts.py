@@ -60,7 +60,7 @@ def tiny(folder: Path, **options: str) -> Engine:
 
 
 def lab(folder: Path, engine: Engine) -> StudyContext:
-    return StudyContext(engine, TASKS, folder, 6, 2, 1, lambda share, doing: None)
+    return StudyContext(engine, TASKS, folder, 6, 2, lambda share, doing: None)
 
 
 def ask(engine: Engine, asked: ReplayRequest, folder: Path) -> list[AnswerEntry]:

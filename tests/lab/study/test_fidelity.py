@@ -90,7 +90,6 @@ def lab(family: str = "llada2", shares: list[float] | None = None) -> StudyConte
         folder=Path("nowhere"),
         num_problems=3,
         num_prompts=3,
-        seed=0,
         on_progress=lambda share, doing: heard.append(share),
     )
 

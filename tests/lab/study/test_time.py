@@ -25,11 +25,10 @@ from coterie.errors import CoterieError
 from coterie.lab.bench import routings
 from coterie.lab.bench.profiler import OTHER, PARTS, Stopwatch, timed_model
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
-from coterie.lab.plotting import ColourScheme, render_svg
+from coterie.lab.plotting import ColourScheme, pareto_front, render_svg
 from coterie.lab.records import make_record
 from coterie.lab.study import latency, layers, selection
 from coterie.lab.study.breakdown import BreakdownExperiment
-from coterie.lab.study.charts import pareto_front
 from coterie.lab.study.experiment import Experiment, Finding, StudyContext
 from coterie.lab.study.explosion import (
     ExplosionExperiment,
@@ -80,7 +79,6 @@ def lab(
         folder=folder,
         num_problems=4,
         num_prompts=3,
-        seed=1,
         on_progress=told or ProgressLog(),
     )
 

@@ -23,8 +23,7 @@ from torch import Tensor
 from coterie.errors import CoterieError
 from coterie.files import LockedFile
 from coterie.keys import from_json, keys_of
-from coterie.lab.training import export
-from coterie.lab.training.embedded import write_training_record
+from coterie.lab.training.embedded import hf_config, save_network, write_training_record
 from coterie.lab.training.feed import TrainingBatch, start_process
 from coterie.lab.training.loop import TrainingConfig, TrainingState, saved_step, train
 from coterie.lab.training.network import (
@@ -129,7 +128,7 @@ def test_forward_equals_golden() -> None:
 
 def test_configuration_has_exactly_the_official_keys() -> None:
     official = json.loads((golden("llada2", "a") / "config.json").read_text())
-    mine = export.hf_config(golden_shape(official)) | {"pad_token_id": official["pad_token_id"]}
+    mine = hf_config(golden_shape(official)) | {"pad_token_id": official["pad_token_id"]}
     assert mine == official | {"dtype": "bfloat16"}
 
 
@@ -342,7 +341,7 @@ def test_balance_moves_load_to_idle_experts(tmp_path: Path) -> None:
 
 def test_export_loads_back(tmp_path: Path) -> None:
     network = TrainingNetwork(SMALL, seed=5)
-    export.save_network(network, tmp_path)
+    save_network(network, tmp_path)
     again = TrainingNetwork(SMALL, seed=6)
     load_network(again, tmp_path)
     for name, weight in network.checkpoint_tensors().items():

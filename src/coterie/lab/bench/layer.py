@@ -26,7 +26,7 @@ from coterie.lab.bandwidth import read_rows, readable_rows, weight_buffers
 from coterie.lab.bench import worker
 from coterie.lab.bench.baselines import BaselineError, BaselineProcess, ResolvedBaseline
 from coterie.lab.bench.interleaved import ProgressCallback, Repeat, Sample, run_repeats
-from coterie.lab.bench.model import ExpertDtype, make_experts_slab, repeat_experts
+from coterie.lab.bench.model import ExpertDtype, make_experts_slab, other_dtype, repeat_experts
 from coterie.lab.bench.routings import find_skew, skewed_scores
 from coterie.lab.bench.shapes import ModelShape
 from coterie.lab.journal import Journal
@@ -194,7 +194,7 @@ def draw_cases(config: BenchConfig) -> CasesByPolicy:
     scores = [
         skewed_scores(shape.router, config.tokens, skew, generator) for _ in range(NUM_ROUTINGS)
     ]
-    dtype = torch.float32 if config.dtype == "fp32" else torch.bfloat16
+    dtype = other_dtype(config.dtype)
     xs = [
         torch.randn(config.tokens, shape.hidden, generator=generator).to(dtype)
         for _ in range(NUM_ROUTINGS)

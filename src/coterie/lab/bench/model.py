@@ -56,7 +56,7 @@ def random_model(
     """
     target_device, truncated = device or torch.device("cpu"), shape.truncate(layers)
     expert_format = FORMATS.get(expert_dtype)
-    dtype = torch.float32 if expert_dtype == "fp32" else torch.bfloat16
+    dtype = other_dtype(expert_dtype)
     spec = replace(truncated.spec, expert_format=expert_format)
     _check_memory(truncated, weight_bytes(spec, dtype), target_device)
     generator = torch.Generator().manual_seed(seed)
@@ -78,6 +78,11 @@ def random_model(
     )
 
 
+def other_dtype(expert_dtype: ExpertDtype) -> torch.dtype:
+    """The dtype of all weights but the experts, and of experts that are not quantised."""
+    return torch.float32 if expert_dtype == "fp32" else torch.bfloat16
+
+
 def random_experts(
     spec: ModelSpec, expert_dtype: ExpertDtype, generator: torch.Generator, device: torch.device
 ) -> Slab:
@@ -96,7 +101,7 @@ def make_experts_slab(
     def convert(weight: Tensor) -> Tensor | QTensor:
         if expert_dtype in FORMATS:
             return quantize(weight.to(device), FORMATS[expert_dtype])
-        return weight.to(device, torch.float32 if expert_dtype == "fp32" else torch.bfloat16)
+        return weight.to(device, other_dtype(expert_dtype))
 
     slots = torch.arange(len(gate_up), device=device)
     return ops.prepare(Slab(convert(gate_up), convert(down), slots))

@@ -88,7 +88,7 @@ def _timed_layer(layer: Layer, stopwatch: Stopwatch) -> Layer:
 def _timed_feed_forward(feed_forward: FeedForward, stopwatch: Stopwatch) -> FeedForward:
     if not isinstance(feed_forward, MoE):
         return stopwatch(DENSE)(feed_forward)
-    shared, store = feed_forward.shared, _TimedStore(feed_forward.store, stopwatch)
+    shared, store = feed_forward.shared, _timed_store(feed_forward.store, stopwatch)
     if shared is not None:
         shared = _timed_methods(stopwatch, SHARED, shared, "apply")
     inner = replace(feed_forward, store=store, shared=shared)
@@ -109,24 +109,15 @@ def _timed_methods(stopwatch: Stopwatch, part: str, inner: object, *names: str) 
     return SimpleNamespace(**{name: stopwatch(part)(getattr(inner, name)) for name in names})
 
 
-@dataclass(frozen=True)
-class _TimedStore:
+def _timed_store(store: ExpertStore, stopwatch: Stopwatch) -> Any:
     """The caller's work on a slab runs between two steps of its loop."""
 
-    inner: ExpertStore
-    watch: Stopwatch
-
-    def serve(self, layer: int, request: ExpertRequest) -> Iterator[Slab]:
-        for slab in self.inner.serve(layer, request):
-            with self.watch(EXPERTS):
+    def serve(layer: int, request: ExpertRequest) -> Iterator[Slab]:
+        for slab in store.serve(layer, request):
+            with stopwatch(EXPERTS):
                 yield slab
 
-    def resident(self, layer: int) -> Tensor | None:
-        return self.inner.resident(layer)
-
-    @property
-    def capacity(self) -> int | None:
-        return self.inner.capacity
+    return SimpleNamespace(serve=serve, resident=store.resident, capacity=store.capacity)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from coterie.lab.calibration.measurement import (
 from coterie.lab.calibration.search_space import SearchFamily, per_layer_policies
 from coterie.lab.calibration.target import VALUE_FORMAT, Estimate, Target, TargetKind
 
+MeasureCandidates = Callable[[Sequence[int]], Sequence[Estimate]]  # of ascending indices
+
 # Votes and losses are compared on equal inputs. Experts and accuracy depend on the text that a
 # policy decodes, so each policy decodes all prompts.
 TRACE_KINDS: tuple[TargetKind, ...] = ("mass", "loss")
@@ -197,9 +199,6 @@ def measure_policies(
 
 def _has_two_thresholds(family: SearchFamily) -> bool:
     return family.name == "mc-moe" and not family.is_fixed("protect")
-
-
-MeasureCandidates = Callable[[Sequence[int]], Sequence[Estimate]]  # of ascending indices
 
 
 @dataclass(frozen=True)

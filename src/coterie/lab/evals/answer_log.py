@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import CheckpointError, ConfigError, TaskError
-from coterie.files import atomic_write
+from coterie.files import LockedFile, atomic_write
 from coterie.keys import Key, from_json, keys_of, names_of, to_json
-from coterie.lab.journal import LockedFile
 from coterie.offload.traffic import Traffic
 from coterie.routing import update_policy_text
 from coterie.strict_json import read_object
@@ -114,43 +113,32 @@ class Answer:
 EXAMPLE: Mapping[str, object] = to_json(Answer("", "", "", False, None, {}))
 
 
+@dataclass(frozen=True)
 class AnswerLog:
-    """The answers of one run, in memory and, with a folder, on disk.
+    """The answers of one run, in memory and, with a file, on disk. Answers are appended."""
 
-    Mutable: answers are appended. An open log locks its folder for other processes.
-    """
+    file: LockedFile | None
+    answers: dict[AnswerKey, Answer]
 
-    def __init__(
-        self,
+    @staticmethod
+    @contextmanager
+    def open(
         folder: Path | None,
         run_config: Mapping[str, object],
         on_remark: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        """Raises TaskError if the folder holds another run, and ConfigError if it is in use."""
-        self.answers: dict[AnswerKey, Answer] = {}
-        self._file: LockedFile | None = None
+    ) -> Iterator[AnswerLog]:
+        """The log of a folder, which is locked for other processes, or one in memory.
+
+        Raises TaskError if the folder holds another run, and ConfigError if it is in use.
+        """
         if folder is None:
+            yield AnswerLog(None, {})
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = LockedFile(folder / ANSWERS_FILE)
-        try:
-            content = self._file.read()
+        with LockedFile(folder / ANSWERS_FILE) as file:
+            content = file.read()
             _check_same_run(folder, run_config, is_new=not content.strip(b"\0\n"))
-            self._read_answers(self._file, content, on_remark)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> AnswerLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Unlocks the folder."""
-        if self._file is not None:
-            self._file.close()
+            yield AnswerLog(file, _read_answers(file, content, on_remark))
 
     def add(self, answers: Sequence[Answer]) -> None:
         """Appends answers; they are on disk when this returns.
@@ -160,46 +148,46 @@ class AnswerLog:
         for answer in answers:
             if answer.key in self.answers:
                 raise RuntimeError(f"answered twice: {answer.key}")
-            if self._file is not None:
-                # ASCII, since an output may hold any character, line separators included.
-                line = json.dumps(to_json(answer), allow_nan=False) + "\n"
-                self._append(self._file, line.encode("ascii"), sync=answer is answers[-1])
+            try:
+                if self.file is not None:
+                    # ASCII, since an output may hold any character, line separators included.
+                    line = json.dumps(to_json(answer), allow_nan=False) + "\n"
+                    self.file.append(line.encode("ascii"), sync=answer is answers[-1])
+            except ConfigError as error:
+                raise TaskError(
+                    f"{error}; {len(self.answers)} answers are stored, and the same command "
+                    "continues from them"
+                ) from None
             self.answers[answer.key] = answer
 
-    def _append(self, file: LockedFile, line: bytes, *, sync: bool) -> None:
-        try:
-            file.append(line, sync=sync)
-        except ConfigError as error:
+
+def _read_answers(
+    file: LockedFile, content: bytes, on_remark: Callable[[str], None]
+) -> dict[AnswerKey, Answer]:
+    """Reads all lines. A damaged last line, of a kill or a power cut, is removed.
+
+    An answer that is not final is left out: its item is asked again, and a later line holds it.
+    """
+    answers: dict[AnswerKey, Answer] = {}
+    lines = content.split(b"\n")
+    damaged = lines.pop()
+    if lines and _decode_answer(lines[-1]) is None:
+        damaged = lines.pop() + b"\n" + damaged
+    for number, line in enumerate(lines, start=1):
+        answer = _decode_answer(line)
+        if answer is None:
             raise TaskError(
-                f"{error}; {len(self.answers)} answers are stored, and the same command continues "
-                "from them"
-            ) from None
-
-    def _read_answers(
-        self, file: LockedFile, content: bytes, on_remark: Callable[[str], None]
-    ) -> None:
-        """Reads all lines. A damaged last line, of a kill or a power cut, is removed.
-
-        An answer that is not final is left out: its item is asked again, and a later line holds it.
-        """
-        lines = content.split(b"\n")
-        damaged = lines.pop()
-        if lines and _decode_answer(lines[-1]) is None:
-            damaged = lines.pop() + b"\n" + damaged
-        for number, line in enumerate(lines, start=1):
-            answer = _decode_answer(line)
-            if answer is None:
-                raise TaskError(
-                    f"{file.path}: line {number} is not an answer of a run; delete it, and the "
-                    "same command asks its item again"
-                )
-            if answer.key in self.answers:
-                raise TaskError(f"{file.path}: line {number} repeats {' '.join(answer.key)}")
-            if answer.is_final:
-                self.answers[answer.key] = answer
-        if damaged:
-            file.truncate(len(content) - len(damaged))
-            on_remark(f"{file.path}: the damaged last line, {len(lines) + 1}, is dropped")
+                f"{file.path}: line {number} is not an answer of a run; delete it, and the "
+                "same command asks its item again"
+            )
+        if answer.key in answers:
+            raise TaskError(f"{file.path}: line {number} repeats {' '.join(answer.key)}")
+        if answer.is_final:
+            answers[answer.key] = answer
+    if damaged:
+        file.truncate(len(content) - len(damaged))
+        on_remark(f"{file.path}: the damaged last line, {len(lines) + 1}, is dropped")
+    return answers
 
 
 def answer_from_dict(values: Mapping[str, Any]) -> Answer:

@@ -99,7 +99,7 @@ def run_eval(
     settings: dict[str, Any] = {"limit": limit, "shuffle_seed": shuffle_seed}
     settings |= {"reset_every": reset_every, "options": options}
     run_config = run_identity(engine, tasks, **settings)
-    with AnswerLog(folder, run_config, on_remark) as log, grader_pool() as graders:
+    with AnswerLog.open(folder, run_config, on_remark) as log, grader_pool() as graders:
         for key in (_answer_key(name, request) for name in by_name for request in requests):
             if key in log.answers:
                 on_answer(log.answers[key])

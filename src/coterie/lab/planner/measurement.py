@@ -22,7 +22,13 @@ from coterie.errors import ConfigError
 from coterie.lab.bandwidth import read_rows, readable_rows, weight_buffers
 from coterie.lab.bench.cost_model import KernelKind, compute_probe
 from coterie.lab.bench.forward import FORWARD, time_forward
-from coterie.lab.bench.model import ExpertDtype, random_experts, random_model, repeat_experts
+from coterie.lab.bench.model import (
+    ExpertDtype,
+    other_dtype,
+    random_experts,
+    random_model,
+    repeat_experts,
+)
 from coterie.lab.bench.shapes import ModelShape
 from coterie.lab.machine import CPU, measure_read_bandwidth
 from coterie.lab.planner.expert_counts import PUBLISHED_LAW, PassCounts
@@ -157,7 +163,7 @@ def time_experts(shape: ModelShape, name: ExpertDtype, tokens: int) -> LayerTimi
     slab, expert_bytes = timed_layer(shape, name)
     experts, k = len(slab.slot_of), shape.spec.router.k
     buffers = weight_buffers([slab.gate_up, slab.down])
-    rows, dtype = readable_rows(buffers), _other_dtype(name)
+    rows, dtype = readable_rows(buffers), other_dtype(name)
     x = torch.randn(max(tokens * k, 128), shape.spec.hidden).to(dtype)
     sizes = sorted({max(1, round(share * experts)) for share in LAYER_SHARES})
     functions: dict[tuple[str, int, int], TimedFunction] = {}
@@ -185,7 +191,7 @@ def measure_matrix_rates(shape: ModelShape, name: ExpertDtype, tokens: int) -> l
     """FLOPs per second of the matrix products and of the router's."""
     kinds: tuple[KernelKind, ...] = ("matrix", "router")
     slab = random_experts(cost_of(shape, name).spec, name, torch.Generator().manual_seed(0), CPU)
-    dtype = _other_dtype(name)
+    dtype = other_dtype(name)
     probe = compute_probe(shape.spec, slab, tokens, matrix_dtype=dtype, device=CPU)
     rates = [probe.measure_rates(kinds) for _ in range(MATRIX_ROUNDS)]
     return [statistics.median(each[kind] for each in rates) for kind in kinds]
@@ -241,7 +247,7 @@ def small_shape(shape: ModelShape, name: ExpertDtype) -> ModelShape:
 
 def cost_of(shape: ModelShape, name: ExpertDtype) -> ShapeCost:
     """The cost of a model with experts in this format, in the layout of this machine's CPU."""
-    spec, dtype = replace(shape.spec, expert_format=FORMATS.get(name)), _other_dtype(name)
+    spec, dtype = replace(shape.spec, expert_format=FORMATS.get(name)), other_dtype(name)
     size = spec.expert_stride if dtype == torch.bfloat16 else expert_bytes(spec, dtype)
     return ShapeCost(spec, dtype, name, size)
 
@@ -309,11 +315,6 @@ def random_tier(
             os.fsync(file.fileno())
         spans[layer] = ExpertFileSpan(path, 0, len(blobs[0]), checksums, FileIdentity.of(path))
     return DiskTier(spans)
-
-
-def _other_dtype(name: ExpertDtype) -> torch.dtype:
-    """The dtype of all other weights."""
-    return torch.float32 if name == "fp32" else torch.bfloat16
 
 
 def _rounds(functions: Mapping[Any, TimedFunction]) -> int:

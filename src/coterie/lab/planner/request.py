@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +23,7 @@ from coterie.lab.machine import CPU
 from coterie.lab.planner.expert_counts import BlockCounts, RoutingSample, assumed_sample
 from coterie.lab.planner.measurement import (
     GivenRates,
+    ProgressCallback,
     cached_store,
     cost_of,
     gpu_rates,
@@ -51,7 +51,6 @@ MEMORY_SHARE = 0.5  # of what is free, for the random model
 MAX_BYTES = 3 << 30
 REPEATS = 5
 SERVED_BLOCKS = 3
-ProgressCallback = Callable[[str], None]
 
 
 @dataclass(frozen=True)

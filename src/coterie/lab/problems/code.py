@@ -33,10 +33,6 @@ class FunctionSpec:
     map_constant: int
     reduce_name: str
 
-    @property
-    def key(self) -> tuple[str | int, ...]:
-        return astuple(self)
-
     def description(self) -> str:
         filter_words, _ = FILTERS[self.filter_name].texts(self.filter_constant)
         map_words, _ = MAPS[self.map_name].texts(self.map_constant)
@@ -149,7 +145,7 @@ def _make_problem(
 ) -> Problem:
     return Problem(
         task=task,
-        key=spec.key,
+        key=astuple(spec),
         prompt=prompt,
         answer=spec.source_code(name),
         gold="\n".join(_draw_asserts(spec, name, rng, count=6, shortest=3, longest=8)),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 Split = Literal["train", "test"]
 ProblemKey = tuple[str | int, ...]
@@ -49,10 +50,8 @@ class WorkedProblem:
         )
 
 
-class ProblemMaker(Protocol):
-    """Draws one problem of a task, of either split."""
-
-    def __call__(self, rng: random.Random) -> Problem: ...
+ProblemMaker = Callable[[random.Random], Problem]
+"""Draws one problem of a task, of either split."""
 
 
 def split_of(key: ProblemKey) -> Split:

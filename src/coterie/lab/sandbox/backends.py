@@ -9,12 +9,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import CodeType
-from typing import Annotated, Protocol
+from typing import Annotated
 
 from coterie.keys import Key
 from coterie.lab.sandbox.syscalls import seccomp_filter
@@ -71,15 +71,6 @@ class SupervisorCommand:
     separate_users: bool = False
     own_pid_namespace: bool = True
     inherited_fds: tuple[int, ...] = ()
-
-
-class SandboxBackend(Protocol):
-    """A way to isolate a program (protocol)."""
-
-    @property
-    def name(self) -> str: ...
-
-    def supervisor_command(self, limits: Limits) -> AbstractContextManager[SupervisorCommand]: ...
 
 
 @dataclass(frozen=True)
@@ -153,6 +144,10 @@ class Unsandboxed:
             yield SupervisorCommand(
                 python_command("remote_calls", "supervisor"), folder, own_pid_namespace=False
             )
+
+
+SandboxBackend = Bubblewrap | Namespaces | Unsandboxed
+"""A way to isolate a program."""
 
 
 def backend_candidates() -> list[SandboxBackend]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from coterie.lab.study.charts import pareto_front
+from coterie.lab.plotting import pareto_front
 from coterie.lab.study.comparison import PolicyComparison, compare_pairs, variant_rows
 from coterie.lab.study.experiment import ExperimentText, Finding, Part, judge
 from coterie.lab.study.results import VariantResult, VariantResults

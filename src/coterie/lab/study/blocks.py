@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 from coterie.errors import CoterieError
 from coterie.lab.evals.run import Variant
-from coterie.lab.study.charts import DASHES, line_chart, policy_series
+from coterie.lab.plotting import DASHES, line_chart, policy_series
 from coterie.lab.study.comparison import compare_pairs
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
+from coterie.lab.study.experiment import Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.results import VariantResult
 from coterie.lab.study.variants import GUARD_OPTIONS, short_name
 
@@ -55,10 +55,10 @@ class BlockSizeExperiment(Experiment, name="block-size"):
     def report(self, record: Entry) -> Iterator[Part]:
         by_policy, usual = _by_policy(record), record["usual"]
         draw = partial(draw_by_size, by_policy, "accuracy", accuracy=True)
-        yield Drawing(self.name, self.text.caption("accuracy", usual=usual), draw)
+        yield self.text.drawing("accuracy", draw, usual=usual)
         label = f"unique experts of {record['experts']}"
         draw = partial(draw_by_size, by_policy, label, accuracy=False)
-        yield Drawing(f"{self.name}-experts", self.text.caption("experts"), draw)
+        yield self.text.drawing("experts", draw, f"{self.name}-experts")
         cell = "{0.accuracy:.1%}, {0.experts:.1f}, {0.forwards_per_block:.2f}"
         columns = {
             f"block {size}": lambda policy, size=size: (

@@ -25,7 +25,7 @@ from coterie.lab.bench.profiler import (
     timed_model,
 )
 from coterie.lab.plotting import SERIES_COLOURS, new_axes
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
+from coterie.lab.study.experiment import Entry, Experiment, Finding, Part, StudyContext
 
 POLICIES = ("vanilla", "des-seq:k=3", "des-vote:beta=0.3")
 ROUNDS = 5
@@ -62,8 +62,8 @@ class BreakdownExperiment(Experiment, name="breakdown"):
 
     def report(self, record: Entry) -> Iterator[Part]:
         conditions = timing.describe_conditions(record["machine"])
-        caption = self.text.caption("figure", record=record, conditions=conditions)
-        yield Drawing(self.name, caption, partial(_draw, record["policies"]))
+        draw = partial(_draw, record["policies"])
+        yield self.text.drawing("figure", draw, record=record, conditions=conditions)
         entries = {entry["policy"]: entry for entry in record["policies"]}
         parts = [part for part in PARTS if any(part in e["parts"] for e in entries.values())]
         forwards = ", ".join(str(entry["forward"]["samples"]) for entry in entries.values())

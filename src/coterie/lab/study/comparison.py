@@ -12,10 +12,17 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from coterie.lab.evals.stats import PairedDifference, holm_adjust
-from coterie.lab.plotting import FIGURE_HEIGHT, SeriesStyle, indexed_style, policy_style
-from coterie.lab.study.charts import Series, guide_series, line_chart, pareto_front
+from coterie.lab.plotting import (
+    FIGURE_HEIGHT,
+    Series,
+    SeriesStyle,
+    guide_series,
+    indexed_style,
+    line_chart,
+    pareto_front,
+    policy_style,
+)
 from coterie.lab.study.experiment import (
-    Drawing,
     Entry,
     Experiment,
     ExperimentText,
@@ -146,7 +153,7 @@ class PolicyComparison(Experiment):
         """Figures and tables of every policy and, with a caption for them, every matched pair."""
         for name, labels in (self.charts or {self.name: ()}).items():
             draw = partial(draw_comparison, results, labels, **self.style)
-            yield Drawing(name, self.text.caption("figure"), draw)
+            yield self.text.drawing("figure", draw, name)
         yield variant_table(results)
         oriented = [pair for each in self.comparisons for pair in each.pairs(results)]
         pairs = [(a, b) if (a, b) in oriented else (b, a) for a, b in results.pairs]

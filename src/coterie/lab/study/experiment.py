@@ -86,6 +86,12 @@ class ExperimentText:
     def caption(self, key: str, **values: object) -> str:
         return self.captions[key].format(**values)
 
+    def drawing(
+        self, key: str, draw: Callable[[], Figure], figure: str = "", **values: object
+    ) -> Drawing:
+        """The figure of this name (default: the experiment's) with the caption of this key."""
+        return Drawing(figure or self.name, self.caption(key, **values), draw)
+
     def sentence(self, key: str, **values: object) -> str:
         return self.sentences[key].format(**values)
 
@@ -201,7 +207,6 @@ class StudyContext:
     folder: Path
     num_problems: int
     num_prompts: int
-    seed: int
     on_progress: Callable[[float, str], None]  # share of the experiment done (0 .. 1), activity
     answers: Path | None = None
     used_records: dict[str, str] = field(default_factory=dict)  # experiment -> record's time

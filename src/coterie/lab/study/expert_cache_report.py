@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from coterie.lab.study.charts import dash_repeats, line_chart, policy_series
+from coterie.lab.plotting import dash_repeats, line_chart, policy_series
 from coterie.lab.study.comparison import SIGNIFICANCE_LEVEL, PairedComparison, compare_pairs
 from coterie.lab.study.experiment import (
     Drawing,
@@ -269,12 +269,12 @@ class ExpertCacheExperiment(Experiment, name="experts"):
         for name in grid.precisions:
             points = [p for p in grid.select(name) if MEMORY_SHARES[p.cache["share"]] < 1]
             suffix = "" if name == grid.precisions[0] else f"-{name}"
-            caption = self.text.caption("bytes", point=points[0])
-            yield Drawing(f"experts-bytes{suffix}", caption, partial(draw_errors, points))
+            draw = partial(draw_errors, points)
+            yield self.text.drawing("bytes", draw, f"experts-bytes{suffix}", point=points[0])
         if grid.record["commits"]:
             points = grid.main_points(None)
-            caption = self.text.caption("commits", point=points[0])
-            yield Drawing("experts-commits", caption, partial(draw_errors, points))
+            draw = partial(draw_errors, points)
+            yield self.text.drawing("commits", draw, "experts-commits", point=points[0])
 
     def _caching_findings(self, comparisons: Sequence[PointComparison]) -> list[Finding]:
         """Whether a cache saves bytes, and whether it saves half of them."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from coterie.lab.evals.generation import EvalRequest, generate_outcomes
 from coterie.lab.evals.run import EvalResult, Variant, make_answer
 from coterie.lab.study.comparison import claim_finding, draw_comparison, variant_table
-from coterie.lab.study.experiment import BATCH_SIZE, Drawing, Entry, Experiment, Part, StudyContext
+from coterie.lab.study.experiment import BATCH_SIZE, Entry, Experiment, Part, StudyContext
 from coterie.lab.study.results import VariantResult, VariantResults
 from coterie.lab.study.variants import expand_policies, run_comparison
 from coterie.routing import parse_policy
@@ -53,7 +53,7 @@ class ExpertsPerTokenExperiment(Experiment, name="experts-per-token"):
     def report(self, record: Entry) -> Iterator[Part]:
         results = _results_with_half_k(record)
         draw = partial(draw_comparison, results, by_family=False)
-        yield Drawing(self.name, self.text.caption("figure"), draw)
+        yield self.text.drawing("figure", draw)
         yield variant_table(results, self.text.caption("table"))
         full_k, half_k = results.groups.values()
         half, k = f"K = {record['half']}", f"K = {results.k}"

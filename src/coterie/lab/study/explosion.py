@@ -14,8 +14,8 @@ from torch import Tensor
 
 from coterie.engine.observation import LayerObservation, observe_forwards
 from coterie.errors import CoterieError, TaskError
-from coterie.lab.study.charts import dash_repeats, guide_series, line_chart, policy_series
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Part, StudyContext
+from coterie.lab.plotting import dash_repeats, guide_series, line_chart, policy_series
+from coterie.lab.study.experiment import Entry, Experiment, Part, StudyContext
 from coterie.lab.study.variants import coreset_size
 from coterie.telemetry import routing_stats
 
@@ -71,12 +71,12 @@ class ExplosionExperiment(Experiment, name="explosion"):
     def report(self, record: Entry) -> Iterator[Part]:
         experts, k, curves, text = record["experts"], record["k"], record["curves"], self.text
         y, masked = f"unique experts of {experts}", record["masked"]
-        yield Drawing(self.name, text.caption("blocks"), partial(_draw_blocks, record, y))
+        yield text.drawing("blocks", partial(_draw_blocks, record, y))
         means = [[entry[key] for entry in masked] for key in ("masked", "mean")]
         series = policy_series("vanilla", *means)
         limits = {"xlim": (record["usual"] + 1, 0), "ylim": (0, experts)}
         draw = partial(line_chart, [series], "positions still masked", y, **limits)
-        yield Drawing(f"{self.name}-masked", text.caption("masked", record=record), draw)
+        yield text.drawing("masked", draw, f"{self.name}-masked", record=record)
         points = curves[0]["points"]
         uniform = [expected_uniform(experts, k, point["block"]) for point in points]
         rows = [(each["policy"], *(p["mean"] for p in each["points"])) for each in curves]

@@ -14,9 +14,16 @@ from torch import Tensor
 
 from coterie.engine.engine import Engine
 from coterie.lab.evals.stats import mean_interval, spearman
-from coterie.lab.plotting import FIGURE_WIDTH, foreground, grid_colour, policy_style
-from coterie.lab.study.charts import guide_series, line_chart, policy_series
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
+from coterie.lab.plotting import (
+    FIGURE_WIDTH,
+    foreground,
+    grid_colour,
+    guide_series,
+    line_chart,
+    policy_series,
+    policy_style,
+)
+from coterie.lab.study.experiment import Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.fidelity import (
     Prompt,
     content_mask,
@@ -139,11 +146,10 @@ class ImportanceExperiment(Experiment, name="importance"):
     def report(self, record: Entry) -> Iterator[Part]:
         shown, text = record["shown"], self.text
         for block in shown if len(shown) == 1 else (shown[0], shown[-1]):
-            caption = text.caption("block", record=record, block=block)
-            name = f"importance-layer-{block['layer']}"
-            yield Drawing(name, caption, partial(_draw_block, block))
-        caption = text.caption("coverage", record=record)
-        yield Drawing("importance-covered", caption, partial(_draw_coverage, record))
+            draw, figure = partial(_draw_block, block), f"importance-layer-{block['layer']}"
+            yield text.drawing("block", draw, figure, record=record, block=block)
+        draw = partial(_draw_coverage, record)
+        yield text.drawing("coverage", draw, "importance-covered", record=record)
         by_measure = record["correlations"]
         rows = [
             dict(zip(by_measure, entries, strict=True))

@@ -13,9 +13,16 @@ from matplotlib.figure import Figure
 from coterie.lab import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH, balanced_routing
 from coterie.lab.bench.shapes import PAPER_LAYERS, LayerShape
-from coterie.lab.plotting import SeriesStyle, indexed_style
-from coterie.lab.study.charts import Series, guide_series, line_chart, policy_series, timing_series
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
+from coterie.lab.plotting import (
+    Series,
+    SeriesStyle,
+    guide_series,
+    indexed_style,
+    line_chart,
+    policy_series,
+    timing_series,
+)
+from coterie.lab.study.experiment import Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.layers import (
     INPUTS_PER_WIDTH,
     BenchLayer,
@@ -62,8 +69,8 @@ class LatencyExperiment(Experiment, name="latency"):
         bandwidth = record["limits"]["bytes_per_second"]
         layers = [_with_units(layer) for layer in record["lines"]]
         for number, layer in enumerate(layers):
-            caption = self.text.caption("figure", **layer)
-            yield Drawing(f"{self.name}-{number}", caption, partial(_draw, layer))
+            draw = partial(_draw, layer)
+            yield self.text.drawing("figure", draw, f"{self.name}-{number}", **layer)
         yield self.text.table("fit", layers, **machine_values(record))
         with_checks = [layer for layer in layers if layer["checks"]]
         yield from (self.text.table("checks", one["checks"], **one) for one in with_checks)
@@ -178,9 +185,9 @@ class RooflineExperiment(Experiment, name="roofline"):
         limits, at_block = record["limits"], []
         for number, layer in enumerate(record["roofs"]):
             tokens = ", ".join(map(str, sorted({point["tokens"] for point in layer["points"]})))
-            caption = self.text.caption("figure", tokens=tokens, **layer_names(layer["bench"]))
+            values = {"tokens": tokens, **layer_names(layer["bench"])}
             draw = partial(_draw_roof, layer, limits)
-            yield Drawing(f"{self.name}-{number}", caption, draw)
+            yield self.text.drawing("figure", draw, f"{self.name}-{number}", **values)
             points = rated_points(layer, limits)
             at_block += [point for point in points if point["tokens"] == BLOCK_LENGTH]
             yield from self._findings(layer, points, limits)

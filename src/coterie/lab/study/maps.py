@@ -17,9 +17,16 @@ from torch.nn import functional as F
 from coterie.engine.engine import Engine
 from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation
-from coterie.lab.plotting import indexed_style, new_panels
-from coterie.lab.study.charts import Series, dash_repeats, guide_series, line_chart, policy_series
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Part, StudyContext
+from coterie.lab.plotting import (
+    Series,
+    dash_repeats,
+    guide_series,
+    indexed_style,
+    line_chart,
+    new_panels,
+    policy_series,
+)
+from coterie.lab.study.experiment import Entry, Experiment, Part, StudyContext
 from coterie.lab.study.fidelity import (
     BlockForward,
     Prompt,
@@ -98,7 +105,7 @@ class MapsExperiment(Experiment, name="maps"):
             "sorted-activation": partial(_draw_activation, record),
         }
         for name, draw in draws.items():
-            yield Drawing(name, self.text.caption(name, record=record, steps=SLOW_STEPS), draw)
+            yield self.text.drawing(name, draw, name, record=record, steps=SLOW_STEPS)
         shares, rows = record["share"], [_at_head(entry) for entry in record["depths"]]
         by_kind = {f"{k} ({shares[k]:.0%})": f"{{kinds[{k}]:.1%}}" for k in POSITION_KINDS}
         yield self.text.table("kinds", record["maps"], by_kind)

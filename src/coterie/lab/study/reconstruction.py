@@ -7,8 +7,8 @@ from functools import partial
 
 from matplotlib.figure import Figure
 
-from coterie.lab.study.charts import line_chart, policy_series
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
+from coterie.lab.plotting import line_chart, policy_series
+from coterie.lab.study.experiment import Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.fidelity import (
     Metric,
     compare_policies,
@@ -89,8 +89,8 @@ class ReconstructionExperiment(Experiment, name="reconstruction"):
     def report(self, record: Entry) -> Iterator[Part]:
         layers, against = ", ".join(map(str, record["layers"])), record["against"]
         for name, metric in DRAWN_METRICS.items():
-            caption = self.text.caption(metric, record=record, layers=layers)
-            yield Drawing(name, caption, partial(draw_metric, record, metric))
+            draw = partial(draw_metric, record, metric)
+            yield self.text.drawing(metric, draw, name, record=record, layers=layers)
         readings = [reading for curve in record["curves"] for reading in curve["readings"]]
         yield self.text.table("scores", readings, record=record)
         by_policy = zip(*map(against.get, METRIC_NAMES), strict=True)

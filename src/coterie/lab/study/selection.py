@@ -15,9 +15,8 @@ from coterie.engine.engine import Engine
 from coterie.engine.observation import LayerObservation, collect_observations
 from coterie.lab import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH, find_skew, skewed_scores
-from coterie.lab.plotting import policy_style
-from coterie.lab.study.charts import line_chart, timing_series
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
+from coterie.lab.plotting import line_chart, policy_style, timing_series
+from coterie.lab.study.experiment import Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.layers import NUM_PROMPTS, RunMaker, layer_runner, time_observed_layers
 from coterie.model.moe import MoE
 from coterie.routing import parse_policy, route
@@ -84,12 +83,10 @@ class SelectionExperiment(Experiment, name="selection"):
         machine = timing.describe_conditions(record["machine"])
         fixed = {"experts": ("tokens", BLOCK_LENGTH), "tokens": ("experts", EXPERT_COUNTS[-1])}
         for version, (axis, (other, value)) in product(VERSIONS, fixed.items()):
-            caption = self.text.caption(
-                axis, version=version, value=value, machine=machine, record=record
-            )
             points = [p for p in record["points"] if p["version"] == version and p[other] == value]
-            draw = partial(_draw, points, axis)
-            yield Drawing(f"{self.name}-{version}-{axis}", caption, draw)
+            draw, figure = partial(_draw, points, axis), f"{self.name}-{version}-{axis}"
+            values = {"version": version, "value": value, "machine": machine, "record": record}
+            yield self.text.drawing(axis, draw, figure, **values)
         seconds = medians(record)
         for version in VERSIONS:
             columns = {

@@ -10,9 +10,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from coterie.lab.plotting import IntervalSeries, indexed_style, interval_chart
+from coterie.lab.plotting import (
+    IntervalSeries,
+    guide_series,
+    indexed_style,
+    interval_chart,
+    line_chart,
+)
 from coterie.lab.study.accuracy import DES_VOTE
-from coterie.lab.study.charts import guide_series, line_chart
 from coterie.lab.study.comparison import (
     PolicyComparison,
     group_series,
@@ -20,14 +25,7 @@ from coterie.lab.study.comparison import (
     vanilla_series,
     variant_rows,
 )
-from coterie.lab.study.experiment import (
-    Drawing,
-    Entry,
-    Experiment,
-    ExperimentText,
-    Part,
-    StudyContext,
-)
+from coterie.lab.study.experiment import Entry, Experiment, ExperimentText, Part, StudyContext
 from coterie.lab.study.results import VariantResults
 from coterie.lab.study.variants import GUARD_OPTIONS, short_name
 
@@ -36,7 +34,7 @@ PAPER_LATENCY_CUT = 0.38  # the paper: latency falls by up to this share
 
 
 def forward_parts(text: ExperimentText, results: VariantResults) -> Iterator[Part]:
-    yield Drawing(text.name, text.caption("figure"), partial(draw_forwards, results))
+    yield text.drawing("figure", partial(draw_forwards, results))
     yield text.table("forwards", variant_rows(results))
     vanilla, group = results.vanilla, results.groups[DES_VOTE]
     votes = [result for result in group if result.experts < vanilla.experts]
@@ -103,7 +101,7 @@ class SpeedExperiment(Experiment, name="speed"):
         }
         series = [IntervalSeries("", indexed_style(0), rows)]
         draw = partial(interval_chart, list(rows), series, "tokens per second")
-        yield Drawing(self.name, self.text.caption("figure"), draw)
+        yield self.text.drawing("figure", draw)
         yield self.text.table("speed", timed, prompts=record["prompts"], rounds=ROUNDS)
         holds = best["slowest"] > timed[0]["fastest"] and 1 - 1 / best["ratio"] >= cut
         yield self.text.finding("fastest", holds, best=best, vanilla=timed[0], cut=cut)

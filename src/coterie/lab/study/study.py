@@ -97,7 +97,6 @@ def run_study(
         folder=folder,
         num_problems=config.items,
         num_prompts=config.prompts,
-        seed=config.seed,
         on_progress=observer.on_progress,
         answers=folder / "items" / digest,
     )

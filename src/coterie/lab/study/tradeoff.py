@@ -13,9 +13,8 @@ from coterie.engine.observation import LayerObservation, collect_observations
 from coterie.errors import TaskError
 from coterie.lab import timing
 from coterie.lab.bench.routings import BLOCK_LENGTH
-from coterie.lab.plotting import policy_style
-from coterie.lab.study.charts import guide_series, line_chart, pareto_front, policy_series
-from coterie.lab.study.experiment import Drawing, Entry, Experiment, Finding, Part, StudyContext
+from coterie.lab.plotting import guide_series, line_chart, pareto_front, policy_series, policy_style
+from coterie.lab.study.experiment import Entry, Experiment, Finding, Part, StudyContext
 from coterie.lab.study.layers import (
     FORWARDS_PER_PROMPT,
     NUM_PROMPTS,
@@ -94,13 +93,13 @@ class TradeoffExperiment(Experiment, name="latency-accuracy"):
         names = vanilla["predicted"]
         label = "milliseconds of the MoE layer, measured"
         draw = partial(draw_tradeoff, points, [point["ms"] for point in points], label)
-        yield Drawing(self.name, self.text.caption("measured"), draw)
+        yield self.text.drawing("measured", draw)
         for name in names:
             label = f"milliseconds of {name}'s experts, predicted"
             times = [point["predicted"][name] for point in points]
             draw = partial(draw_tradeoff, points, times, label)
-            caption = self.text.caption("predicted", name=name)
-            yield Drawing(f"{self.name}-{name.lower()}", caption, draw)
+            figure = f"{self.name}-{name.lower()}"
+            yield self.text.drawing("predicted", draw, figure, name=name)
         rows = sorted(points, key=lambda point: -point["accuracy"])
         columns = {f"{name}, ms (predicted)": f"{{predicted[{name}]:.1f}}" for name in names}
         items, forwards = vanilla["items"], record["forwards"]

@@ -10,16 +10,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save
+
+from coterie.checkpoints.source import find_folder
 from coterie.errors import ConfigError
-from coterie.files import read_file
-from coterie.keys import to_json
+from coterie.files import atomic_write, atomic_write_json, read_file
+from coterie.keys import keys_of, to_json
 from coterie.lab.problems import PROBLEM_MAKERS
 from coterie.lab.records import Measurement, make_record, write_record
-from coterie.lab.training import export, vocabulary
+from coterie.lab.training import vocabulary
 from coterie.lab.training.data import Curriculum, DataMixture
 from coterie.lab.training.loop import LOG_FILE, TrainingConfig, train
-from coterie.lab.training.network import NetworkShape
-from coterie.strict_json import LISTING_FILE
+from coterie.lab.training.network import NetworkShape, TrainingNetwork
+from coterie.strict_json import LISTING_FILE, read_object
 
 DEFAULT_STEPS = 10_000
 # Equations and copying, which are learned slowly.
@@ -84,7 +88,7 @@ def train_embedded(out: Path, config: TrainingConfig, **callbacks: Callable[...,
     folder = out / "model"
     names = {"pad_token_id": vocabulary.END_OF_TEXT, "mask_token_id": vocabulary.MASK_TOKEN}
     token_ids = {key: tokenizer.get_vocab()[name] for key, name in names.items()}
-    export.save_network(network, folder, **token_ids)
+    save_network(network, folder, **token_ids)
     vocabulary.save_tokenizer(tokenizer, folder)
     write_training_record(out, config)
     return folder
@@ -119,3 +123,29 @@ def _decode_entry(line: bytes) -> dict[str, Any]:
         if isinstance(entry, dict) and all(isinstance(entry.get(n), int | float) for n in names):
             return entry
     return {}
+
+
+def save_network(network: TrainingNetwork, folder: Path, **token_ids: int) -> None:
+    """Write ``config.json`` and ``model.safetensors``: bf16 weights and fp32 selection biases.
+
+    ``token_ids`` are further keys of ``config.json``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: weight.to(torch.float32 if name.endswith("expert_bias") else torch.bfloat16).clone(
+            memory_format=torch.contiguous_format
+        )
+        for name, weight in network.checkpoint_tensors().items()
+    }
+    atomic_write(folder / "model.safetensors", save(tensors, {"format": "pt"}))
+    atomic_write_json(folder / "config.json", {**hf_config(network.shape), **token_ids})
+
+
+def hf_config(shape: NetworkShape) -> dict[str, object]:
+    """The official keys of ``config.json``, which omit the mask id."""
+    config = read_object(find_folder(None, ()) / "config.json")  # of the embedded model
+    del config["mask_token_id"]
+    for attribute, key in keys_of(NetworkShape).items():
+        config |= dict.fromkeys(key.aliases, getattr(shape, attribute))
+    rotary = int(shape.head_dim * shape.rotary_fraction)
+    return {**config, "rotary_dim": rotary, "pad_token_id": shape.vocab_size - 1}

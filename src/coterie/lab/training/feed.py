@@ -6,17 +6,17 @@ Shapes: B rows, L positions, n = L / block blocks.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import multiprocessing as mp
 import os
 import pickle
-import queue
 import signal
-import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from multiprocessing import connection
+from functools import partial
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from multiprocessing.queues import Queue
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from coterie.errors import CoterieError
 
 DEAD_PROCESS = "a process of the training has ended; memory may have run out"
 PR_SET_PDEATHSIG = 1
+PREFETCH_BYTES = 1 << 20  # of each worker
+SIGN = b"."
 FORK_CONTEXT = mp.get_context("fork")
 
 
@@ -65,35 +67,70 @@ BatchFunction = Callable[[int], TrainingBatch]
 class BatchLoader:
     """One process that makes the batches of all steps, and splits each among the workers.
 
-    A batch depends on its step only, so a resumed run gets the same batches.
+    A batch depends on its step only, so a resumed run gets the same batches. Create it before the
+    workers: only the process itself may hold the writing ends, so that its end is noticed.
     """
 
     def __init__(
-        self,
-        make_batch: BatchFunction,
-        start: int,
-        stop: int,
-        *,
-        num_workers: int = 1,
-        prefetch: int = 8,
+        self, make_batch: BatchFunction, start: int, stop: int, *, num_workers: int = 1
     ) -> None:
-        self.queues: list[Queue] = [FORK_CONTEXT.Queue(prefetch) for _ in range(num_workers)]
-        self.process = start_process(_produce_batches, make_batch, start, stop, self.queues)
+        pipes = [FORK_CONTEXT.Pipe(duplex=False) for _ in range(num_workers)]
+        self._readers = [reader for reader, _ in pipes]
+        writers = [writer for _, writer in pipes]
+        for writer in writers:
+            with suppress(OSError):  # a user without rights may have only so much
+                fcntl.fcntl(writer.fileno(), fcntl.F_SETPIPE_SZ, PREFETCH_BYTES)
+        self._process = start_process(_produce_batches, make_batch, start, stop, writers)
+        for writer in writers:
+            writer.close()
 
     def next_batch(self, worker: int = 0) -> TrainingBatch:
-        """The next part of a worker; raises CoterieError if the batch process has died."""
-        while True:
-            try:
-                return pickle.loads(self.queues[worker].get(timeout=10))
-            except queue.Empty:
-                # Only the parent process, worker 0, may query the state of its child.
-                if worker == 0 and not self.process.is_alive():
-                    raise CoterieError(DEAD_PROCESS) from None
+        """The next part of a worker; raises CoterieError if the batch process has ended."""
+        try:
+            return pickle.loads(self._readers[worker].recv_bytes())
+        except EOFError:
+            raise CoterieError(DEAD_PROCESS) from None
 
     def close(self) -> None:
         """Terminate the batch process."""
-        self.process.terminate()
-        self.process.join()
+        self._process.terminate()
+        self._process.join()
+
+
+class LeaderBarrier:
+    """The leader waits here for all followers, over pipes: a killed process would keep a lock."""
+
+    def __init__(self) -> None:
+        self._pipes: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+
+    def start_follower(self, run: Callable[[Callable[[], None]], None]) -> None:
+        """Start a process that calls ``run`` with its way to wait for the others."""
+        ours, theirs = FORK_CONTEXT.Pipe()
+        self._processes.append(start_process(run, partial(_wait_for_leader, theirs)))
+        theirs.close()  # so that the end of the process is noticed
+        self._pipes.append(ours)
+
+    def wait(self) -> None:
+        """Wait for all followers; raises CoterieError if one has ended."""
+        try:
+            for pipe in self._pipes:
+                pipe.recv_bytes()
+            for pipe in self._pipes:
+                pipe.send_bytes(SIGN)
+        except (EOFError, OSError):
+            raise CoterieError(DEAD_PROCESS) from None
+
+    def close(self) -> None:
+        """Terminate the followers."""
+        for process in self._processes:
+            process.terminate()
+            process.join()
+
+
+def _wait_for_leader(pipe: Connection) -> None:
+    pipe.send_bytes(SIGN)
+    pipe.recv_bytes()
 
 
 def start_process(target: Callable[..., None], *args: object) -> BaseProcess:
@@ -102,21 +139,6 @@ def start_process(target: Callable[..., None], *args: object) -> BaseProcess:
     process = FORK_CONTEXT.Process(target=_run_in_child, args=all_args, daemon=True)
     process.start()
     return process
-
-
-def call_when_one_fails(processes: Sequence[BaseProcess], act: Callable[[], None]) -> None:
-    """Call ``act``, in a thread, once one of the processes has failed or was killed."""
-
-    def watch() -> None:
-        by_sentinel = {process.sentinel: process for process in processes}
-        while by_sentinel:
-            for sentinel in connection.wait(list(by_sentinel)):
-                process = by_sentinel.pop(sentinel)  # type: ignore[call-overload]
-                process.join()
-                if process.exitcode != 0:
-                    return act()
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run_in_child(parent: int, target: Callable[..., None], *args: object) -> None:
@@ -129,7 +151,9 @@ def _run_in_child(parent: int, target: Callable[..., None], *args: object) -> No
     target(*args)
 
 
-def _produce_batches(make_batch: BatchFunction, start: int, stop: int, queues: list[Queue]) -> None:
+def _produce_batches(
+    make_batch: BatchFunction, start: int, stop: int, writers: Sequence[Connection]
+) -> None:
     for step in range(start, stop):
-        for queue_, part in zip(queues, make_batch(step).split(len(queues)), strict=True):
-            queue_.put(pickle.dumps(part))  # a queue would share each tensor's memory
+        for writer, part in zip(writers, make_batch(step).split(len(writers)), strict=True):
+            writer.send_bytes(pickle.dumps(part))

@@ -11,10 +11,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from threading import BrokenBarrierError
 from typing import Annotated, Literal
 
 import torch
@@ -26,15 +26,7 @@ from torch import Tensor
 from coterie.errors import CheckpointError, ConfigError, CoterieError
 from coterie.files import LockedFile, atomic_write, opened
 from coterie.keys import Key, to_json
-from coterie.lab.training.feed import (
-    DEAD_PROCESS,
-    FORK_CONTEXT,
-    BatchFunction,
-    BatchLoader,
-    TrainingBatch,
-    call_when_one_fails,
-    start_process,
-)
+from coterie.lab.training.feed import BatchFunction, BatchLoader, LeaderBarrier, TrainingBatch
 from coterie.lab.training.network import NetworkShape, TrainingNetwork, additive_mask
 from coterie.lab.training.optim import OptimizerOptions, adamw_step, build_buffer, muon_step
 from coterie.lab.training.signals import StopSignals
@@ -215,23 +207,16 @@ def _started_workers(
     """The first worker, which is of this process; all others run in their own."""
     torch.set_num_threads(1)  # before forking: an OpenMP pool does not survive a fork
     loader = BatchLoader(make_batch, state.step, config.steps, num_workers=config.workers)
-    barrier = FORK_CONTEXT.Barrier(config.workers)
-    workers = [
-        _TrainingWorker(i, config, state, loader, barrier.wait) for i in range(config.workers)
-    ]
-    followers = [start_process(_run_follower, worker, barrier.abort) for worker in workers[1:]]
-    call_when_one_fails([loader.process, *followers], barrier.abort)
+    barrier = LeaderBarrier()
+    for index in range(1, config.workers):
+        barrier.start_follower(partial(_run_follower, index, config, state, loader))
     try:
-        workers[0].attach_gradients()
-        yield workers[0]
-    except BrokenBarrierError:
-        raise CoterieError(DEAD_PROCESS) from None
+        worker = _TrainingWorker(0, config, state, loader, barrier.wait)
+        worker.attach_gradients()
+        yield worker
     finally:
-        barrier.abort()
         loader.close()
-        for process in followers:
-            process.terminate()
-            process.join()
+        barrier.close()
 
 
 @dataclass(frozen=True)
@@ -242,7 +227,7 @@ class _TrainingWorker:
     config: TrainingConfig
     state: TrainingState
     loader: BatchLoader
-    barrier_wait: Callable[[], int]
+    barrier_wait: Callable[[], None]
 
     def attach_gradients(self) -> None:
         """Make backward write this worker's gradients into the shared buffers."""
@@ -297,16 +282,18 @@ class _TrainingWorker:
             muon_step(buffer, self.index, config.optimizer, lr=lr, momentum=momentum)
 
 
-def _run_follower(worker: _TrainingWorker, abort: Callable[[], None]) -> None:
-    try:
-        worker.attach_gradients()
-        while worker.state.step < worker.config.steps:
+def _run_follower(
+    index: int,
+    config: TrainingConfig,
+    state: TrainingState,
+    loader: BatchLoader,
+    barrier_wait: Callable[[], None],
+) -> None:
+    worker = _TrainingWorker(index, config, state, loader, barrier_wait)
+    worker.attach_gradients()
+    with suppress(CoterieError):  # the first worker finds this process ended, and says so
+        while state.step < config.steps:
             worker.step()
-    except BrokenBarrierError:  # the first worker stopped
-        return
-    except BaseException:
-        abort()
-        raise
 
 
 def _positions(state: TrainingState) -> int:
