@@ -71,7 +71,7 @@ def check_layers(policy: Policy, layers: int) -> None:
 
 
 def check_coreset_reuse(policy: Policy) -> None:
-    """Raises ConfigError for a policy of ours whose coresets a block cannot use again.
+    """Raises ConfigError for a policy of ours with coresets that a block cannot use again.
 
     A policy from elsewhere is checked by its first mask.
     """
