@@ -145,7 +145,7 @@ def hf_config(shape: NetworkShape) -> dict[str, object]:
     """The official keys of ``config.json``, which omit the mask id."""
     config = read_object(find_folder(None, ()) / "config.json")  # of the embedded model
     del config["mask_token_id"]
-    for attribute, key in keys_of(NetworkShape).items():
+    for attribute, key in keys_of(type(shape)).items():
         config |= dict.fromkeys(key.aliases, getattr(shape, attribute))
     rotary = int(shape.head_dim * shape.rotary_fraction)
     return {**config, "rotary_dim": rotary, "pad_token_id": shape.vocab_size - 1}
