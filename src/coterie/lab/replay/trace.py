@@ -14,8 +14,8 @@ A record:
 
 Two bits of the flags are the kind of forward: decode, commit, prefill or refresh. For the last two
 only ``used`` is stored, and ``tokens`` is 0. With 32 tokens, 19 layers, 256 experts and top-8, a
-record takes at most 8,177 bytes. A policy that changes ``used`` adds 608 bytes, and a router with
-blocks that admit experts 616 bytes.
+record takes at most 8,177 bytes. A policy that changes ``used`` adds 608 bytes. Blocks that admit
+experts add 616 bytes each.
 
 Ids are exact and scores have few bits, so a replay is exact for policies that need only the ids
 and nearly exact for others (``policies.fidelity``). Tokens, steps and hidden states stay those of
