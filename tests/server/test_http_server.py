@@ -46,9 +46,8 @@ def process(port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
 def started_stream(url: str, max_tokens: int) -> tuple[OpenAI, Iterator[Any]]:
     """A client, and an answer of which one chunk has come."""
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    stream = client.chat.completions.create(
-        model="embedded", messages=TURNS, max_tokens=max_tokens, extra_body=SLOW, stream=True
-    )
+    fields: dict[str, Any] = {"messages": TURNS, "max_tokens": max_tokens, "extra_body": SLOW}
+    stream = client.chat.completions.create(model="embedded", stream=True, **fields)
     next(stream)
     return client, stream
 
