@@ -65,7 +65,7 @@ def command(*arguments, **options):
     threading.Event().wait()
 
 interrupts.GRACE_SECONDS = 0.1
-entry.app, entry.check_repeats = command, lambda arguments: None
+entry.root_command, entry.check_repeats = lambda: command, lambda arguments: None
 entry.main()
 """
 

@@ -11,6 +11,7 @@ from coterie.cli import options as o
 from coterie.cli.app import app
 from coterie.cli.study import QUICK_PROBLEMS, QUICK_PROMPTS
 from coterie.lab.planner.request import DEFAULT_STEPS
+from coterie.lab.study.study import EXPERIMENTS
 
 OWN = ("lm-eval", "")  # the root and this command describe their options themselves
 LISTS = {key: ", ".join(names) for key, names in o.NAMES.items()}
@@ -60,3 +61,7 @@ def test_defaults_in_the_texts_are_those_of_the_code() -> None:
         (QUICK_PROMPTS, "study", "quick"),
     ):
         assert str(number) in help_of(command, parameter).split("(default ")[-1]
+
+
+def test_the_help_names_every_experiment() -> None:
+    assert sorted(EXPERIMENTS) == o.EXPERIMENTS

@@ -22,7 +22,7 @@ from coterie.model.cache import KVCache
 from coterie.model.checkpoint import SINGLE_FILE
 from coterie.model.forward_context import ForwardContext
 from coterie.routing import Vanilla
-from coterie.telemetry import NullRecorder
+from coterie.telemetry import Recorder
 from coterie.testing import write_checkpoint
 from coterie.values import Window
 
@@ -75,7 +75,7 @@ def test_llada22_of_any_size_is_its_description(
     parts = []
     for start, stop in pairwise(bounds):
         view = Window(torch.tensor([start]), stop - start, torch.tensor([stop]), block)
-        context = ForwardContext(view, cache, Vanilla(), NullRecorder())
+        context = ForwardContext(view, cache, Vanilla(), Recorder())
         with torch.inference_mode():
             parts.append(model.transformer(tokens[None, start:stop], context))
     expected = PlainLLaDA22(config, tensors).logits(tokens)

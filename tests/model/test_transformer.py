@@ -308,7 +308,7 @@ def test_a_sliding_window_ends_before_the_block(starts: list[int], width: int, b
             own = query // block * block if block else start
             stop = min(visible[row], (query // block + 1) * block) if block else visible[row]
             keys = range(max(0, own - kind.window + 1), stop)
-            mask = [True] * (seen.kv_length - seen.first_key)
+            mask = [True] * (seen.queries.kv_length - seen.first_key)
             if seen.mask is not None:
                 mask = seen.mask[row, query - start].tolist()
             assert [seen.first_key + key for key, sees in enumerate(mask) if sees] == [*keys]

@@ -34,7 +34,8 @@ DEFAULT_BATCH_SIZE = 16
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 RoutingMode = Literal["vanilla", "policy"]
 TEXTS = Path(__file__).parents[1] / "lab" / "study" / "texts"
-EXPERIMENTS = sorted(path.stem for path in TEXTS.glob("*.toml"))  # one file for each
+SHARED_TEXTS = {"comparison", "summary"}  # all others are each of one experiment
+EXPERIMENTS = sorted({path.stem for path in TEXTS.glob("*.toml")} - SHARED_TEXTS)
 
 
 # Lists of names that texts of the table show.
