@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+MORE_PLACES = ("caught", "cleaning_up", "thread_at_work", "second_time")
 PROGRAM = """
 import os, signal, threading
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +73,11 @@ entry.main()
 
 @pytest.mark.parametrize(
     "place",
-    ["destructor", "caught", "cleaning_up", "lock_of_a_future", "thread_at_work", "second_time"],
+    [
+        "destructor",
+        "lock_of_a_future",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_PLACES),
+    ],
 )
 def test_one_interrupt_ends_the_program_wherever_it_arrives(place: str) -> None:
     done = subprocess.run(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.engine.engine import Engine
@@ -85,6 +85,7 @@ def alone(family: str, request: tuple[tuple[str, Any], ...]) -> tuple[object, ..
 
 @pytest.mark.parametrize("family", FAMILIES)
 @given(st.data(), st.integers(1, 70))
+@settings(max_examples=4)
 def test_slices_change_no_answer(family: str, data: st.DataObject, chunk: int) -> None:
     request = data.draw(requests(family))
     sliced = engine(family, prefill_chunk=chunk).generate(**dict(request))
@@ -110,6 +111,7 @@ def test_slices_write_the_same_keys(family: str, length: int, chunk: int, block:
     st.sampled_from([0, 8_000, 40_000, 10_000_000]),
     st.sampled_from([None, 8, 40]),
 )
+@settings(max_examples=4)
 def test_a_warm_cache_and_other_rows_change_no_answer(
     family: str, data: st.DataObject, budget: int, chunk: int | None
 ) -> None:

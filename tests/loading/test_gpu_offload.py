@@ -51,7 +51,7 @@ def describe(engine: Engine) -> str:
     [
         ("llada2", "plain", ("1", "35%", "15")),
         ("llada2", "bf16", ("35%",)),
-        ("llada2", "int4", ("35%",)),
+        pytest.param("llada2", "int4", ("35%",), marks=pytest.mark.slow),
         ("sdar-moe", "int8", ("35%",)),
     ],
 )

@@ -270,8 +270,8 @@ def test_a_file_that_ends_inside_an_expert_is_an_error_in_pages_too(
     ("family", "kind", "memories"),
     [
         ("llada2", "int8", ("1", "35%", "100%")),
-        ("llada2", "bf16", ("1",)),
-        ("llada2", "int4", ("35%",)),
+        pytest.param("llada2", "bf16", ("1",), marks=pytest.mark.slow),
+        pytest.param("llada2", "int4", ("35%",), marks=pytest.mark.slow),
         *((family, "int8", ("35%",)) for family in FAMILY_CONFIGS if family != "llada2"),
     ],
 )

@@ -159,7 +159,13 @@ def test_ties_go_to_the_lower_expert(activation: Activation, groups: int, kept: 
         agree(scores, CoresetRule("max", count=4), None)
 
 
-@pytest.mark.parametrize("vote", VOTE_NAMES)
+@pytest.mark.parametrize(
+    "vote",
+    [
+        vote if vote in ("topk-prob", "full") else pytest.param(vote, marks=pytest.mark.slow)
+        for vote in VOTE_NAMES
+    ],
+)
 def test_every_vote_inside_the_experts_that_blocks_admit(vote: Vote) -> None:
     """One row ends a block and begins another; the other lies inside one."""
     scores, vote_weight = voted_block(vote)

@@ -14,7 +14,9 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
-@pytest.mark.parametrize("policy", ["vanilla", "des-vote:beta=0.4"])
+@pytest.mark.parametrize(
+    "policy", [pytest.param("vanilla", marks=pytest.mark.slow), "des-vote:beta=0.4"]
+)
 def test_a_stream_is_the_answer_of_the_engine(family: str, policy: str) -> None:
     generation = family_generation(family).replace(max_new_tokens=16)
     engine = Engine(tiny_model(family), generation=generation)

@@ -287,7 +287,7 @@ def test_the_demo_opens_from_a_file_at_each_size(
     context.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_the_served_page_is_accessible(visit: Visit, scheme: str) -> None:
     visit.page.emulate_media(color_scheme=scheme)
     assert faults(visit.page) == []

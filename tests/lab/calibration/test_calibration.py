@@ -446,7 +446,7 @@ def test_prompts_grade_answers():
 
 
 @pytest.mark.usefixtures("embedded_once")
-@pytest.mark.parametrize("target", ["drop=0.1", "experts=38"])
+@pytest.mark.parametrize("target", ["drop=0.1", pytest.param("experts=38", marks=pytest.mark.slow)])
 def test_targets_are_met_on_the_embedded_model(target: str):
     prompts = prompts_from_tasks(["words", "algebra"], 1, TaskOptions("llada2", seed=3))
     evaluator = PolicyEvaluator(coterie.load(), prompts, batch_size=12)
