@@ -256,7 +256,7 @@ def generate_command(
     Without --policy, des-vote runs with beta 0.5, 0.3 and 0.15, and des-seq with k=3.
 
     With --shape, --expert-dtype is the format of a random model's experts: fp32, bf16 (default),
-    int8 or int4. A random model writes one token a forward.
+    int8 or int4. A random model samples, and writes one token a forward.
 
     \b
     coterie bench generate -p des-vote:beta=0.3 -p des-seq:k=3

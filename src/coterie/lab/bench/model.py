@@ -205,10 +205,14 @@ def _check_memory(shape: ModelShape, required: int, device: torch.device) -> Non
 
 
 def random_engine(shape: str, dtype: str, layers: int | None, device: str) -> Engine:
+    """A random model that samples: its likeliest token is the same at every position, and a block
+    of equal tokens uses k experts only."""
     if dtype not in RANDOM_DTYPES:
         raise ConfigError(f"`expert_dtype={dtype}` with `shape`; known: {', '.join(RANDOM_DTYPES)}")
     if device not in ("auto", "cpu"):
         raise ConfigError(f"`device={device}` with `shape`: random models run on a CPU")
     model = random_model(find_shape(shape), dtype, layers=layers)
-    generation = GenerationConfig.for_family(model.defaults).replace(early_stop="off")
+    generation = GenerationConfig.for_family(model.defaults).replace(
+        early_stop="off", temperature=1.0
+    )
     return Engine(model, generation=generation)
