@@ -265,7 +265,8 @@ class Asking(TorchDispatchMode):
     ("family", "kernels", "most"),
     [
         *((family, False, 2) for family in sorted(FAMILY_CONFIGS) if family != "llada2"),
-        *(("llada2", False, 99), ("llada2", True, 3)),
+        ("llada2", True, 3),
+        pytest.param("llada2", False, 99, marks=pytest.mark.slow),
         pytest.param("llada2", True, 99, marks=pytest.mark.slow),
     ],
 )

@@ -82,7 +82,11 @@ def test_other_weights_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("kept", "sizes"),
-    [*((kept, (33, 17)) for kept in KEPT), (BF16, (64, 32)), (KEPT[-1], (64, 32))],
+    [
+        *((kept, (33, 17)) for kept in KEPT),
+        pytest.param(BF16, (64, 32), marks=pytest.mark.slow),
+        (KEPT[-1], (64, 32)),
+    ],
 )
 def test_kernels_read_the_layout_in_place(
     kept: torch.dtype | QuantFormat, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch

@@ -105,7 +105,12 @@ def test_kernels_equal_the_reference(
 
 @pytest.mark.parametrize(
     ("form", "turned"),
-    [(None, False), (None, True), (FORMATS["int8"], True), (FORMATS["int4"], False)],
+    [
+        (None, False),
+        (FORMATS["int8"], True),
+        pytest.param(None, True, marks=pytest.mark.slow),
+        pytest.param(FORMATS["int4"], False, marks=pytest.mark.slow),
+    ],
 )
 def test_every_tile_config_equals_the_reference(form: QuantFormat | None, turned: bool) -> None:
     from coterie.ops.triton.tuning import TileConfig

@@ -34,9 +34,8 @@ ExpertDtype: TypeAlias = Literal["fp32", "bf16", "int8", "int4"]
 
 RANDOM_DTYPES: tuple[ExpertDtype, ...] = get_args(ExpertDtype)
 DISTINCT_EXPERTS = 2  # random experts of a slab
-SHARED_FRACTION = (
-    0.5  # weight of the direction that all embeddings share; gates read popularity from it
-)
+# Weight of the direction that all embeddings share; gates read popularity from it.
+SHARED_FRACTION = 0.5
 RESIDUAL_SCALE = 0.02  # scale of a layer's output, so that random layers do not hide the tokens
 POOL_SIZE = (1 << 24) + 43  # random numbers that all weights are cut from; no width divides it
 

@@ -38,9 +38,8 @@ class NetworkShape:
     heads: Annotated[int, Key("heads", "num_attention_heads")] = 4
     kv_heads: Annotated[int, Key("kv_heads", "num_key_value_heads")] = 4
     head_dim: Annotated[int, Key("head", "head_dim")] = 32
-    rotary_fraction: Annotated[float, Key("rotary", "partial_rotary_factor")] = (
-        0.5  # of a head, with rotary embedding
-    )
+    # Of a head, with rotary embedding.
+    rotary_fraction: Annotated[float, Key("rotary", "partial_rotary_factor")] = 0.5
     rope_theta: Annotated[float, Key("theta", "rope_theta")] = 10_000.0
     dense_layers: Annotated[int, Key("dense_layers", "first_k_dense_replace")] = 1
     dense_width: Annotated[int, Key("dense_width", "intermediate_size")] = 384
