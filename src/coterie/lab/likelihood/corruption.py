@@ -1,0 +1,116 @@
+"""Corrupted inputs, and the bound of the negative log-likelihood that the logits of each give.
+
+The mean over corruptions is an upper bound of the nats of the clean tokens, given what is before
+them: of a model that fills masks in random order, or of one that removes uniform noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coterie.values import NO_MASK
+
+
+class Corruption(Protocol):
+    """One corrupted input of a span of W positions."""
+
+    @property
+    def tokens(self) -> Tensor:
+        """[W] int64, the input."""
+        ...
+
+    @property
+    def undecided(self) -> Tensor:
+        """[W] bool: masked, or noise that a decoder would not keep."""
+        ...
+
+    @property
+    def positions(self) -> Tensor:
+        """[n] int64: the positions whose logits are needed."""
+        ...
+
+    def nats(self, logits: Tensor) -> float:
+        """One sample of the bound, from logits [n, V]."""
+        ...
+
+
+@dataclass(frozen=True)
+class MaskedTokens:
+    """Some of the scored tokens are masked."""
+
+    tokens: Tensor
+    undecided: Tensor
+    positions: Tensor  # the masked ones
+    targets: Tensor  # [n] int64
+    weight: float
+
+    @staticmethod
+    def draw(
+        tokens: Tensor, scored: Tensor, mask_id: int, generator: torch.Generator
+    ) -> MaskedTokens:
+        """Masks l of the L positions ``scored`` [L]; all such sets are equally likely.
+
+        With l uniform in 1 .. L and the weight L / l, the mean of ``nats`` is the expected nats of
+        filling in a random order (LLaDA, arXiv 2502.09992, Eq. 6 and Eq. 14).
+        """
+        count = int(torch.randint(1, len(scored) + 1, (), generator=generator))
+        order = torch.randperm(len(scored), generator=generator)
+        return MaskedTokens.of(tokens, scored, scored[order[:count].sort().values], mask_id)
+
+    @staticmethod
+    def of(tokens: Tensor, scored: Tensor, masked: Tensor, mask_id: int) -> MaskedTokens:
+        """Masks the positions ``masked`` [l] of ``scored`` [L]."""
+        corrupted = tokens.index_fill(0, masked, mask_id)
+        weight = len(scored) / len(masked)
+        return MaskedTokens(corrupted, corrupted == mask_id, masked, tokens[masked], weight)
+
+    def nats(self, logits: Tensor) -> float:
+        targets = self.targets.to(logits.device)
+        return self.weight * float(F.cross_entropy(logits.double(), targets, reduction="sum"))
+
+
+@dataclass(frozen=True)
+class NoisyTokens:
+    """Scored tokens are replaced by uniform noise, each with probability 1 - ``signal``."""
+
+    tokens: Tensor
+    undecided: Tensor
+    positions: Tensor  # all scored ones
+    targets: Tensor  # [n] int64
+    signal: float
+
+    @staticmethod
+    def draw(
+        tokens: Tensor, scored: Tensor, vocabulary: int, generator: torch.Generator
+    ) -> NoisyTokens:
+        """The signal is uniform in 0 .. 1: noise grows linearly in time."""
+        noise_level = float(torch.rand((), generator=generator))
+        noise = torch.randint(vocabulary, tokens.shape, generator=generator)
+        is_noise = torch.rand(tokens.shape, generator=generator) < noise_level
+        is_scored = torch.zeros_like(is_noise).index_fill(0, scored, True)
+        # Positions after the text are noise at every level, and are not scored.
+        undecided = is_scored | (tokens == NO_MASK)
+        corrupted = noise.where(is_noise & is_scored | (tokens == NO_MASK), tokens)
+        return NoisyTokens(corrupted, undecided, scored, tokens[scored], 1 - noise_level)
+
+    def nats(self, logits: Tensor) -> float:
+        """The rate of relative entropy between the true and the model's reverse jumps.
+
+        With r = 1 / signal, x_j = N signal [j = target] + 1 - signal, y_j the same with the model's
+        probability of j, and i the noisy token (UDLM, arXiv 2412.10193, Eq. 18):
+        r / N (N / y_i - N / x_i + sum_j x_j / x_i log(x_j y_i / (x_i y_j))).
+        """
+        probabilities = torch.softmax(logits.double(), dim=-1)  # [n, N]
+        size, noise = probabilities.shape[-1], 1 - self.signal
+        targets = F.one_hot(self.targets.to(logits.device), size)
+        x, y = (size * self.signal * part + noise for part in (targets, probabilities))
+        current = self.tokens[self.positions].to(logits.device)[:, None]
+        x_i, y_i = x.gather(-1, current), y.gather(-1, current)
+        jumps = (x / x_i * (x.log() - x_i.log() + y_i.log() - y.log())).sum(-1, keepdim=True)
+        rate = (size / y_i - size / x_i + jumps) / (size * self.signal)
+        return float(rate.sum())
