@@ -101,16 +101,18 @@ class NoisyTokens:
     def nats(self, logits: Tensor) -> float:
         """The rate of relative entropy between the true and the model's reverse jumps.
 
-        With r = 1 / signal, x_j = N signal [j = target] + 1 - signal, y_j the same with the model's
-        probability of j, and i the noisy token (UDLM, arXiv 2412.10193, Eq. 18):
-        r / N (N / y_i - N / x_i + sum_j x_j / x_i log(x_j y_i / (x_i y_j))).
+        From token i to j these are x_j / (N signal) and y_j / (N signal), with x_j = q_j / q_i,
+        where q_j = N signal [j = target] + 1 - signal, and y_j the mean of x_j over the model's
+        targets (arXiv 2205.14987, Prop. 1 and 2). The rate is the sum over j != i of
+        y_j - x_j + x_j log(x_j / y_j), over N signal. It is tight for the true posterior.
         """
-        probabilities = torch.softmax(logits.double(), dim=-1)  # [n, N]
-        size, noise = probabilities.shape[-1], 1 - self.signal
-        targets = F.one_hot(self.targets.to(logits.device), size)
-        x, y = (size * self.signal * part + noise for part in (targets, probabilities))
-        current = self.tokens[self.positions].to(logits.device)[:, None]
-        x_i, y_i = x.gather(-1, current), y.gather(-1, current)
-        jumps = (x / x_i * (x.log() - x_i.log() + y_i.log() - y.log())).sum(-1, keepdim=True)
-        rate = (size / y_i - size / x_i + jumps) / (size * self.signal)
-        return float(rate.sum())
+        p = torch.softmax(logits.double(), dim=-1)  # [n, N]
+        n, size = p.shape
+        current, rows = self.tokens[self.positions].to(p.device)[:, None], torch.arange(n)
+        gain = 1 + size * self.signal / (1 - self.signal)  # of a ratio if j or i is the target
+        p_current, targets = p.gather(-1, current), self.targets.to(p.device)
+        y = 1 + p * (gain - 1) + p_current * (1 / gain - 1)
+        x = torch.where(targets[:, None] == current, 1 / gain, 1.0).expand(n, size).clone()
+        x[rows, targets] = gain
+        jumps = (y - x + x * (x / y).log()).scatter(-1, current, 0.0)
+        return float(jumps.sum()) / (size * self.signal)
