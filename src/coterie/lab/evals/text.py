@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,11 +20,10 @@ from coterie.lab.evals.stats import Z_95, ratio_interval
 from coterie.lab.evals.tasks.source import MAX_BYTES, decode_text
 from coterie.lab.journal import Journal
 from coterie.lab.likelihood.estimator import LikelihoodEstimator, Passage, PassageScore
+from coterie.lab.likelihood.passages import split_text
 from coterie.loading.load import Model
 from coterie.model.weights import expert_bytes
-from coterie.tokenizer.tokenizer import SubwordTokenizer
 
-PASSAGE_TOKENS, PASSAGE_BLOCKS = 256, 2  # the larger one sets the length of a passage
 NATS_PER_BIT = math.log(2)
 ScoreCallback = Callable[[int, int], None]  # finished and all scores
 
@@ -117,42 +115,6 @@ def read_text_data(path: Path, engine: Engine, limit: int | None = None) -> Text
     if not passages:
         raise TaskError(f"{path}: holds no text")
     return TextData(path.name, digest.hexdigest(), tuple(passages[:limit]))
-
-
-def split_text(name: str, text: str, engine: Engine) -> Iterator[Passage]:
-    """The passages of a text, each after the tokens with which the tokenizer starts every text.
-
-    Raises TaskError where the tokenizer loses a character.
-    """
-    model, block = engine.model, engine.generation.block
-    ids, ends = _encode(model, text)
-    first = model.tokenizer.encode("", raw=True)
-    length = min(max(PASSAGE_TOKENS, PASSAGE_BLOCKS * block), model.spec.max_length)
-    length = max(1, (length - len(first)) // block * block)
-    for number, start in enumerate(range(0, len(ids), length)):
-        stop = min(start + length, len(ids))
-        size = ends[stop - 1] - (ends[start - 1] if start else 0)
-        yield Passage(f"{name}/{number}", (*first, *ids[start:stop]), len(first), size)
-
-
-def _encode(model: Model, text: str) -> tuple[list[int], list[int]]:
-    """The ids of a text, and how many of its bytes end with each token."""
-    tokenizer = model.tokenizer
-    if not isinstance(tokenizer, SubwordTokenizer):
-        ids = tokenizer.encode(text, raw=True)
-        return ids, list(range(1, len(ids) + 1))
-    encoding = tokenizer.tokenizer.encode(text, add_special_tokens=False)
-    decoded = unicodedata.normalize("NFC", tokenizer.decode(encoding.ids))
-    expected = unicodedata.normalize("NFC", text)
-    if decoded != expected:
-        pairs = enumerate(zip(decoded, expected, strict=False))
-        place = next((i for i, (a, b) in pairs if a != b), min(len(decoded), len(expected)))
-        line, part = expected.count("\n", 0, place) + 1, expected[place : place + 20]
-        raise TaskError(f"line {line}: the model's tokenizer cannot encode {part!r}")
-    bytes_before = [0]
-    for character in text:
-        bytes_before.append(bytes_before[-1] + len(character.encode()))
-    return encoding.ids, [bytes_before[stop] for _, stop in encoding.offsets]
 
 
 def score_text(
