@@ -46,7 +46,7 @@ class ItemOptions:
     def open(self, model: str | None, *, trust_code: bool) -> list[Task]:
         """The tasks; raises ConfigError for options without effect."""
         if self.samples is not None:
-            raise ConfigError(f"--samples has no effect without --task {text.TASK}")
+            raise ConfigError(f"--samples has no effect without --task {o.TEXT_TASK}")
         names = o.task_names(self.task, model, self.data, self.num_problems)
         family, count = inspect(model).family.name, self.num_problems or o.DEFAULT_PROBLEMS
         options = TaskOptions(family, self.data, self.shots, count, self.seed, trust_code)
@@ -85,7 +85,7 @@ def evaluate(
     """
     output.check_one_format(json=json, csv=csv)
     options = {**decode.to_fields(), **sampling.to_fields()}
-    if text.TASK in (items.task or ()):
+    if o.TEXT_TASK in (items.task or ()):
         unused = {"coreset_reuse": coreset_reuse, "reset_cache_every": reset_cache_every}
         text.check_options({**vars(items), **options, **unused})
         engine = engine_options.open()

@@ -8,6 +8,7 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 from rich.table import Table
 
 from coterie.cli import output
+from coterie.cli.options import TEXT_TASK
 from coterie.engine.engine import Engine
 from coterie.errors import ConfigError
 from coterie.files import atomic_write
@@ -24,18 +25,18 @@ from coterie.lab.likelihood.estimator import LikelihoodEstimator
 from coterie.lab.records import write_record
 from coterie.offload.capacity import format_bytes
 
-TASK, TITLE, JOURNAL_FILE = "text", "Bits a byte by policy", "text.jsonl"
+TITLE, JOURNAL_FILE = "Bits a byte by policy", "text.jsonl"
 DEFAULT_SAMPLES = 1
 OPTIONS = ("task", "data", "limit", "seed", "samples", "block", "kv_cache", "commit_routing")
 
 
 def check_options(options: Mapping[str, object]) -> None:
     """Raises ConfigError for other tasks beside the text, and for an option without effect."""
-    if options["task"] != [TASK]:
-        raise ConfigError(f"--task {TASK} reports bits, not answers: it runs alone")
+    if options["task"] != [TEXT_TASK]:
+        raise ConfigError(f"--task {TEXT_TASK} reports bits, not answers: it runs alone")
     for name, value in options.items():
         if name not in OPTIONS and value is not None:
-            raise ConfigError(f"`{name}` has no effect on --task {TASK}")
+            raise ConfigError(f"`{name}` has no effect on --task {TEXT_TASK}")
 
 
 def evaluate_text(

@@ -13,6 +13,7 @@ from coterie.errors import ConfigError, CoterieError, SpecError
 from coterie.keys import Key, from_json, names_of, to_json
 from coterie.lab.calibration.calibration import TRACE_KINDS, Calibration
 from coterie.lab.calibration.measurement import PolicyEvaluator, PolicyRun
+from coterie.lab.calibration.target import TargetKind
 from coterie.lab.records import make_record
 from coterie.loading.load import Model
 from coterie.routing import format_policy, parse_policy
@@ -126,9 +127,7 @@ def calibration_record(
             "kind": target.kind,
             "value": target.value,
             "sure": target.confident,
-            "measured": "the inputs of vanilla's decoding forwards"
-            if target.kind in TRACE_KINDS
-            else "decoding to the end under each policy",
+            "measured": _measured_on(target.kind),
         },
         "achieved": to_json(calibration.achieved),
         "beyond": None if neighbor is None else neighbor.to_dict(),
@@ -142,6 +141,14 @@ def calibration_record(
         "frontier": to_json(calibration.frontier_points),
         **common,
     }
+
+
+def _measured_on(kind: TargetKind) -> str:
+    if kind == "bits":
+        return "masked text under each policy"
+    if kind in TRACE_KINDS:
+        return "the inputs of vanilla's decoding forwards"
+    return "decoding to the end under each policy"
 
 
 def evaluation_conditions(evaluator: PolicyEvaluator) -> dict[str, object]:

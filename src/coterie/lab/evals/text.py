@@ -94,27 +94,34 @@ class TextData:
 
 
 def read_text_data(path: Path, engine: Engine, limit: int | None = None) -> TextData:
-    """The passages of a file, or of all files of a folder that are not hidden, in order of names.
-
-    Raises TaskError for a file that is empty, not UTF-8, or not a text of the tokenizer.
-    """
-    files = [path]
-    if path.is_dir():
-        inside = sorted(each for each in path.rglob("*") if each.is_file())
-        files = [f for f in inside if not any(p[0] == "." for p in f.relative_to(path).parts)]
+    """The passages of ``read_texts``; raises TaskError for what the tokenizer cannot encode."""
     digest, passages = hashlib.sha256(), list[Passage]()
-    for file in files:
-        content = read_file(file, MAX_BYTES)
-        digest.update(content)
-        name = file.name if file == path else str(file.relative_to(path))
-        text = decode_text(content, str(file), "text")
+    for name, text in read_texts(path):
+        digest.update(text.encode())
         try:
             passages += split_text(name, text, engine)
         except CoterieError as error:
-            raise TaskError(f"{file}: {error}") from None
-    if not passages:
-        raise TaskError(f"{path}: holds no text")
+            raise TaskError(f"{path}: {name}: {error}") from None
     return TextData(path.name, digest.hexdigest(), tuple(passages[:limit]))
+
+
+def read_texts(path: Path) -> list[tuple[str, str]]:
+    """Name and text of a file, or of a folder's files that are not hidden, in order of names.
+
+    Raises TaskError for a file that is not UTF-8, and if there is no text.
+    """
+    files = {path.name: path}
+    if path.is_dir():
+        names = {str(each.relative_to(path)): each for each in sorted(path.rglob("*"))}
+        hidden = {name for name in names if any(part[0] == "." for part in Path(name).parts)}
+        files = {n: file for n, file in names.items() if file.is_file() and n not in hidden}
+    texts = [
+        (name, decode_text(read_file(file, MAX_BYTES), str(file), "text"))
+        for name, file in files.items()
+    ]
+    if not any(text for _, text in texts):
+        raise TaskError(f"{path}: holds no text")
+    return texts
 
 
 def score_text(
