@@ -24,7 +24,7 @@ MeasureCandidates = Callable[[Sequence[int]], Sequence[Estimate]]  # of ascendin
 # policy decodes, so each policy decodes all prompts.
 TRACE_KINDS: tuple[TargetKind, ...] = ("mass", "loss")
 PROTECT_VALUES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # shares of a window's tokens
-INITIAL_POINTS = 7  # evenly spaced candidates that are measured before accuracy is bisected
+INITIAL_POINTS = 7  # evenly spaced candidates that are measured before a bisection that may err
 MAX_PAST_EDGE = 2  # consecutive points past the edge that end a pass over evenly spaced points
 
 
@@ -93,8 +93,8 @@ def calibrate(
     """The policy with the fewest experts that meets a target.
 
     A target on ``experts`` selects the policy with the most experts that meets it. ``mass`` and
-    ``loss`` are measured on the inputs of vanilla's forwards, ``experts`` and ``drop`` by decoding,
-    and ``bits`` on masked text.
+    ``loss`` are measured on the inputs of vanilla's forwards, ``bits`` on masked text, and
+    ``experts`` and ``drop`` by decoding.
     ``per_layer`` searches budgets per layer. MC-MoE without ``protect`` is searched along its
     frontier. Raises ConfigError with the reachable range if no policy meets the target.
     """
@@ -112,7 +112,7 @@ def calibrate(
     on_trace = target.kind in TRACE_KINDS
     search = BoundarySearch(
         batch_size=POLICIES_PER_PASS if on_trace else 1,
-        initial_points=INITIAL_POINTS if target.kind == "drop" else 1,
+        initial_points=INITIAL_POINTS if target.kind in ("drop", "bits") else 1,
     )
     result = search.find(
         target,
@@ -142,8 +142,8 @@ def check_target(evaluator: PolicyEvaluator, family: SearchFamily, target: Targe
         raise ConfigError("drop needs graded prompts: name a task instead of a prompt file")
     if target.kind in ("drop", "bits") and _has_two_thresholds(family):
         raise ConfigError(
-            f"{family.name}: {target.spec.description} cannot select two thresholds; fix one, such as "
-            f"{family.name}:protect=0.02"
+            f"{family.name}: {target.spec.description} cannot select two thresholds; "
+            f"fix one, such as {family.name}:protect=0.02"
         )
 
 

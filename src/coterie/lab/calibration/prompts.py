@@ -24,7 +24,8 @@ SPLIT = "train"  # evaluations draw from "test"
 class CalibrationPrompt:
     """One prompt. ``is_correct`` grades an output; None if the right answer is unknown.
 
-    ``answer`` is a worked answer, if there is one. ``generation`` has the ``GenerationConfig`` fields that its task sets.
+    ``generation`` has the ``GenerationConfig`` fields that its task sets. ``answer`` is a worked
+    answer, if there is one.
     """
 
     id: str
