@@ -431,7 +431,7 @@ def test_budgets_per_layer_keep_the_most_votes(tiny: PolicyEvaluator):
     assert [count / 16 for count in counts] == list(shares)
     assert calibration.neighbor is not None
     assert calibration.achieved.value >= 0.8 > calibration.neighbor.estimate.value
-    assert calibration.is_monotonic or target.kind == "bits"  # a random model has no best routing
+    assert calibration.is_monotonic
     total = sum(counts)
     splits = [(m, total - m) for m in range(max(1, total - 16), min(16, total - 1) + 1)]
     policies = [f"des-vote:beta={a / 16}/{b / 16}" for a, b in splits]

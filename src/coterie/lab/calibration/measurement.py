@@ -133,13 +133,13 @@ class PolicyEvaluator:
         for prompt in self.prompt_set.prompts:
             if prompt.answer is None:
                 passages += split_text(prompt.id, prompt.text, engine)
-                continue
-            context, templated = prompt.text, isinstance(tokenizer, SubwordTokenizer)
-            if isinstance(tokenizer, SubwordTokenizer):
-                context = tokenizer.template.render([{"role": "user", "content": prompt.text}])
-            passages.append(
-                continuation_passage(prompt.id, engine, context, prompt.answer, templated=templated)
-            )
+            elif isinstance(tokenizer, SubwordTokenizer):
+                text = tokenizer.template.render([{"role": "user", "content": prompt.text}])
+                pair = text, prompt.answer
+                passages.append(continuation_passage(prompt.id, engine, *pair, templated=True))
+            else:
+                pair = prompt.text, prompt.answer
+                passages.append(continuation_passage(prompt.id, engine, *pair))
         return passages
 
     def measure_on_trace(self, kind: TargetKind, policies: Sequence[str]) -> list[Estimate]:

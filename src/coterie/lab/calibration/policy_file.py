@@ -11,9 +11,8 @@ from coterie.checkpoints.fingerprint import fingerprint
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import ConfigError, CoterieError, SpecError
 from coterie.keys import Key, from_json, names_of, to_json
-from coterie.lab.calibration.calibration import TRACE_KINDS, Calibration
+from coterie.lab.calibration.calibration import Calibration
 from coterie.lab.calibration.measurement import PolicyEvaluator, PolicyRun
-from coterie.lab.calibration.target import TargetKind
 from coterie.lab.records import make_record
 from coterie.loading.load import Model
 from coterie.routing import format_policy, parse_policy
@@ -127,7 +126,7 @@ def calibration_record(
             "kind": target.kind,
             "value": target.value,
             "sure": target.confident,
-            "measured": _measured_on(target.kind),
+            "measured": target.spec.measured_on,
         },
         "achieved": to_json(calibration.achieved),
         "beyond": None if neighbor is None else neighbor.to_dict(),
@@ -141,14 +140,6 @@ def calibration_record(
         "frontier": to_json(calibration.frontier_points),
         **common,
     }
-
-
-def _measured_on(kind: TargetKind) -> str:
-    if kind == "bits":
-        return "masked text under each policy"
-    if kind in TRACE_KINDS:
-        return "the inputs of vanilla's decoding forwards"
-    return "decoding to the end under each policy"
 
 
 def evaluation_conditions(evaluator: PolicyEvaluator) -> dict[str, object]:

@@ -36,14 +36,17 @@ class TargetKindSpec:
     valid_range: Bounds
     is_upper_bound: bool
     description: str
+    measured_on: str
 
 
+DECODING = "decoding to the end under each policy"
+VANILLA_FORWARDS = "the inputs of vanilla's decoding forwards"
 TARGET_KIND_SPECS: dict[TargetKind, TargetKindSpec] = {
-    "experts": TargetKindSpec(Bounds(gt=0), True, "unique experts a layer"),
-    "mass": TargetKindSpec(Bounds(gt=0, le=1), False, "vote mass kept"),
-    "loss": TargetKindSpec(Bounds(ge=0), True, "reconstruction loss"),
-    "drop": TargetKindSpec(Bounds(ge=0, le=1), True, "accuracy drop"),
-    "bits": TargetKindSpec(Bounds(ge=0), True, "rise of the bits"),
+    "experts": TargetKindSpec(Bounds(gt=0), True, "unique experts a layer", DECODING),
+    "mass": TargetKindSpec(Bounds(gt=0, le=1), False, "vote mass kept", VANILLA_FORWARDS),
+    "loss": TargetKindSpec(Bounds(ge=0), True, "reconstruction loss", VANILLA_FORWARDS),
+    "drop": TargetKindSpec(Bounds(ge=0, le=1), True, "accuracy drop", DECODING),
+    "bits": TargetKindSpec(Bounds(ge=0), True, "rise of the bits", "masked text under each policy"),
 }
 
 

@@ -11,12 +11,12 @@ from typing import Annotated
 
 import numpy as np
 
-from coterie.checkpoints.fingerprint import fingerprint
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError, TaskError
 from coterie.files import read_file
 from coterie.keys import Key, from_json, to_json
-from coterie.lab.evals.stats import Z_95, ratio_interval
+from coterie.lab.evals.run import run_identity
+from coterie.lab.evals.stats import ratio_interval
 from coterie.lab.evals.tasks.source import MAX_BYTES, decode_text
 from coterie.lab.journal import Journal
 from coterie.lab.likelihood.estimator import LikelihoodEstimator, Passage, PassageScore
@@ -49,12 +49,6 @@ class BitsEstimate:
             noise = math.sqrt(bits.var(axis=1, ddof=1).sum() / samples) / total
         interval = ratio_interval(means.tolist(), units)
         return BitsEstimate(float(means.sum()) / total, interval, noise)
-
-    @property
-    def noise_interval(self) -> tuple[float, float]:
-        """The 95 % interval of the bound on this text, from the noise alone."""
-        half = Z_95 * (math.nan if self.noise is None else self.noise)
-        return self.value - half, self.value + half
 
 
 @dataclass(frozen=True)
@@ -155,15 +149,10 @@ def score_text(
 
 def text_identity(estimator: LikelihoodEstimator, data: TextData) -> dict[str, object]:
     """What every score depends on, besides the policy, as JSON values."""
-    engine = estimator.engine
-    model, generation = engine.model, engine.generation.document()
-    expert_format = model.spec.expert_format
+    generation = estimator.engine.generation.document()
+    options = {key: generation[key] for key in ("block", "plan", "commit")}
     return {
-        "model": None if model.folder is None else fingerprint(model.folder),
-        "dtype": str(model.transformer.dtype).removeprefix("torch."),
-        "experts": None if expert_format is None else str(expert_format),
-        "memory": None if (memory := model.memory_config) is None else memory.to_dict(),
-        "generation": {key: generation[key] for key in ("block", "plan", "commit")},
+        **run_identity(estimator.engine, (), options=options),
         "samples": estimator.samples,
         "seed": estimator.seed,
         "text": data.settings(),

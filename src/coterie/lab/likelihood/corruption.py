@@ -7,7 +7,7 @@ them: of a model that fills masks in random order, or of one that removes unifor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,36 +16,13 @@ from torch.nn import functional as F
 from coterie.values import NO_MASK
 
 
-class Corruption(Protocol):
-    """One corrupted input of a span of W positions."""
-
-    @property
-    def tokens(self) -> Tensor:
-        """[W] int64, the input."""
-        ...
-
-    @property
-    def undecided(self) -> Tensor:
-        """[W] bool: masked, or noise that a decoder would not keep."""
-        ...
-
-    @property
-    def positions(self) -> Tensor:
-        """[n] int64: the positions whose logits are needed."""
-        ...
-
-    def nats(self, logits: Tensor) -> float:
-        """One sample of the bound, from logits [n, V]."""
-        ...
-
-
 @dataclass(frozen=True)
 class MaskedTokens:
-    """Some of the scored tokens are masked."""
+    """A span of W positions, in which some of the scored tokens are masked."""
 
-    tokens: Tensor
-    undecided: Tensor
-    positions: Tensor  # the masked ones
+    tokens: Tensor  # [W] int64, the input
+    undecided: Tensor  # [W] bool: masked
+    positions: Tensor  # [n] int64: the scored ones that are masked, whose logits are needed
     targets: Tensor  # [n] int64
     weight: float
 
@@ -76,11 +53,11 @@ class MaskedTokens:
 
 @dataclass(frozen=True)
 class NoisyTokens:
-    """Scored tokens are replaced by uniform noise, each with probability 1 - ``signal``."""
+    """A span whose scored tokens are uniform noise, each with probability 1 - ``signal``."""
 
-    tokens: Tensor
-    undecided: Tensor
-    positions: Tensor  # all scored ones
+    tokens: Tensor  # [W] int64, the input
+    undecided: Tensor  # [W] bool: a decoder would not keep it
+    positions: Tensor  # [n] int64: all scored ones
     targets: Tensor  # [n] int64
     signal: float
 
@@ -116,3 +93,6 @@ class NoisyTokens:
         x[rows, targets] = gain
         jumps = (y - x + x * (x / y).log()).scatter(-1, current, 0.0)
         return float(jumps.sum()) / (size * self.signal)
+
+
+Corruption: TypeAlias = MaskedTokens | NoisyTokens

@@ -139,6 +139,9 @@ class LikelihoodEstimator:
         digest = hashlib.sha256(f"{self.seed}/{passage.id}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
         model, blocks = self.engine.model, []
+        draw, source = MaskedTokens.draw, model.mask_id
+        if model.mask_id == NO_MASK:
+            draw, source = NoisyTokens.draw, model.spec.vocabulary
         for block in self._spans(passage):
             # Positions after the text stay masked, as in decoding.
             tokens = torch.full((block.width,), model.mask_id)
@@ -146,14 +149,8 @@ class LikelihoodEstimator:
             tokens[: len(inside)] = inside
             given = max(0, passage.given - block.start)
             scored = torch.arange(given, len(inside))
-            corruptions: list[Corruption] = []
-            for _ in range(self.samples):
-                if model.mask_id == NO_MASK:
-                    vocabulary = model.spec.vocabulary
-                    corruptions.append(NoisyTokens.draw(tokens, scored, vocabulary, generator))
-                else:
-                    corruptions.append(MaskedTokens.draw(tokens, scored, model.mask_id, generator))
-            blocks.append(_CorruptedBlock(row, block, tuple(corruptions), given))
+            drawn = [draw(tokens, scored, source, generator) for _ in range(self.samples)]
+            blocks.append(_CorruptedBlock(row, block, tuple(drawn), given))
         return blocks
 
     def _clean_keys(
