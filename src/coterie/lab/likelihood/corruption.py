@@ -22,7 +22,7 @@ class MaskedTokens:
 
     tokens: Tensor  # [W] int64, the input
     undecided: Tensor  # [W] bool: masked
-    positions: Tensor  # [n] int64: the scored ones that are masked, whose logits are needed
+    positions: Tensor  # [n] int64: the scored ones that are masked; they need logits
     targets: Tensor  # [n] int64
     weight: float
 
@@ -53,7 +53,7 @@ class MaskedTokens:
 
 @dataclass(frozen=True)
 class NoisyTokens:
-    """A span whose scored tokens are uniform noise, each with probability 1 - ``signal``."""
+    """A span in which scored tokens are uniform noise, each with probability 1 - ``signal``."""
 
     tokens: Tensor  # [W] int64, the input
     undecided: Tensor  # [W] bool: a decoder would not keep it
