@@ -51,7 +51,7 @@ def test_all_formats_hold_the_same_numbers(text: Path, capsys: Capture) -> None:
     (("--task", "text", "--data", ".", "-n", "5"), "--max-new-tokens has no effect"),
     (("--task", "text", "--data", ".", "--shots", "2"), "shots.*has no effect"),
     (("--task", "text", "--data", ".", "--coreset-reuse", "0.1"), "--coreset-reuse has no effect"),
-    (("--task", "words", "--samples", "2"), "--samples has no effect"),
+    (("--task", "words", "--samples", "2"), "samples has no effect"),
 ])  # fmt: skip
 def test_options_without_effect_are_refused(
     words: tuple[str, ...], message: str, capsys: Capture

@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from coterie.lab.evals.report import PolicySummary, summarize
 from coterie.lab.evals.run import Answer, Variant, run_eval, run_identity
 from coterie.lab.evals.stats import unchanged_bound
 from coterie.lab.evals.task import Task, TaskOptions
-from coterie.lab.evals.tasks import open_tasks
+from coterie.lab.evals.tasks import choices, open_tasks
 from coterie.lab.problems import PROBLEM_MAKERS
 from coterie.lab.records import write_record
 
@@ -45,12 +45,12 @@ class ItemOptions:
 
     def open(self, model: str | None, *, trust_code: bool) -> list[Task]:
         """The tasks; raises ConfigError for options without effect."""
-        if self.samples is not None:
-            raise ConfigError(f"--samples has no effect without --task {o.TEXT_TASK}")
         names = o.task_names(self.task, model, self.data, self.num_problems)
+        if self.samples is not None and choices.NAME not in names:
+            raise ConfigError("--samples has no effect on tasks that generate answers")
         family, count = inspect(model).family.name, self.num_problems or o.DEFAULT_PROBLEMS
         options = TaskOptions(family, self.data, self.shots, count, self.seed, trust_code)
-        return open_tasks(names, options)
+        return open_tasks(names, replace(options, samples=self.samples or options.samples))
 
 
 @dataclass(frozen=True)
