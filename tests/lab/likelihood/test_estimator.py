@@ -38,6 +38,10 @@ def passage(name: str, length: int, given: int = 0) -> Passage:
     return Passage(name, tuple(torch.randint(90, (length,), generator=generator).tolist()), given)
 
 
+def fixed(monkeypatch: pytest.MonkeyPatch, cls: type, draw: Callable[..., object]) -> None:
+    monkeypatch.setattr(cls, "draw", staticmethod(draw))
+
+
 def logits_of(engine: Engine, tokens: Tensor, block: int) -> Tensor:
     """[W, V] from one forward of all tokens, without a KV cache."""
     width = len(tokens)
@@ -64,7 +68,7 @@ def exact_nats(engine: Engine, text: Passage, block: int) -> float:
 
 
 @pytest.mark.parametrize(("family", "block", "length", "given"), [
-    ("llada2", 4, 8, 0), ("sdar-moe", 4, 7, 2), ("llada2.2", 4, 8, 0), ("llada-moe", 0, 5, 1),
+    ("llada2", 4, 8, 0), ("sdar-moe", 4, 7, 2), ("llada-moe", 0, 5, 1),
 ])  # fmt: skip
 def test_the_interval_covers_the_exact_value(
     family: str, block: int, length: int, given: int
@@ -80,6 +84,30 @@ def test_the_interval_covers_the_exact_value(
     means = [score.mean_nats / math.log(2) for score in scores]
     error = np.std(means, ddof=1) / math.sqrt(len(means))
     assert abs(np.mean(means) - exact) < 4 * error
+
+
+@pytest.mark.parametrize(("family", "block"), [("llada2", 4), ("llada2.2", 32), ("sdar-moe", 4)])
+def test_cached_keys_give_the_logits_of_a_forward_without_a_cache(
+    family: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of LLaDA2.2 are those that admit experts."""
+    engine, text = tiny_engine(family, block), passage("a", 3 * block - 1, given=2)
+
+    def draw(tokens: Tensor, scored: Tensor, mask_id: int, _: object) -> MaskedTokens:
+        return MaskedTokens.of(tokens, scored, scored[::2], mask_id)
+
+    fixed(monkeypatch, MaskedTokens, draw)
+    [[score]] = LikelihoodEstimator(engine).score([text], ["vanilla"])
+    ids, expected = torch.tensor(text.ids), 0.0
+    for start in range(0, len(ids), block):
+        scored = torch.arange(max(start, text.given), min(start + block, len(ids)))
+        masked = scored[::2]
+        tokens = torch.full((start + block,), MASK)
+        tokens[: len(ids)] = ids[: start + block]
+        tokens[masked] = MASK
+        nats = logits_of(engine, tokens, block).double().log_softmax(-1)
+        expected -= float(nats[masked, ids[masked]].sum()) * len(scored) / len(masked)
+    assert score.nats[0] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -122,10 +150,6 @@ def test_shared_corruptions_narrow_the_paired_interval() -> None:
         low, high = ratio_interval([each[0] for each in paired_nats(first, scores)], ones)
         widths.append(high - low)
     assert 0 < 5 * widths[0] < widths[1]
-
-
-def fixed(monkeypatch: pytest.MonkeyPatch, cls: type, draw: Callable[..., object]) -> None:
-    monkeypatch.setattr(cls, "draw", staticmethod(draw))
 
 
 @pytest.mark.parametrize("name", golden_sets())

@@ -49,6 +49,7 @@ def choose(engine: Engine, request: EvalRequest, variant: str, policy: str) -> A
         experts=experts,
         expert_forwards=(forwards := sum(score.forwards for score in scores)),
         forwards=forwards,
+        blocks=forwards // samples,
         expert_bytes=experts * expert_bytes(model.spec, model.transformer.dtype),
         vote_mass_kept=fmean(score.vote_mass_kept for score in scores),
         seconds=time.perf_counter() - start,
