@@ -206,7 +206,7 @@ def relative_rise(
     """By which share the bits rise, and its 95 % interval: a paired bootstrap over passages."""
     before, after = ([score.mean_nats for score in scores] for scores in (first, other))
     low, high = ratio_interval(after, before)
-    return sum(after) / sum(before) - 1, (low - 1, high - 1)
+    return sum(after) / (sum(before) or 1.0) - 1, (low - 1, high - 1)
 
 
 def _read_score(document: Mapping[str, object]) -> PassageScore:

@@ -237,7 +237,7 @@ class LikelihoodEstimator:
             logits_indices=torch.cat([c.positions + i * width for i, c in enumerate(corrupted)]),
             voters=voters,
             progress=DecodeProgress(undecided, torch.zeros_like(undecided), undecided.float()),
-            forward=(sample,) * len(group),
+            forward=tuple(each.block.index * self.samples + sample for each in group),
         )
         counter.on_forward(tuple(rows))
         with self._logged_forward("decode", rows):
