@@ -10,6 +10,7 @@ EXPERIMENTS = {
     "gpu": "experiments.gpu.suite",
     "offload": "experiments.offload",
     "soak": "experiments.soak",
+    "text-corpus": "experiments.text_corpus",
 }
 
 
