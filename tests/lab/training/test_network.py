@@ -23,12 +23,15 @@ from torch import Tensor
 from coterie.errors import CoterieError
 from coterie.files import LockedFile
 from coterie.keys import from_json, keys_of
-from coterie.lab.training.embedded import hf_config, save_network, write_training_record
+from coterie.lab.training.checkpoint import hf_config, save_network, write_training_record
 from coterie.lab.training.feed import TrainingBatch, start_process
 from coterie.lab.training.loop import TrainingConfig, TrainingState, saved_step, train
 from coterie.lab.training.network import (
+    AttentionGroup,
     NetworkShape,
     TrainingNetwork,
+    additive_mask,
+    attention_groups,
     run_experts,
     select_experts,
     sort_by_expert,
@@ -115,10 +118,11 @@ def test_forward_equals_golden() -> None:
     network = TrainingNetwork(golden_shape(config))
     load_network(network, folder)
     allowed = torch.from_numpy(reference["attention_mask_bool"])
+    every = torch.arange(1)
     logits, loads = network(
         torch.from_numpy(reference["input_ids"]),
         torch.from_numpy(reference["position_ids"]),
-        torch.where(allowed, 0.0, -torch.inf),
+        [AttentionGroup(every, every, torch.where(allowed, 0.0, -torch.inf))],
     )
     wanted = torch.from_numpy(reference["logits"])
     assert (logits.view_as(wanted) - wanted).abs().max() < 2e-4
@@ -148,9 +152,30 @@ def test_experts_and_their_gradients_equal_the_definition() -> None:
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_expert_order_is_invertible() -> None:
+@given(st.integers(0, 2**32), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_groups_of_attention_equal_one_mask(seed: int, rows_alike: bool) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    visible = torch.rand(1 if rows_alike else 2, 5, 5, generator=draw) < 0.4
+    visible = (visible | torch.eye(5, dtype=torch.bool)).expand(2, -1, -1)
+    network = TrainingNetwork(SMALL, seed=seed % 7)
+    for parameter in network.parameters():
+        parameter.data.normal_(generator=draw)
+    every = torch.arange(5)
+    tokens = torch.randint(0, 16, (2, 20), generator=draw)
+    positions = torch.arange(20).expand(2, -1)
+    dense = [AttentionGroup(every, every, additive_mask(visible, 4))]
+    grouped = attention_groups(visible, 4)
+    assert rows_alike or len(grouped) == 1 or (visible[0] == visible[1]).all()
+    wanted, _ = network(tokens, positions, dense)
+    found, _ = network(tokens, positions, grouped)
+    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("alignment", [1, 8])
+def test_expert_order_is_invertible(alignment: int) -> None:
     ids = torch.tensor([[3, 0], [0, 1], [3, 1]])
-    rows = sort_by_expert(ids, 4)
+    rows = sort_by_expert(ids, 4, alignment)
     assert rows.counts.tolist() == [2, 2, 0, 2]
     assert rows.pair_index[rows.row_index.flatten()].tolist() == list(range(6))
     assert (
@@ -321,7 +346,7 @@ def test_a_record_of_training_leaves_damaged_lines_out(tmp_path_factory, lines) 
     out = tmp_path_factory.mktemp("out")
     (out / "run").mkdir()
     (out / "run" / "log.jsonl").write_bytes(b"\n".join(lines))
-    record = json.loads(write_training_record(out, CONFIG).read_text())
+    record = json.loads(write_training_record(out, CONFIG, "Training", {}).read_text())
     assert len(record["facts"]["log"]) == any(line.startswith(b'{"step": 1') for line in lines)
 
 

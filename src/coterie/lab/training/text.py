@@ -36,8 +36,7 @@ from coterie.lab.training.vocabulary import (
 )
 
 DEFAULT_STEPS = 20_000
-VOCABULARY_SIZE = 4096
-SHAPE = NetworkShape(vocab_size=VOCABULARY_SIZE, layers=4, experts=256)
+SHAPE = NetworkShape(vocab_size=4096, layers=4, experts=256)
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"  # a completion
 ROWS, BLOCKS = 8, 8  # of a batch; of a row's text
 SUFFIX_SHARE = 0.25  # blocks that are masked from some position on, as after a prompt
@@ -62,7 +61,7 @@ def make_config(
 
 def text_run(corpus: Path, cache: Path, config: TrainingConfig) -> TrainingRun:
     """The run over a corpus; its tokenizer and its tokens are kept in the folder ``cache``."""
-    tokenizer = _cached_tokenizer(corpus, cache)
+    tokenizer = _cached_tokenizer(corpus, cache, config.shape.vocab_size)
     tokens, held_out = (
         _cached_tokens(corpus / half, cache / f"{half}.tokens", tokenizer)
         for half in ("train", "held-out")
@@ -189,7 +188,7 @@ def piece_bytes(tokenizer: Tokenizer) -> np.ndarray:
     return np.array([0 if piece in SPECIAL_TOKENS else len(piece) for piece in pieces])
 
 
-def train_tokenizer(texts: Iterator[str], vocabulary_size: int = VOCABULARY_SIZE) -> Tokenizer:
+def train_tokenizer(texts: Iterator[str], vocabulary_size: int) -> Tokenizer:
     """A lossless byte-pair tokenizer."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = piece_splitter()
@@ -212,11 +211,11 @@ def read_texts(folder: Path) -> Iterator[str]:
     return (path.read_text(errors="replace") for path in paths)
 
 
-def _cached_tokenizer(corpus: Path, cache: Path) -> Tokenizer:
+def _cached_tokenizer(corpus: Path, cache: Path, vocabulary_size: int) -> Tokenizer:
     path = cache / "tokenizer.json"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        tokenizer = train_tokenizer(read_texts(corpus / "train"))
+        tokenizer = train_tokenizer(read_texts(corpus / "train"), vocabulary_size)
         atomic_write(path, tokenizer.to_str().encode())
     return Tokenizer.from_file(str(path))
 
