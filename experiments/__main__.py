@@ -11,6 +11,7 @@ EXPERIMENTS = {
     "offload": "experiments.offload",
     "soak": "experiments.soak",
     "text-corpus": "experiments.text_corpus",
+    "text-model": "experiments.text_model",
 }
 
 

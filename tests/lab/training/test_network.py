@@ -22,8 +22,12 @@ from torch import Tensor
 
 from coterie.errors import CoterieError
 from coterie.files import LockedFile
-from coterie.keys import from_json, keys_of
-from coterie.lab.training.checkpoint import hf_config, save_network, write_training_record
+from coterie.lab.training.checkpoint import (
+    hf_config,
+    load_network,
+    save_network,
+    write_training_record,
+)
 from coterie.lab.training.feed import TrainingBatch, start_process
 from coterie.lab.training.loop import TrainingConfig, TrainingState, saved_step, train
 from coterie.lab.training.network import (
@@ -65,12 +69,6 @@ CONFIG = TrainingConfig(
 )
 
 
-def golden_shape(config: dict) -> NetworkShape:
-    """The shape that an official configuration describes."""
-    names = {name for key in keys_of(NetworkShape).values() for name in key.aliases}
-    return from_json(NetworkShape, {name: config[name] for name in names & config.keys()})
-
-
 def counting(step: int) -> TrainingBatch:
     """Rows that count upwards, half of them masked; a function of the step alone."""
     draw = torch.Generator().manual_seed(step)
@@ -104,19 +102,10 @@ def gradients(value: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad((value * direction).sum(), leaves)
 
 
-def load_network(network: TrainingNetwork, folder: Path) -> None:
-    tensors, views = load_file(folder / "model.safetensors"), network.checkpoint_tensors()
-    assert tensors.keys() == views.keys()
-    for name, view in views.items():
-        view.copy_(tensors[name])
-
-
 def test_forward_equals_golden() -> None:
     folder = golden("llada2", "a")
-    config = json.loads((folder / "config.json").read_text())
     reference = np.load(folder / "reference.npz")
-    network = TrainingNetwork(golden_shape(config))
-    load_network(network, folder)
+    network = load_network(folder)
     allowed = torch.from_numpy(reference["attention_mask_bool"])
     every = torch.arange(1)
     logits, loads = network(
@@ -131,8 +120,9 @@ def test_forward_equals_golden() -> None:
 
 
 def test_configuration_has_exactly_the_official_keys() -> None:
-    official = json.loads((golden("llada2", "a") / "config.json").read_text())
-    mine = hf_config(golden_shape(official)) | {"pad_token_id": official["pad_token_id"]}
+    folder = golden("llada2", "a")
+    official = json.loads((folder / "config.json").read_text())
+    mine = hf_config(load_network(folder).shape) | {"pad_token_id": official["pad_token_id"]}
     assert mine == official | {"dtype": "bfloat16"}
 
 
@@ -367,8 +357,7 @@ def test_balance_moves_load_to_idle_experts(tmp_path: Path) -> None:
 def test_export_loads_back(tmp_path: Path) -> None:
     network = TrainingNetwork(SMALL, seed=5)
     save_network(network, tmp_path)
-    again = TrainingNetwork(SMALL, seed=6)
-    load_network(again, tmp_path)
+    again = load_network(tmp_path)
     for name, weight in network.checkpoint_tensors().items():
         assert torch.equal(weight.bfloat16().float(), again.checkpoint_tensors()[name].float()), (
             name

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 
 from coterie.checkpoints.source import find_folder
 from coterie.files import atomic_write, atomic_write_json, read_file
-from coterie.keys import keys_of, to_json
+from coterie.keys import from_json, keys_of, to_json
 from coterie.lab.records import Measurement, make_record, write_record
 from coterie.lab.training import vocabulary
 from coterie.lab.training.feed import BatchFunction
@@ -71,6 +71,17 @@ def save_network(network: TrainingNetwork, folder: Path, **token_ids: int) -> No
     }
     atomic_write(folder / "model.safetensors", save(tensors, {"format": "pt"}))
     atomic_write_json(folder / "config.json", {**hf_config(network.shape), **token_ids})
+
+
+def load_network(folder: Path) -> TrainingNetwork:
+    """The trainable model of a checkpoint folder that ``save_network`` wrote."""
+    config = read_object(folder / "config.json")
+    names = {name for key in keys_of(NetworkShape).values() for name in key.aliases}
+    shape = from_json(NetworkShape, {name: config[name] for name in names & config.keys()})
+    network, tensors = TrainingNetwork(shape), load_file(folder / "model.safetensors")
+    for name, weight in network.checkpoint_tensors().items():
+        weight.copy_(tensors[name])
+    return network
 
 
 def hf_config(shape: NetworkShape) -> dict[str, object]:
