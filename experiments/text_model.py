@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import coterie
 from coterie.engine.observation import LayerObservation, observe_forwards
 from coterie.lab.training.checkpoint import load_network
-from coterie.lab.training.text import held_out_bits, make_config, piece_bytes, text_run
+from coterie.lab.training.text import TextCorpus, held_out_bits
 from experiments.records import new_parser, save_record
 
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
@@ -33,14 +33,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--corpus", type=Path, required=True, help="folder of the corpus")
     parser.add_argument("--prompts", type=int, default=100)
     options = parser.parse_args(argv)
-    run = text_run(options.corpus, options.model.parent, make_config())
-    train, held_out = run.make_batch.tokens, run.measure.keywords["tokens"]
-    sizes = piece_bytes(run.tokenizer)
+    network = load_network(options.model)
+    corpus = TextCorpus.open(options.corpus, options.model.parent, network.shape.vocab_size)
+    num_bytes = int(corpus.sizes[corpus.held_out].sum())
     facts = {
-        **held_out_bits(load_network(options.model), held_out, sizes, run.make_batch.mask_id),
+        **held_out_bits(network, corpus),
         **_compressed_bits(options.corpus / "held-out"),
-        "trigram_bits_per_byte": trigram_bits(train, held_out) / int(sizes[held_out].sum()),
-        **_decoding_facts(options.model, held_out, options.prompts),
+        "trigram_bits_per_byte": trigram_bits(corpus.train, corpus.held_out) / num_bytes,
+        **_decoding_facts(options.model, corpus.held_out, options.prompts),
     }
     for name, value in facts.items():
         print(f"{name}: {value}")

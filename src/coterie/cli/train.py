@@ -72,4 +72,5 @@ def _embedded_run(settings: Mapping[str, int]) -> TrainingRun:
 def _text_run(corpus: Path | None, out: Path, settings: Mapping[str, int]) -> TrainingRun:
     if corpus is None:
         raise ConfigError("the text model needs a --corpus: a folder with `train` and `held-out`")
-    return text.text_run(corpus, out, text.make_config(**settings))
+    config = text.make_config(**settings)
+    return text.text_run(text.TextCorpus.open(corpus, out, config.shape.vocab_size), config)

@@ -27,7 +27,8 @@ from coterie.values import Window
 
 SAMPLE = "def add(a, b):\n    return a + b\n\nThe quick brown fox adds 12 numbers.\n"
 TOKENIZER = text.train_tokenizer(iter([SAMPLE] * 3), 300)
-MASK = TOKENIZER.token_to_id(vocabulary.MASK_TOKEN)
+IDS = TOKENIZER.get_vocab()
+MASK = IDS[vocabulary.MASK_TOKEN]
 SMALL = NetworkShape(
     vocab_size=TOKENIZER.get_vocab_size(),
     hidden_size=16,
@@ -84,7 +85,7 @@ def test_each_token_is_masked_in_one_of_two_copies(step: int, rows: int, blocks:
 def test_a_training_row_equals_the_engine_block_by_block(tmp_path: Path, seed: int) -> None:
     network = random_network(seed)
     names = {"pad_token_id": vocabulary.END_OF_TEXT, "mask_token_id": vocabulary.MASK_TOKEN}
-    save_network(network, tmp_path, **{k: TOKENIZER.token_to_id(v) for k, v in names.items()})
+    save_network(network, tmp_path, **{key: IDS[name] for key, name in names.items()})
     vocabulary.save_tokenizer(TOKENIZER, tmp_path, text.CHAT_TEMPLATE)
     model = load_model(tmp_path, dtype=torch.float32)
     batch = text.TextBatches(np.arange(5, 250), MASK, seed, block=8, rows=2, blocks=4)(seed)
@@ -110,8 +111,8 @@ def _engine_logits(transformer: torch.nn.Module, ids: Tensor) -> Tensor:
 def test_held_out_bits_of_a_uniform_model_are_those_of_its_vocabulary(seed: int) -> None:
     network = TrainingNetwork(SMALL, seed=seed)  # whose head is 0
     tokens = np.random.default_rng(seed).integers(6, SMALL.vocab_size, 700)
-    sizes = text.piece_bytes(TOKENIZER)
-    measured = text.held_out_bits(network, tokens, sizes, MASK, rows=4)
+    corpus = text.TextCorpus(TOKENIZER, tokens, tokens, text.piece_bytes(TOKENIZER))
+    measured = text.held_out_bits(network, corpus, rows=4)
     assert measured["held_out_bits_per_token"] == pytest.approx(math.log2(SMALL.vocab_size))
 
 
@@ -124,7 +125,11 @@ def test_a_run_makes_a_model_and_states_its_estimate(
         (corpus / half).mkdir(parents=True)
         (corpus / half / "a.txt").write_text(SAMPLE * 40)
     run, again = (
-        text.text_run(corpus, tmp_path, text.make_config(steps=2, workers=1)) for _ in range(2)
+        text.text_run(
+            text.TextCorpus.open(corpus, tmp_path, SMALL.vocab_size),
+            text.make_config(steps=2, workers=1),
+        )
+        for _ in range(2)
     )
     assert torch.equal(run.make_batch(1).tokens, again.make_batch(1).tokens)
     folder = train_checkpoint(tmp_path, run)
@@ -134,7 +139,7 @@ def test_a_run_makes_a_model_and_states_its_estimate(
     with pytest.raises(CoterieError, match="rows evenly"):
         text.make_config(workers=3)
     with pytest.raises(CoterieError, match="no text files"):
-        text.text_run(tmp_path / "nothing", tmp_path / "other", run.config)
+        text.TextCorpus.open(tmp_path / "nothing", tmp_path / "other", 300)
 
 
 def test_a_model_without_weights_is_refused(

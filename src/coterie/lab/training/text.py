@@ -59,23 +59,39 @@ def make_config(
     )
 
 
-def text_run(corpus: Path, cache: Path, config: TrainingConfig) -> TrainingRun:
-    """The run over a corpus; its tokenizer and its tokens are kept in the folder ``cache``."""
-    tokenizer = _cached_tokenizer(corpus, cache, config.shape.vocab_size)
-    tokens, held_out = (
-        _cached_tokens(corpus / half, cache / f"{half}.tokens", tokenizer)
-        for half in ("train", "held-out")
-    )
-    mask_id = tokenizer.token_to_id(MASK_TOKEN)
-    make_batch = TextBatches(tokens, mask_id, config.seed, block=config.shape.block)
-    sizes = piece_bytes(tokenizer)
+@dataclass(frozen=True)
+class TextCorpus:
+    """A corpus as tokens [N] of its own tokenizer, with an end-of-text after each file."""
+
+    tokenizer: Tokenizer
+    train: np.ndarray
+    held_out: np.ndarray
+    sizes: np.ndarray  # [V], bytes of each token
+
+    @staticmethod
+    def open(folder: Path, cache: Path, vocabulary_size: int) -> TextCorpus:
+        """Read a corpus; its tokenizer and its tokens are made once, and kept in ``cache``."""
+        tokenizer = _cached_tokenizer(folder / "train", cache, vocabulary_size)
+        train, held_out = (
+            _cached_tokens(folder / half, cache / f"{half}.tokens", tokenizer)
+            for half in ("train", "held-out")
+        )
+        return TextCorpus(tokenizer, train, held_out, piece_bytes(tokenizer))
+
+    @property
+    def mask_id(self) -> int:
+        return self.tokenizer.get_vocab()[MASK_TOKEN]
+
+
+def text_run(corpus: TextCorpus, config: TrainingConfig) -> TrainingRun:
+    """The run that trains the text model."""
     return TrainingRun(
         "Text training",
         config,
-        tokenizer,
-        make_batch,
+        corpus.tokenizer,
+        TextBatches(corpus.train, corpus.mask_id, config.seed, block=config.shape.block),
         chat_template=CHAT_TEMPLATE,
-        measure=partial(held_out_bits, tokens=held_out, sizes=sizes, mask_id=mask_id),
+        measure=partial(held_out_bits, corpus=corpus),
     )
 
 
@@ -137,26 +153,22 @@ def noised_rows(text: np.ndarray, masks: list[np.ndarray], mask_id: int) -> Trai
 
 @torch.no_grad()
 def held_out_bits(
-    network: TrainingNetwork,
-    tokens: np.ndarray,
-    sizes: np.ndarray,
-    mask_id: int,
-    *,
-    rows: int = HELD_OUT_ROWS,
+    network: TrainingNetwork, corpus: TextCorpus, rows: int = HELD_OUT_ROWS
 ) -> dict[str, float]:
     """Bits of held-out text by the denoising bound (LLaDA, Eq. 5), over evenly spread rows.
 
     Each block has two noised copies with m masks, m uniform over 1 .. b; a target counts b / m.
     """
+    tokens = corpus.held_out
     block = network.shape.block
     rows = min(rows, len(tokens) // (BLOCKS * block))
     starts = np.linspace(0, len(tokens) - BLOCKS * block, rows).astype(np.int64)[:, None]
     text = tokens[starts + np.arange(BLOCKS * block)].reshape(rows, BLOCKS, block)
     nats = sum(
-        _row_nats(network, row, np.random.default_rng([0, i]), mask_id)
+        _row_nats(network, row, np.random.default_rng([0, i]), corpus.mask_id)
         for i, row in enumerate(text[:, None])
     )
-    num_bytes = int(sizes[text].sum())
+    num_bytes = int(corpus.sizes[text].sum())
     return {
         "held_out_bits_per_byte": nats / math.log(2) / num_bytes,
         "held_out_bits_per_token": nats / math.log(2) / text.size,
@@ -184,8 +196,8 @@ def _row_nats(
 
 def piece_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """The number of bytes of each token; 0 for special tokens."""
-    pieces = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
-    return np.array([0 if piece in SPECIAL_TOKENS else len(piece) for piece in pieces])
+    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return np.array([0 if piece in SPECIAL_TOKENS else len(piece) for piece, _ in pieces])
 
 
 def train_tokenizer(texts: Iterator[str], vocabulary_size: int) -> Tokenizer:
@@ -211,19 +223,18 @@ def read_texts(folder: Path) -> Iterator[str]:
     return (path.read_text(errors="replace") for path in paths)
 
 
-def _cached_tokenizer(corpus: Path, cache: Path, vocabulary_size: int) -> Tokenizer:
+def _cached_tokenizer(folder: Path, cache: Path, vocabulary_size: int) -> Tokenizer:
     path = cache / "tokenizer.json"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        tokenizer = train_tokenizer(read_texts(corpus / "train"), vocabulary_size)
+        tokenizer = train_tokenizer(read_texts(folder), vocabulary_size)
         atomic_write(path, tokenizer.to_str().encode())
     return Tokenizer.from_file(str(path))
 
 
 def _cached_tokens(folder: Path, path: Path, tokenizer: Tokenizer) -> np.ndarray:
-    """The tokens of all files, with an end-of-text after each."""
     if not path.exists():
-        end = tokenizer.token_to_id(END_OF_TEXT)
+        end = tokenizer.get_vocab()[END_OF_TEXT]
         parts = [
             np.array([*tokenizer.encode(text).ids, end], np.uint16) for text in read_texts(folder)
         ]
