@@ -51,3 +51,10 @@ def test_a_stopped_run_says_what_it_keeps_and_goes_on(
     assert capsys.readouterr().out == f"{tmp_path / 'model'}\n"
     record = json.loads((tmp_path / "embedded-training.json").read_text())
     assert record["facts"]["log"][-1]["step"] == 4
+
+
+def test_text_without_a_corpus_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", "--task", "text", "--out", str(tmp_path)]) != 0
+    assert "--corpus" in capsys.readouterr().err

@@ -38,9 +38,9 @@ from coterie.lab.training.vocabulary import (
 DEFAULT_STEPS = 20_000
 SHAPE = NetworkShape(vocab_size=4096, layers=4, experts=256)
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"  # a completion
-ROWS, BLOCKS = 8, 8  # of a batch; of a row's text
+ROWS, BLOCKS = 4, 16  # of a batch; of a row's text
 SUFFIX_SHARE = 0.25  # blocks that are masked from some position on, as after a prompt
-HELD_OUT_ROWS = 128  # of the final estimate
+HELD_OUT_ROWS = 64  # of the final estimate
 
 
 def make_config(
