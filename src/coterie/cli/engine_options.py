@@ -9,7 +9,7 @@ from typing import Literal
 
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from coterie.checkpoints.source import EMBEDDED
+from coterie.checkpoints.source import EMBEDDED, TEXT
 from coterie.cli import options as o
 from coterie.cli.output import print_note, progress_bar
 from coterie.decoding.kv_schemes import (
@@ -244,7 +244,7 @@ def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOption
         isinstance(scheme, BlockCausalCache | BlockCausalNoCache)
         and "edit" not in generation.unmask
     )
-    if engine.model.name == EMBEDDED and not trained:
+    if engine.model.name in (EMBEDDED, TEXT) and not trained:
         print_note("the model in the package was trained for block-causal decoding without edits")
     for spec in specs:
         _note_oversize(engine, spec)
