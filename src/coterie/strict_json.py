@@ -51,6 +51,13 @@ def parse_object(raw: bytes, kind: str) -> dict[str, object]:
     return value
 
 
+def describe_json_error(error: ValueError | RecursionError) -> str:
+    """What is wrong with a text that ``json.loads`` refuses, without Python's own advice."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(error) if isinstance(error, json.JSONDecodeError) else TOO_MANY_DIGITS
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) < len(pairs):

@@ -57,7 +57,7 @@ def test_memory_is_parsed_from_text() -> None:
         "warm": None,
     }
     assert ExpertMemoryConfig.parse("47").eviction == Lru()
-    for text in ("20", "20GB/s", "0GiB", "-1GiB", "many"):
+    for text in ("20", "20GB/s", "0GiB", "-1GiB", "many", "9" * 5000 + "GiB"):
         with pytest.raises(CoterieError):
             parse_bytes(text, "--host-memory")
 
@@ -217,6 +217,27 @@ def test_votes_saved_by_a_trace_fill_the_slots(tmp_path: Path, rule) -> None:
     assert (
         run([*WORDS, "-m", str(folder), "--expert-memory", "6", "--warm-start", str(traced)]) == 0
     )
+
+
+def test_a_trace_stopped_between_its_two_outputs_can_be_repeated(tmp_path, monkeypatch) -> None:
+    """The trace takes its name last: without the votes, there is no trace to stand in the way."""
+    traced, votes = tmp_path / "trace", tmp_path / "votes"
+    words = ["trace", "--task", "words", "--num-problems", "1", "-n", "8", "-o", str(traced)]
+    words += ["--save-votes", str(votes)]
+
+    class Killed(BaseException): ...
+
+    def stop(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("coterie.cli.trace.write_votes", stop)
+        with pytest.raises(Killed):
+            run(words)
+    assert not traced.exists()
+    assert run(words) == 0
+    assert traced.exists()
+    assert read_votes(votes).layers
 
 
 def test_votes_of_another_model_are_refused(tmp_path: Path) -> None:

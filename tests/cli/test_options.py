@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import typer
 
 from coterie.cli import options as o
 from coterie.cli.app import app
+from coterie.cli.engine_options import canonical_policy
 from coterie.cli.study import QUICK_PROBLEMS, QUICK_PROMPTS
+from coterie.errors import CoterieError
 from coterie.lab.planner.request import DEFAULT_STEPS
 from coterie.lab.study.study import EXPERIMENTS
 
@@ -65,3 +68,10 @@ def test_defaults_in_the_texts_are_those_of_the_code() -> None:
 
 def test_the_help_names_every_experiment() -> None:
     assert sorted(EXPERIMENTS) == o.EXPERIMENTS
+
+
+@pytest.mark.parametrize("policy", ["topk:k=", "des-vote:beta=", "racing:m=", "\0", "unknown"])
+def test_a_policy_too_long_for_a_file_name_is_refused(policy: str) -> None:
+    with pytest.raises(CoterieError) as raised:
+        canonical_policy(policy + "9" * 5000)
+    assert "sys." not in str(raised.value)

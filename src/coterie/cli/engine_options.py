@@ -1,5 +1,6 @@
 """From the options of a command to an engine and its generation settings."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -199,7 +200,7 @@ def canonical_policy(spec: str) -> str:
     """The policy in its canonical form; for ``@file``, the calibrated policy of that file."""
     if spec.startswith(FILE_PREFIX):
         return read_calibrated_policy(spec.removeprefix(FILE_PREFIX)).policy
-    if Path(spec).is_file():
+    if os.path.isfile(spec):  # False for a name that is too long
         raise ConfigError(f"policy {spec!r} is a file; {FILE_PREFIX}{spec} reads it")
     return format_policy(parse_policy(spec))
 

@@ -16,6 +16,7 @@ from coterie.lab.replay.recorder import bias_of, record_trace, trace_header
 from coterie.lab.replay.replay import steps_per_block
 from coterie.lab.replay.trace import Trace
 from coterie.lab.replay.trace_file import TraceWriter, check_new_trace, read_trace
+from coterie.loading.load import Model
 from coterie.loading.saved_votes import SavedVotes, router_checksum, write_votes
 from coterie.offload.capacity import format_bytes
 
@@ -63,14 +64,17 @@ def trace(
                 engine, texts, writer, policy=spec, batch_size=batch_size,
                 max_forwards=max_forwards, on_result=lambda _: progress.advance(task_id), **options,
             )  # fmt: skip
-    recorded = read_trace(out)
-    if save_votes is not None:
-        model, mean_votes = engine.model, TraceVotes.of(recorded).mean_votes
-        routers = "" if model.folder is None else router_checksum(model.folder)
-        saved = SavedVotes.of(model.name, recorded.header.layers, mean_votes, routers)
-        write_votes(save_votes, saved)
+            recorded = read_trace(writer.path)
+            if save_votes is not None:  # before the trace is complete: a killed run can be repeated
+                write_votes(save_votes, _mean_votes(engine.model, recorded))
     document = trace_document(out, recorded)
     output.print_result(document, summary_line(document), json=json)
+
+
+def _mean_votes(model: Model, recorded: Trace) -> SavedVotes:
+    routers = "" if model.folder is None else router_checksum(model.folder)
+    mean_votes = TraceVotes.of(recorded).mean_votes
+    return SavedVotes.of(model.name, recorded.header.layers, mean_votes, routers)
 
 
 @contextmanager

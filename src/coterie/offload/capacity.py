@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
 
-from coterie.errors import ConfigError
+from coterie.errors import ConfigError, quote
 
 BYTE_UNITS = {
     "B": 1,
@@ -65,8 +66,8 @@ class Capacity:
 def parse_bytes(text: str, option_name: str) -> int:
     """Parse "20GiB"; raises ConfigError with the option's name."""
     amount, unit, is_rate = parse_amount(text)
-    if is_rate or unit.upper() not in BYTE_UNITS or amount <= 0:
-        raise ConfigError(f"{option_name} is {text!r}; use bytes, such as 20GiB")
+    if is_rate or unit.upper() not in BYTE_UNITS or not 0 < amount < math.inf:
+        raise ConfigError(f"{option_name} is {quote(text)}; use bytes, such as 20GiB")
     return int(amount * BYTE_UNITS[unit.upper()])
 
 

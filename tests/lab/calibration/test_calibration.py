@@ -495,6 +495,7 @@ def test_prompts_come_from_a_file(tmp_path: Path):
         (b"", "holds no prompts"),
         (b"\n \n", "holds no prompts"),
         (b'{"prompt": "a"}\n{"prompt"', "line 2: not JSON"),
+        (b'{"prompt": ' + b"9" * 5000 + b"}", "line 1: not JSON (a number in it has more"),
         (b'{"prompt": "a"}\n\n{"question": "b"}', 'line 3: no text under "prompt"'),
         (b'{"prompt": ""}', 'line 1: no text under "prompt"'),
         (b"\xff\xfe", "not UTF-8 text"),

@@ -49,6 +49,7 @@ def test_jsonl_json_and_gzip_have_the_same_rows(tmp_path):
             b'{"question": "a", "answer": "#### 1"}\n{"question": "b", "ans',
             "line 2: invalid or truncated JSON",
         ),
+        (b'{"question": ' + b"9" * 5000 + b"}", "JSON (a number in it has more than"),
         (b'{"question": "a"}\n', "line 1: 'answer' is missing"),
         (b'{"question": "a", "answer": 3}\n', "line 1: 'answer' is not text"),
         (b'{"question": "a", "answer": "b"}\n[1]\n', "line 2: not an object but list"),

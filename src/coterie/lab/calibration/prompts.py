@@ -15,7 +15,7 @@ from coterie.lab.evals.task import Task, TaskOptions
 from coterie.lab.evals.tasks import embedded, open_tasks
 from coterie.lab.evals.text import read_texts
 from coterie.lab.problems import PROBLEM_MAKERS, draw_problem
-from coterie.strict_json import LISTING_FILE
+from coterie.strict_json import LISTING_FILE, describe_json_error
 
 SPLIT = "train"  # evaluations draw from "test"
 
@@ -134,7 +134,7 @@ def _parse_json_line(path: Path, number: int, line: str) -> str:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise TaskError(f"{path}, line {number}: not JSON ({error})") from None
+        raise TaskError(f"{path}, line {number}: not JSON ({describe_json_error(error)})") from None
     prompt = entry.get("prompt") if isinstance(entry, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise TaskError(f'{path}, line {number}: no text under "prompt"')

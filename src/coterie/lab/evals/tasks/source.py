@@ -20,6 +20,7 @@ from huggingface_hub import hf_hub_download
 from coterie.checkpoints.hub import hub_requests
 from coterie.errors import TaskError
 from coterie.files import read_file
+from coterie.strict_json import describe_json_error
 
 DATA_ENV_VAR = "COTERIE_DATA"  # names the default data folder
 
@@ -191,8 +192,9 @@ def _parse_json(text: str, source: str, first_line: int, expected: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         line = first_line + getattr(error, "lineno", 1) - 1
+        problem = describe_json_error(error)
         raise TaskError(
-            f"{source}, line {line}: invalid or truncated JSON ({error}); expected {expected}"
+            f"{source}, line {line}: invalid or truncated JSON ({problem}); expected {expected}"
         ) from None
 
 
