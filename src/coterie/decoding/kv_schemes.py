@@ -310,11 +310,7 @@ class KVScheme:
 
     def __str__(self) -> str:
         text = format_spec(self.base, KV_SCHEMES)
-        return (
-            text
-            if self.unroll is None
-            else f"{text}+{format_spec(self.unroll, KV_SCHEME_ADDITIONS)}"
-        )
+        return text if self.unroll is None else f"{text}+{format_spec(self.unroll, ADDITIONS)}"
 
 
 def parse_kv_scheme(text: str) -> KVScheme:
@@ -322,7 +318,7 @@ def parse_kv_scheme(text: str) -> KVScheme:
     first, *rest = text.split("+")
     if len(rest) > 1:
         raise SpecError(f"a KV scheme has at most one addition, not {len(rest)}: {text!r}")
-    unroll = parse_spec(rest[0], KV_SCHEME_ADDITIONS, "addition to a KV scheme") if rest else None
+    unroll = parse_spec(rest[0], ADDITIONS, "addition to a KV scheme") if rest else None
     return KVScheme(parse_spec(first, KV_SCHEMES, "KV scheme"), unroll)
 
 
@@ -345,4 +341,4 @@ KV_SCHEMES: dict[str, type[BaseKVScheme]] = {
     "block-causal-uncached": BlockCausalNoCache,
     "encoder": EncoderCache,
 }
-KV_SCHEME_ADDITIONS = {"unroll": Unroll}
+ADDITIONS = {"unroll": Unroll}

@@ -89,15 +89,13 @@ class GenerationConfig:
 
     def fit(self, prompt_tokens: int, max_length: int) -> GenerationConfig | None:
         """The options with as many new tokens as fit beside a prompt; None if none fits."""
+        kv_scheme = parse_kv_scheme(self.kv_cache)
 
         def length(new_tokens: int) -> int:
             return kv_scheme.blocks(prompt_tokens, new_tokens, self.block)[-1].stop
 
         # More tokens than positions never fit; their list of blocks could exceed memory.
-        kv_scheme, most = (
-            parse_kv_scheme(self.kv_cache),
-            min(self.max_new_tokens, max_length - prompt_tokens),
-        )
+        most = min(self.max_new_tokens, max_length - prompt_tokens)
         count = bisect_right(range(1, most + 1), max_length, key=length)
         return replace(self, max_new_tokens=count) if count else None
 

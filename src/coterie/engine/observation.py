@@ -182,9 +182,8 @@ class _ObservationRecorder(Recorder):
 
 
 def _with_separate_commits(generation: GenerationConfig) -> GenerationConfig:
-    return generation.replace(
-        kv_cache=str(parse_kv_scheme(generation.kv_cache).with_separate_commits())
-    )
+    separate = parse_kv_scheme(generation.kv_cache).with_separate_commits()
+    return generation.replace(kv_cache=str(separate))
 
 
 def _routing_layers(model: Model, layers: Collection[int] | None) -> frozenset[int]:

@@ -64,15 +64,12 @@ def make_loop(
 
 
 def _generation(
-    parameters: ReferenceParameters,
-    kv_scheme: KVScheme,
-    unmask: UnmaskStrategy,
-    early_stop: EarlyStop,
+    parameters: ReferenceParameters, scheme: KVScheme, unmask: UnmaskStrategy, early_stop: EarlyStop
 ) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=parameters.integer("gen_length"),
         block=parameters.integer("block_length"),
-        kv_cache=str(kv_scheme),
+        kv_cache=str(scheme),
         unmask=str(unmask),
         temperature=parameters.number("temperature", 0.0),
         top_k=parameters.integer("top_k", 0),
@@ -84,30 +81,27 @@ def _generation(
 def _llada(algorithm: str, parameters: ReferenceParameters, eos_id: int) -> PublishedLoop:
     """No cache; every block takes all of its steps, even after it is filled."""
     rule = _fixed_rule(parameters)
-    kv_scheme = KVScheme(NoCache(), Unroll(most=1, least=rule.steps))
+    scheme = KVScheme(NoCache(), Unroll(most=1, least=rule.steps))
     for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
         parameters.allow_only(name, False)
-    config = _generation(parameters, kv_scheme, UnmaskStrategy(rule), "off")
+    config = _generation(parameters, scheme, UnmaskStrategy(rule), "off")
     return PublishedLoop((config,))
 
 
 def _fast_dllm(algorithm: str, parameters: ReferenceParameters, eos_id: int) -> PublishedLoop:
     """With a cache, every block takes at least two forwards: without, then with the cache."""
-    kv_schemes = {
+    schemes = {
         "with_prefix_cache": KVScheme(PrefixCache(), Unroll(1, 1)),
         "with_dual_cache": KVScheme(DualCache(), Unroll(1, 1)),
     }
-    kv_scheme = next(
-        (kv_scheme for name, kv_scheme in kv_schemes.items() if name in algorithm),
-        KVScheme(NoCache()),
-    )
+    scheme = next((s for name, s in schemes.items() if name in algorithm), KVScheme(NoCache()))
     rule: UnmaskRule
     if parameters.has("threshold"):
         parameters.has("steps")  # has no effect with a threshold
         rule = ThresholdRule(parameters.threshold("threshold"), slack=0.0)
     else:
         rule = _fixed_rule(parameters)
-    config = _generation(parameters, kv_scheme, UnmaskStrategy(rule), "off")
+    config = _generation(parameters, scheme, UnmaskStrategy(rule), "off")
     return PublishedLoop((config,))
 
 
@@ -142,9 +136,9 @@ def _dinfer(algorithm: str, parameters: ReferenceParameters, eos_id: int) -> Pub
         credit=credit if decoder == "credit" else None,
         smooth=smooth if runner.startswith("itersmooth") else None,
     )
-    kv_scheme = KVScheme(schemes[runner], Unroll(max(1, max_unroll), expected_tokens))
+    scheme = KVScheme(schemes[runner], Unroll(max(1, max_unroll), expected_tokens))
     fills_after_stop = parameters.flag("early_stop", True)  # false also ends the sequence
-    config = _generation(parameters, kv_scheme, unmask, "block")
+    config = _generation(parameters, scheme, unmask, "block")
     return PublishedLoop((config,), (parameters.integer("eos_id", eos_id),), fills_after_stop)
 
 

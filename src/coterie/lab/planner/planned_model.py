@@ -74,9 +74,8 @@ class PlannedModel:
         kv_scheme, block = self.kv_scheme, self.middle_block
         length = block.stop + BLOCKS_AFTER * self.block
         for step in range(steps):
-            yield kv_scheme.next_pass(
-                block, length, StepCounter(BLOCKS_BEFORE * steps + step, step)
-            )
+            counter = StepCounter(BLOCKS_BEFORE * steps + step, step)
+            yield kv_scheme.next_pass(block, length, counter)
 
     def window_tokens(self, steps: int) -> int:
         """Tokens of the narrowest forward that decodes: the block, and its surroundings if any."""
