@@ -10,6 +10,8 @@ EXPERIMENTS = {
     "gpu": "experiments.gpu.suite",
     "offload": "experiments.offload",
     "soak": "experiments.soak",
+    "text-corpus": "experiments.text_corpus",
+    "text-model": "experiments.text_model",
 }
 
 

@@ -158,3 +158,15 @@ def test_arguments_are_read_as_utf8_in_any_locale(text: str) -> None:
 def test_more_experts_than_the_model_has_is_remarked(model: str, capsys: Capture) -> None:
     assert run(["generate", "5", "-m", model, "-n", "2", "-p", "topk:k=100"]) == 0
     assert "k=4 is the same" in capsys.readouterr().err
+
+
+def test_a_rule_that_draws_takes_cuts_without_a_temperature(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    model = str(write_checkpoint(tmp_path / "gemma", "diffusion-gemma", seed=3))
+    words = ["generate", "5 7", "-m", model, "-n", "8", "--block", "8"]
+    texts = []
+    for cut in ([], ["--top-k", "1"], ["--top-p", "0.2"]):
+        assert run([*words, *cut]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] not in texts[1:]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from coterie.cli.entry import run
-from coterie.lab.training import embedded, vocabulary
+from coterie.lab.training import checkpoint, embedded, vocabulary
 from coterie.lab.training.network import NetworkShape
 
 
@@ -27,7 +27,7 @@ def test_a_stopped_run_says_what_it_keeps_and_goes_on(
     monkeypatch.setattr(embedded, "FIRST_STAGE", replace(embedded.FIRST_STAGE, rows=2))
     monkeypatch.setattr(embedded, "SECOND_STAGE", embedded.FIRST_STAGE)
     monkeypatch.setattr(embedded, "THIRD_STAGE", embedded.FIRST_STAGE)
-    train, steps = embedded.train, []
+    train, steps = checkpoint.train, []
 
     def stopped(*arguments: object, on_step: Callable[[int], None], **others: object) -> object:
         def stop(step: int) -> None:
@@ -38,7 +38,7 @@ def test_a_stopped_run_says_what_it_keeps_and_goes_on(
 
         return train(*arguments, on_step=stop, **others)
 
-    monkeypatch.setattr(embedded, "train", stopped)
+    monkeypatch.setattr(checkpoint, "train", stopped)
     words = ["train", "--out", str(tmp_path), "--steps", "4", "--workers", "1"]
     with pytest.raises(SystemExit) as stop:
         run(words)
@@ -51,3 +51,10 @@ def test_a_stopped_run_says_what_it_keeps_and_goes_on(
     assert capsys.readouterr().out == f"{tmp_path / 'model'}\n"
     record = json.loads((tmp_path / "embedded-training.json").read_text())
     assert record["facts"]["log"][-1]["step"] == 4
+
+
+def test_text_without_a_corpus_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", "--task", "text", "--out", str(tmp_path)]) != 0
+    assert "--corpus" in capsys.readouterr().err

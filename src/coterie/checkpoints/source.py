@@ -1,4 +1,4 @@
-"""Locates a model by name: the embedded model, a folder, or a repository on the hub."""
+"""Locates a model by name: a model in the package, a folder, or a repository on the hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from coterie.checkpoints.hub import hub_requests
 from coterie.checkpoints.journal import JOURNAL
 from coterie.errors import CheckpointError
 
-EMBEDDED = "embedded"
+EMBEDDED, TEXT = "embedded", "text"
 CONFIG_FILES = ("config.json",)
 # Only these are downloaded: no code and no pickles.
 MODEL_FILES = (
@@ -24,13 +24,13 @@ HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?"
 
 
 def find_folder(name: str | Path | None, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
-    """The folder of a model; None and "embedded" name the model in the package.
+    """The folder of a model; None and "embedded" name the embedded model, "text" the text model.
 
     A hub id is "owner/name" or "owner/name@revision". Files that match ``patterns`` are downloaded
     into the hub's cache. Raises CheckpointError if there is no such model.
     """
-    if name is None or str(name) == EMBEDDED:
-        return _embedded_folder()
+    if name is None or str(name) in (EMBEDDED, TEXT):
+        return _packaged_folder(EMBEDDED if name is None else str(name))
     if not str(name).strip():
         raise CheckpointError("the model has an empty name")  # which would be this folder
     path = Path(name).expanduser()
@@ -47,10 +47,13 @@ def find_folder(name: str | Path | None, patterns: tuple[str, ...] = MODEL_FILES
     return _download(name, patterns)
 
 
-def _embedded_folder() -> Path:
-    folder = Path(str(resources.files("coterie") / EMBEDDED))
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: the embedded model is not installed; name another model")
+def _packaged_folder(name: str) -> Path:
+    folder = Path(str(resources.files("coterie") / name))
+    if not (folder / "model.safetensors").is_file():
+        raise CheckpointError(
+            f"{folder}: the weights of the {name} model are not installed; name another model, or "
+            "train it with `coterie train`"
+        )
     return folder
 
 

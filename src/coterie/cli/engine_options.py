@@ -9,7 +9,7 @@ from typing import Literal
 
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from coterie.checkpoints.source import EMBEDDED
+from coterie.checkpoints.source import EMBEDDED, TEXT
 from coterie.cli import options as o
 from coterie.cli.output import print_note, progress_bar
 from coterie.decoding.kv_schemes import (
@@ -18,6 +18,7 @@ from coterie.decoding.kv_schemes import (
     NoCache,
     parse_kv_scheme,
 )
+from coterie.decoding.refinements import parse_unmask
 from coterie.engine.engine import Engine, load
 from coterie.errors import ConfigError
 from coterie.lab.calibration import read_calibrated_policy
@@ -172,11 +173,7 @@ class SamplingOptions:
     early_stop: Literal["block", "token", "off"] | None = None
 
     def to_fields(self) -> GenerationOptions:
-        """Fields of a GenerationConfig; raises ConfigError for options without effect."""
-        if not self.temperature:
-            for flag, value in (("--top-k", self.top_k), ("--top-p", self.top_p)):
-                if value is not None:
-                    raise ConfigError(f"{flag} needs --temperature above 0: greedy takes the best")
+        """Fields of a GenerationConfig."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -239,11 +236,15 @@ def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOption
     if "prefill_routing" in options and isinstance(scheme, NoCache | BlockCausalNoCache):
         raise ConfigError(f"--prefill-routing {ignored}: every forward decodes")
     generation = engine.generation.replace(**options)
+    if not generation.temperature and not parse_unmask(generation.unmask).renoises:
+        for name in ("top_k", "top_p"):
+            if name in options:
+                raise ConfigError(f"`{name}` needs `temperature` above 0: greedy takes the best")
     trained = (
         isinstance(scheme, BlockCausalCache | BlockCausalNoCache)
         and "edit" not in generation.unmask
     )
-    if engine.model.name == EMBEDDED and not trained:
+    if engine.model.name in (EMBEDDED, TEXT) and not trained:
         print_note("the model in the package was trained for block-causal decoding without edits")
     for spec in specs:
         _note_oversize(engine, spec)

@@ -4,12 +4,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from coterie.checkpoints.model_info import inspect
 from coterie.cli import engine_options as engines
+from coterie.cli import eval_text as text
 from coterie.cli import options as o
 from coterie.cli import output
 from coterie.cli.eval_output import EvalProgress, accuracy_document, accuracy_tables, live_progress
@@ -21,7 +22,7 @@ from coterie.lab.evals.report import PolicySummary, summarize
 from coterie.lab.evals.run import Answer, Variant, run_eval, run_identity
 from coterie.lab.evals.stats import unchanged_bound
 from coterie.lab.evals.task import Task, TaskOptions
-from coterie.lab.evals.tasks import open_tasks
+from coterie.lab.evals.tasks import choices, open_tasks
 from coterie.lab.problems import PROBLEM_MAKERS
 from coterie.lab.records import write_record
 
@@ -40,13 +41,16 @@ class ItemOptions:
     seed: int = 1
     limit: int | None = None
     shuffle_seed: int | None = None
+    samples: int | None = None
 
     def open(self, model: str | None, *, trust_code: bool) -> list[Task]:
         """The tasks; raises ConfigError for options without effect."""
         names = o.task_names(self.task, model, self.data, self.num_problems)
+        if self.samples is not None and choices.NAME not in names:
+            raise ConfigError("--samples has no effect on tasks that generate answers")
         family, count = inspect(model).family.name, self.num_problems or o.DEFAULT_PROBLEMS
         options = TaskOptions(family, self.data, self.shots, count, self.seed, trust_code)
-        return open_tasks(names, options)
+        return open_tasks(names, replace(options, samples=self.samples or options.samples))
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,22 @@ def evaluate(
     coterie eval --num-problems 50 -p des-vote:beta=0.3 -p random:beta=0.3
     coterie eval -p resident-vote:beta=0.3 --simulate-expert-memory 35% --commit-routing policy
     coterie eval -m inclusionAI/LLaDA2.0-mini --task gsm8k -p des-vote:beta=0.15 -o runs/gsm8k
+    coterie eval --task text --data BOOK.txt -p des-vote:beta=0.3
     """
     output.check_one_format(json=json, csv=csv)
     options = {**decode.to_fields(), **sampling.to_fields()}
+    if o.TEXT_TASK in (items.task or ()):
+        unused = {"coreset_reuse": coreset_reuse, "reset_cache_every": reset_cache_every}
+        text.check_options({**vars(items), **options, **unused})
+        engine = engine_options.open()
+        engines.check_engine(engine, policies or (), options)
+        engine.generation = engine.generation.replace(**options)
+        text.evaluate_text(
+            engine, items.data, engines.distinct_policies([engines.VANILLA, *(policies or [])]),
+            samples=items.samples, seed=items.seed, limit=items.limit, out=out, json=json, csv=csv,
+            batch_size=engine_options.resolve_batch_size(batch_size, o.DEFAULT_BATCH_SIZE),
+        )  # fmt: skip
+        return 0
     options |= {"seed": items.seed} if options.get("temperature") else {}
     if reset_cache_every is not None and engine_options.memory is None:
         raise ConfigError("--reset-cache-every has no effect where all experts are in memory")

@@ -21,7 +21,12 @@ from coterie.decoding.refinements import ALL_RULES
 from coterie.errors import ConfigError
 from coterie.lab.bench.baselines import BASELINES
 from coterie.lab.bench.shapes import SHAPES
-from coterie.lab.calibration import PromptSet, prompts_from_file, prompts_from_tasks
+from coterie.lab.calibration import (
+    PromptSet,
+    prompts_from_file,
+    prompts_from_tasks,
+    prompts_from_texts,
+)
 from coterie.lab.evals.task import TaskOptions
 from coterie.lab.evals.tasks import TASKS, check_task_name
 from coterie.lab.problems import PROBLEM_MAKERS
@@ -31,6 +36,7 @@ from coterie.offload.eviction import EVICTIONS
 
 DEFAULT_PROBLEMS = 50  # problems that `coterie eval` draws of each task of the package
 DEFAULT_BATCH_SIZE = 16
+TEXT_TASK = "text"  # the likelihood of given text
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 RoutingMode = Literal["vanilla", "policy"]
 TEXTS = Path(__file__).parents[1] / "lab" / "study" / "texts"
@@ -127,6 +133,8 @@ class PromptOptions:
         options = TaskOptions(family, self.data, self.shots, count, self.seed, trust_code)
         if self.prompt_file is not None:
             return prompts_from_file(self.prompt_file)
+        if self.task == [TEXT_TASK] and self.data is not None:
+            return prompts_from_texts(self.data)
         names = task_names(self.task, model, self.data, flags="--task or --prompt-file")
         prompts = prompts_from_tasks(names, count, options)
         if prompts.includes_test_items:

@@ -135,11 +135,16 @@ def test_confident_target_uses_the_interval():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("speed=3", "unknown target 'speed=3'; known: experts=.., mass=.., loss=.., drop=.."),
+        (
+            "speed=3",
+            "unknown target 'speed=3'; known: experts=.., mass=.., loss=.., drop=.., bits=..",
+        ),
         ("experts", "unknown target 'experts'"),
         ("experts=many", "target experts must be a number, not 'many'"),
         ("experts=0", "target experts must be above 0, not 0"),
         ("mass=1.5", "target mass must be above 0 and at most 1, not 1.5"),
+        ("bits=-1%", "target bits must be at least 0, not -1%"),
+        ("bits=1%%", "target bits must be a number, not '1%%'"),
         ("loss=nan", "target loss must be at least 0, not nan"),
         ("drop=-1", "target drop must be at least 0 and at most 1, not -1"),
     ],
@@ -323,6 +328,7 @@ def test_vanilla_on_the_trace_equals_decoding_vanilla(tiny: PolicyEvaluator):
         ("des-vote", "mass=0.8"),
         ("racing", "loss=0.2"),
         ("mass-vote:least=1", "experts=7"),
+        ("racing", "bits=0.5%"),
         pytest.param("des-vote", "loss=0.1", marks=pytest.mark.slow),
         pytest.param("des-seq", "experts=7", marks=pytest.mark.slow),
         pytest.param("topk", "loss=0.3", marks=pytest.mark.slow),
@@ -341,7 +347,7 @@ def test_calibration_equals_an_exhaustive_search(tiny: PolicyEvaluator, family, 
     assert target.is_met(calibration.achieved)
     assert calibration.neighbor is not None
     assert not target.is_met(calibration.neighbor.estimate)
-    assert calibration.is_monotonic
+    assert calibration.is_monotonic or target.kind == "bits"  # a random model has no best routing
 
 
 def test_batch_size_does_not_change_the_policy(tiny: PolicyEvaluator):
@@ -357,6 +363,20 @@ def test_unreachable_calibration_names_the_range(tiny: PolicyEvaluator):
     )
     with pytest.raises(ConfigError, match=f"no policy meets .* {low:.4g} to {high:.4g}"):
         calibrate(tiny, "des-seq", "experts=1")
+
+
+def test_bits_are_those_of_worked_answers_and_rise_against_vanilla(tiny: PolicyEvaluator):
+    assert Target.parse("bits=+1%") == Target.parse("bits=0.01")
+    prompts = [CalibrationPrompt(p.id, p.text, answer="5 6") for p in tiny.prompt_set.prompts]
+    answered = PolicyEvaluator(tiny.engine, PromptSet(tuple(prompts)))
+    assert answered.bits_estimate("vanilla").value == 0
+    assert answered.bits_estimate("des-vote:beta=1.0").value == pytest.approx(0, abs=1e-6)
+    run = answered.text_run("topk:k=1")
+    assert run.experts_estimate().value < answered.text_run("vanilla").experts_estimate().value
+    nats, whole = (
+        [score.mean_nats for score in each.text_scores("vanilla")] for each in (answered, tiny)
+    )
+    assert nats != whole
 
 
 def test_drop_needs_graded_prompts(tiny: PolicyEvaluator):

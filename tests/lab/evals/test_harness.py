@@ -33,7 +33,7 @@ needs_harness = pytest.mark.skipif(
 
 def problems(count: int) -> list[Problem]:
     rng = random.Random("lm-eval")
-    return [draw_problem(PROBLEM_MAKERS["arguments"], rng, "test") for _ in range(count)]
+    return [draw_problem(PROBLEM_MAKERS["words"], rng, "test") for _ in range(count)]
 
 
 def write_task(folder: Path, count: int) -> None:
@@ -98,7 +98,7 @@ def test_the_harness_reports_the_engines_answers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_harness
-def test_likelihoods_and_unknown_arguments_are_refused_by_name(tmp_path: Path) -> None:
+def test_choices_are_scored_and_unknown_arguments_refused(tmp_path: Path) -> None:
     write_task(tmp_path, 2)
     task = json.loads((tmp_path / "words.yaml").read_text())
     choice = {"output_type": "multiple_choice", "doc_to_choice": ["1", "2"], "doc_to_target": 0}
@@ -106,7 +106,9 @@ def test_likelihoods_and_unknown_arguments_are_refused_by_name(tmp_path: Path) -
         del task[name]
     (tmp_path / "words.yaml").write_text(json.dumps({**task, **choice}))
     arguments = ("--include_path", str(tmp_path), "--tasks", "local_words")
-    assert "output_type generate_until" in harness(tmp_path, *arguments).stderr
+    process = harness(tmp_path, *arguments, "--model_args", "likelihood_samples=2")
+    assert process.returncode == 0, process.stderr
+    assert "bounds from 2 samples" in process.stderr
     process = harness(
         tmp_path, *arguments, "--model_args", "policy=des-vote:beta=0.3,voters=before-eos"
     )
@@ -144,17 +146,7 @@ assert model.engine.rows == ()
     assert process.returncode == 0, process.stderr
 
 
-class StubTask:
-    """A task of the harness with one question."""
-
-    def __init__(self, output_type: str) -> None:
-        self.OUTPUT_TYPE, self.config = output_type, SimpleNamespace(task=f"my_{output_type}")
-
-    def build_all_requests(self, limit: int | None = None) -> int | None:
-        return limit
-
-
-Main = Callable[[type[StubTask]], None]
+Main = Callable[[], None]
 
 
 @pytest.fixture
@@ -162,16 +154,12 @@ def stub_harness(monkeypatch: pytest.MonkeyPatch) -> Callable[[Main], ModuleType
     """The adapter, imported with stubs of the harness's modules."""
 
     def load_adapter(main: Main) -> ModuleType:
-        class Task(StubTask):
-            build_all_requests = StubTask.build_all_requests
-
         contents = {
             "lm_eval": {},
             "lm_eval.api": {},
-            "lm_eval.__main__": {"cli_evaluate": lambda: main(Task)},
+            "lm_eval.__main__": {"cli_evaluate": main},
             "lm_eval.api.model": {"LM": type("LM", (), {})},
             "lm_eval.api.registry": {"register_model": lambda _name: lambda cls: cls},
-            "lm_eval.api.task": {"Task": Task},
             "tqdm": {"tqdm": MagicMock()},
         }
         for name, values in contents.items():
@@ -186,31 +174,40 @@ def stub_harness(monkeypatch: pytest.MonkeyPatch) -> Callable[[Main], ModuleType
     return load_adapter
 
 
-@pytest.mark.parametrize("output_type", ["loglikelihood", "multiple_choice"])
-def test_a_likelihood_task_is_refused_before_any_task_runs(
-    output_type: str, stub_harness: Any
-) -> None:
-    ran: list[str] = []
+def test_likelihoods_come_in_the_order_of_the_requests(stub_harness: Any) -> None:
+    """The right answer of each problem is more probable than that of another one."""
+    options = {"likelihood_samples": 4, "batch_size": 3, "device": "cpu"}
+    model = stub_harness(lambda: None).CoterieLM(**options)
+    model.cache_hook = MagicMock()
+    asked = problems(3)
+    prompts = [model.apply_chat_template([{"role": "user", "content": p.prompt}]) for p in asked]
+    pairs = [(prompt, problem.answer) for prompt in prompts for problem in asked]
+    answers = model.loglikelihood([SimpleNamespace(args=pair) for pair in pairs])
+    values = [value for value, _ in answers]
+    rows = [values[i : i + 3] for i in range(0, 9, 3)]
+    assert [row.index(max(row)) for row in rows] == [0, 1, 2]
+    assert all(value < 0 for value in values)
+    assert model.cache_hook.add_partial.call_count == len(pairs)
+    info = model.get_model_info()
+    assert info["likelihood_samples"] == 4
+    assert info["likelihood_noise"] > 0
 
-    def main(task: type[StubTask]) -> None:
-        tasks = [task("generate_until"), task(output_type)]
-        assert tasks[0].build_all_requests(limit=3) == 3
-        tasks[1].build_all_requests()
-        ran.append("all")
 
-    adapter = stub_harness(main)
-    with pytest.raises(CoterieError, match=f"my_{output_type}.*no left-to-right likelihood"):
-        adapter.run_harness(["--model", "coterie", "--tasks", "a,b"])
-    assert ran == []
-    stub_harness(main).run_harness(["--model", "another"])
-    assert ran == ["all"]
+def test_a_rolling_likelihood_is_that_of_all_passages(stub_harness: Any) -> None:
+    model = stub_harness(lambda: None).CoterieLM(likelihood_samples=1, device="cpu")
+    model.cache_hook = MagicMock()
+    text = problems(1)[0].prompt * 12
+    short, long, empty = model.loglikelihood_rolling(
+        [SimpleNamespace(args=(part,)) for part in (text[:20], text, "")]
+    )
+    assert long < short < empty == 0
 
 
 @pytest.mark.parametrize(("uses_template", "warnings"), [(False, 1), (True, 0)])
 def test_a_run_without_the_chat_template_warns(
     uses_template: bool, warnings: int, stub_harness: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    adapter = stub_harness(lambda _: None)
+    adapter = stub_harness(lambda: None)
     model = object.__new__(adapter.CoterieLM)
     model.engine, model.uses_template = coterie.load(), uses_template
     assert model.generate_until([]) == []
@@ -225,19 +222,20 @@ def test_a_run_without_the_chat_template_warns(
         ({"expert_memory": "35%", "batch_size": 2}, "batch_size is 2"),
         ({"batch_size": "0"}, "batch_size is 0"),
         ({"eviction": "lfu"}, "eviction has no effect"),
+        ({"likelihood_samples": 0}, "likelihood_samples is 0"),
     ],
 )
 def test_bad_model_args_are_refused_before_a_model_is_loaded(
     options: dict[str, Any], message: str, stub_harness: Any
 ) -> None:
     with pytest.raises(CoterieError, match=message):
-        stub_harness(lambda _: None).CoterieLM("/no/such/folder", **options)
+        stub_harness(lambda: None).CoterieLM("/no/such/folder", **options)
 
 
 def test_answers_are_cut_at_stop_strings_and_come_in_the_order_of_the_requests(
     stub_harness: Any,
 ) -> None:
-    model = stub_harness(lambda _: None).CoterieLM(batch_size=2, device="cpu", max_gen_toks=64)
+    model = stub_harness(lambda: None).CoterieLM(batch_size=2, device="cpu", max_gen_toks=64)
     model.cache_hook = MagicMock()
     question = "Tom has 3 boxes of 4 pens and gives away 5. How many pens are left?"
     prompt = model.apply_chat_template([{"role": "user", "content": question}])

@@ -96,7 +96,7 @@ def test_invalid_names_and_options_are_refused(tmp_path):
     assert [task.name for task in open_tasks(["words", "words"], TaskOptions("llada2"))] == [
         "words"
     ]
-    assert list(TASKS) == ["gsm8k", "humaneval", "mbpp", "math500", *MAKERS]
+    assert list(TASKS) == ["gsm8k", "humaneval", "mbpp", "math500", "choices", *MAKERS]
 
 
 def test_code_is_refused_without_a_sandbox(monkeypatch):

@@ -22,13 +22,20 @@ from torch import Tensor
 
 from coterie.errors import CoterieError
 from coterie.files import LockedFile
-from coterie.keys import from_json, keys_of
-from coterie.lab.training.embedded import hf_config, save_network, write_training_record
+from coterie.lab.training.checkpoint import (
+    hf_config,
+    load_network,
+    save_network,
+    write_training_record,
+)
 from coterie.lab.training.feed import TrainingBatch, start_process
 from coterie.lab.training.loop import TrainingConfig, TrainingState, saved_step, train
 from coterie.lab.training.network import (
+    AttentionGroup,
     NetworkShape,
     TrainingNetwork,
+    additive_mask,
+    attention_groups,
     run_experts,
     select_experts,
     sort_by_expert,
@@ -60,12 +67,6 @@ CONFIG = TrainingConfig(
     precision="fp32",
     initial_bias_update_rate=0.05,
 )
-
-
-def golden_shape(config: dict) -> NetworkShape:
-    """The shape that an official configuration describes."""
-    names = {name for key in keys_of(NetworkShape).values() for name in key.aliases}
-    return from_json(NetworkShape, {name: config[name] for name in names & config.keys()})
 
 
 def counting(step: int) -> TrainingBatch:
@@ -101,24 +102,16 @@ def gradients(value: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad((value * direction).sum(), leaves)
 
 
-def load_network(network: TrainingNetwork, folder: Path) -> None:
-    tensors, views = load_file(folder / "model.safetensors"), network.checkpoint_tensors()
-    assert tensors.keys() == views.keys()
-    for name, view in views.items():
-        view.copy_(tensors[name])
-
-
 def test_forward_equals_golden() -> None:
     folder = golden("llada2", "a")
-    config = json.loads((folder / "config.json").read_text())
     reference = np.load(folder / "reference.npz")
-    network = TrainingNetwork(golden_shape(config))
-    load_network(network, folder)
+    network = load_network(folder)
     allowed = torch.from_numpy(reference["attention_mask_bool"])
+    every = torch.arange(1)
     logits, loads = network(
         torch.from_numpy(reference["input_ids"]),
         torch.from_numpy(reference["position_ids"]),
-        torch.where(allowed, 0.0, -torch.inf),
+        [AttentionGroup(every, every, torch.where(allowed, 0.0, -torch.inf))],
     )
     wanted = torch.from_numpy(reference["logits"])
     assert (logits.view_as(wanted) - wanted).abs().max() < 2e-4
@@ -127,8 +120,9 @@ def test_forward_equals_golden() -> None:
 
 
 def test_configuration_has_exactly_the_official_keys() -> None:
-    official = json.loads((golden("llada2", "a") / "config.json").read_text())
-    mine = hf_config(golden_shape(official)) | {"pad_token_id": official["pad_token_id"]}
+    folder = golden("llada2", "a")
+    official = json.loads((folder / "config.json").read_text())
+    mine = hf_config(load_network(folder).shape) | {"pad_token_id": official["pad_token_id"]}
     assert mine == official | {"dtype": "bfloat16"}
 
 
@@ -148,9 +142,30 @@ def test_experts_and_their_gradients_equal_the_definition() -> None:
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_expert_order_is_invertible() -> None:
+@given(st.integers(0, 2**32), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_groups_of_attention_equal_one_mask(seed: int, rows_alike: bool) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    visible = torch.rand(1 if rows_alike else 2, 5, 5, generator=draw) < 0.4
+    visible = (visible | torch.eye(5, dtype=torch.bool)).expand(2, -1, -1)
+    network = TrainingNetwork(SMALL, seed=seed % 7)
+    for parameter in network.parameters():
+        parameter.data.normal_(generator=draw)
+    every = torch.arange(5)
+    tokens = torch.randint(0, 16, (2, 20), generator=draw)
+    positions = torch.arange(20).expand(2, -1)
+    dense = [AttentionGroup(every, every, additive_mask(visible, 4))]
+    grouped = attention_groups(visible, 4)
+    assert rows_alike or len(grouped) == 1 or (visible[0] == visible[1]).all()
+    wanted, _ = network(tokens, positions, dense)
+    found, _ = network(tokens, positions, grouped)
+    torch.testing.assert_close(found, wanted, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("alignment", [1, 8])
+def test_expert_order_is_invertible(alignment: int) -> None:
     ids = torch.tensor([[3, 0], [0, 1], [3, 1]])
-    rows = sort_by_expert(ids, 4)
+    rows = sort_by_expert(ids, 4, alignment)
     assert rows.counts.tolist() == [2, 2, 0, 2]
     assert rows.pair_index[rows.row_index.flatten()].tolist() == list(range(6))
     assert (
@@ -321,7 +336,7 @@ def test_a_record_of_training_leaves_damaged_lines_out(tmp_path_factory, lines) 
     out = tmp_path_factory.mktemp("out")
     (out / "run").mkdir()
     (out / "run" / "log.jsonl").write_bytes(b"\n".join(lines))
-    record = json.loads(write_training_record(out, CONFIG).read_text())
+    record = json.loads(write_training_record(out, CONFIG, "Training", {}).read_text())
     assert len(record["facts"]["log"]) == any(line.startswith(b'{"step": 1') for line in lines)
 
 
@@ -342,8 +357,7 @@ def test_balance_moves_load_to_idle_experts(tmp_path: Path) -> None:
 def test_export_loads_back(tmp_path: Path) -> None:
     network = TrainingNetwork(SMALL, seed=5)
     save_network(network, tmp_path)
-    again = TrainingNetwork(SMALL, seed=6)
-    load_network(again, tmp_path)
+    again = load_network(tmp_path)
     for name, weight in network.checkpoint_tensors().items():
         assert torch.equal(weight.bfloat16().float(), again.checkpoint_tensors()[name].float()), (
             name

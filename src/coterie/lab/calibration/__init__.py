@@ -19,6 +19,7 @@ from coterie.lab.calibration.prompts import (
     PromptSet,
     prompts_from_file,
     prompts_from_tasks,
+    prompts_from_texts,
 )
 from coterie.lab.calibration.target import Target
 from coterie.lab.evals.task import TaskOptions
@@ -26,5 +27,5 @@ from coterie.lab.evals.task import TaskOptions
 __all__ = [
     "CalibratedPolicy", "Calibration", "CalibrationPrompt", "PolicyEvaluator", "PromptSet",
     "Target", "TaskOptions", "calibrate", "calibration_record", "evaluation_conditions",
-    "prompts_from_file", "prompts_from_tasks", "read_calibrated_policy",
+    "prompts_from_file", "prompts_from_tasks", "prompts_from_texts", "read_calibrated_policy",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ MeasureCandidates = Callable[[Sequence[int]], Sequence[Estimate]]  # of ascendin
 # policy decodes, so each policy decodes all prompts.
 TRACE_KINDS: tuple[TargetKind, ...] = ("mass", "loss")
 PROTECT_VALUES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)  # shares of a window's tokens
-INITIAL_POINTS = 7  # evenly spaced candidates that are measured before accuracy is bisected
+INITIAL_POINTS = 7  # evenly spaced candidates that are measured before a bisection that may err
 MAX_PAST_EDGE = 2  # consecutive points past the edge that end a pass over evenly spaced points
 
 
@@ -72,10 +72,11 @@ class Calibration:
         """The policy, its cost, and a warning where the search was not monotonic."""
         value, interval = self.achieved.format()
         noun, n = self.target.spec.description, self.achieved.n
+        work = "on masked text" if self.target.kind == "bits" else "its decoding"
         lines = [
             f"{self.policy} meets {self.target}: {noun} {value} ({interval}) "
             f"on {n} prompt{'s' * (n != 1)}",
-            f"its decoding: {self.run.describe()}; vanilla: {self.vanilla.describe()}",
+            f"{work}: {self.run.describe()}; vanilla: {self.vanilla.describe()}",
         ]
         if not self.is_monotonic:
             lines.append(f"{noun} is not monotonic in this search: another policy may do as well")
@@ -92,7 +93,8 @@ def calibrate(
     """The policy with the fewest experts that meets a target.
 
     A target on ``experts`` selects the policy with the most experts that meets it. ``mass`` and
-    ``loss`` are measured on the inputs of vanilla's forwards, ``experts`` and ``drop`` by decoding.
+    ``loss`` are measured on the inputs of vanilla's forwards, ``bits`` on masked text, and
+    ``experts`` and ``drop`` by decoding.
     ``per_layer`` searches budgets per layer. MC-MoE without ``protect`` is searched along its
     frontier. Raises ConfigError with the reachable range if no policy meets the target.
     """
@@ -110,13 +112,14 @@ def calibrate(
     on_trace = target.kind in TRACE_KINDS
     search = BoundarySearch(
         batch_size=POLICIES_PER_PASS if on_trace else 1,
-        initial_points=INITIAL_POINTS if target.kind == "drop" else 1,
+        initial_points=INITIAL_POINTS if target.kind in ("drop", "bits") else 1,
     )
     result = search.find(
         target,
         len(policies),
         lambda indices: measure_policies(evaluator, target.kind, [policies[i] for i in indices]),
     )
+    run = evaluator.text_run if target.kind == "bits" else evaluator.run
     steps = {i: MeasuredPolicy(policies[i], estimate) for i, estimate in result.estimates.items()}
     return Calibration(
         family=str(family),
@@ -127,8 +130,8 @@ def calibrate(
         is_monotonic=result.is_monotonic,
         steps=tuple(steps.values()),
         frontier_points=tuple(points),
-        run=evaluator.run(policies[result.index]),
-        vanilla=evaluator.run(VANILLA),
+        run=run(policies[result.index]),
+        vanilla=run(VANILLA),
     )
 
 
@@ -137,10 +140,10 @@ def check_target(evaluator: PolicyEvaluator, family: SearchFamily, target: Targe
     family.policies(evaluator.engine.model.spec.router)
     if target.kind == "drop" and not evaluator.prompt_set.is_graded:
         raise ConfigError("drop needs graded prompts: name a task instead of a prompt file")
-    if target.kind == "drop" and _has_two_thresholds(family):
+    if target.kind in ("drop", "bits") and _has_two_thresholds(family):
         raise ConfigError(
-            f"{family.name}: accuracy cannot select two thresholds; fix one, such as "
-            f"{family.name}:protect=0.02"
+            f"{family.name}: {target.spec.description} cannot select two thresholds; "
+            f"fix one, such as {family.name}:protect=0.02"
         )
 
 
@@ -194,6 +197,8 @@ def measure_policies(
     if kind == "drop":
         vanilla = evaluator.run(VANILLA)
         return [evaluator.run(policy).drop_estimate(vanilla) for policy in policies]
+    if kind == "bits":
+        return [evaluator.bits_estimate(policy) for policy in policies]
     return [evaluator.run(policy).experts_estimate() for policy in policies]
 
 

@@ -17,9 +17,13 @@ from coterie.errors import ConfigError
 from coterie.lab.calibration.prompts import PromptSet
 from coterie.lab.calibration.target import Estimate, TargetKind
 from coterie.lab.evals.stats import paired_difference, ratio_interval
+from coterie.lab.evals.text import relative_rise, score_text
 from coterie.lab.journal import Journal
+from coterie.lab.likelihood.estimator import LikelihoodEstimator, Passage, PassageScore
+from coterie.lab.likelihood.passages import continuation_passage, split_text
 from coterie.routing import needs_importance, parse_policy, route
 from coterie.telemetry import routing_stats
+from coterie.tokenizer.tokenizer import SubwordTokenizer
 from coterie.values import Policy
 
 Step = TypeVar("Step")
@@ -28,6 +32,7 @@ PromptProgressCallback = Callable[[str, int, int], None]  # activity, finished p
 TraceEstimates = Mapping[TargetKind, Estimate]  # "experts", "mass" and maybe "loss"
 POLICIES_PER_PASS = 7
 VANILLA = "vanilla"
+TEXT_SAMPLES = 4  # corruptions of each block
 # Drops no expert, and makes the model compute each token's importance.
 VANILLA_WITH_IMPORTANCE = "mc-moe:beta=0,protect=0"
 
@@ -97,6 +102,45 @@ class PolicyEvaluator:
             correct = tuple(bool(grader and grader(result.text)) for grader, result in pairs)
             self.journal.add(step, asdict(PolicyRun.of(results, correct)))
         return _with_tuples(PolicyRun, self.journal.steps[step])
+
+    def text_scores(self, policy: str) -> list[PassageScore]:
+        """The likelihood of each prompt's worked answer, or of its text if it has none."""
+        engine = Engine(
+            self.engine.model, generation=self.engine.generation.replace(**self.options)
+        )
+        estimator = LikelihoodEstimator(engine, TEXT_SAMPLES, self.prompt_set.seed or 0)
+
+        def on_score(done: int, total: int) -> None:
+            self.on_progress(f"bits of {policy}", done, total)
+
+        return score_text(
+            estimator, self._passages(engine), [policy], self.journal,
+            batch_size=self.batch_size, on_score=on_score,
+        )[0]  # fmt: skip
+
+    def bits_estimate(self, policy: str) -> Estimate:
+        """By which share of vanilla's bits those of the same text rise."""
+        scores = self.text_scores(policy)
+        rise, interval = relative_rise(self.text_scores(VANILLA), scores)
+        return Estimate(rise, interval, len(scores), _text_run(scores).experts_estimate().value)
+
+    def text_run(self, policy: str) -> PolicyRun:
+        """The forwards of ``text_scores`` as a run without answers."""
+        return _text_run(self.text_scores(policy))
+
+    def _passages(self, engine: Engine) -> list[Passage]:
+        passages, tokenizer = list[Passage](), engine.model.tokenizer
+        for prompt in self.prompt_set.prompts:
+            if prompt.answer is None:
+                passages += split_text(prompt.id, prompt.text, engine)
+            elif isinstance(tokenizer, SubwordTokenizer):
+                text = tokenizer.template.render([{"role": "user", "content": prompt.text}])
+                pair = text, prompt.answer
+                passages.append(continuation_passage(prompt.id, engine, *pair, templated=True))
+            else:
+                pair = prompt.text, prompt.answer
+                passages.append(continuation_passage(prompt.id, engine, *pair))
+        return passages
 
     def measure_on_trace(self, kind: TargetKind, policies: Sequence[str]) -> list[Estimate]:
         """One estimate per policy from ``estimate_on_trace``."""
@@ -191,6 +235,18 @@ class PolicyEvaluator:
                 on_result=on_result,
             )
         return results
+
+
+def _text_run(scores: Sequence[PassageScore]) -> PolicyRun:
+    forwards = tuple(score.forwards for score in scores)
+    mass = sum(score.vote_mass_kept * score.forwards for score in scores)
+    return PolicyRun(
+        experts=tuple(score.experts * score.forwards for score in scores),
+        forwards=forwards,
+        correct=(),
+        vote_mass_kept=mass / sum(forwards),
+        forwards_per_block=float(TEXT_SAMPLES),
+    )
 
 
 def _with_tuples(cls: Callable[..., Step], values: Mapping[str, Any]) -> Step:

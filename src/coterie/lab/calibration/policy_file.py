@@ -11,7 +11,7 @@ from coterie.checkpoints.fingerprint import fingerprint
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import ConfigError, CoterieError, SpecError
 from coterie.keys import Key, from_json, names_of, to_json
-from coterie.lab.calibration.calibration import TRACE_KINDS, Calibration
+from coterie.lab.calibration.calibration import Calibration
 from coterie.lab.calibration.measurement import PolicyEvaluator, PolicyRun
 from coterie.lab.records import make_record
 from coterie.loading.load import Model
@@ -126,9 +126,7 @@ def calibration_record(
             "kind": target.kind,
             "value": target.value,
             "sure": target.confident,
-            "measured": "the inputs of vanilla's decoding forwards"
-            if target.kind in TRACE_KINDS
-            else "decoding to the end under each policy",
+            "measured": target.spec.measured_on,
         },
         "achieved": to_json(calibration.achieved),
         "beyond": None if neighbor is None else neighbor.to_dict(),

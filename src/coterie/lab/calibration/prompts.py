@@ -13,6 +13,7 @@ from coterie.errors import TaskError
 from coterie.files import read_text
 from coterie.lab.evals.task import Task, TaskOptions
 from coterie.lab.evals.tasks import embedded, open_tasks
+from coterie.lab.evals.text import read_texts
 from coterie.lab.problems import PROBLEM_MAKERS, draw_problem
 from coterie.strict_json import LISTING_FILE
 
@@ -23,13 +24,15 @@ SPLIT = "train"  # evaluations draw from "test"
 class CalibrationPrompt:
     """One prompt. ``is_correct`` grades an output; None if the right answer is unknown.
 
-    ``generation`` has the ``GenerationConfig`` fields that its task sets.
+    ``generation`` has the ``GenerationConfig`` fields that its task sets. ``answer`` is a worked
+    answer, if there is one.
     """
 
     id: str
     text: str
     is_correct: Callable[[str], bool] | None = None
     generation: Mapping[str, object] = field(default_factory=dict)
+    answer: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,12 @@ def prompts_from_file(path: Path) -> PromptSet:
     return PromptSet(prompts, source=str(path))
 
 
+def prompts_from_texts(path: Path) -> PromptSet:
+    """Each file of a folder, or the one file, for a target on the bits of text."""
+    texts = read_texts(path)
+    return PromptSet(tuple(CalibrationPrompt(*each) for each in texts), source=str(path))
+
+
 def _task_prompts(task: Task, count: int, seed: int) -> list[CalibrationPrompt]:
     rng = random.Random(f"calibration/{task.name}/{seed}")
     if task.name in PROBLEM_MAKERS:
@@ -117,6 +126,7 @@ def _generated_prompt(name: str, rng: random.Random, number: str) -> Calibration
         f"{name}/{number}",
         problem.prompt,
         lambda output: embedded.grade(name, output, problem.gold).correct,
+        answer=problem.answer,
     )
 
 

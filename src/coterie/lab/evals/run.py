@@ -33,6 +33,7 @@ from coterie.engine.engine import Engine
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import CheckpointError, CoterieError, TaskError
 from coterie.lab.evals.answer_log import Answer, AnswerKey, AnswerLog, AnswerTraffic
+from coterie.lab.evals.choice_scores import choose
 from coterie.lab.evals.generation import (
     EvalRequest,
     GenerationOutcome,
@@ -228,6 +229,9 @@ class _Scheduler:
         pending: list[Future[Answer]] = []
         in_background = _grades_in_background(self.engine)
         own_requests = [request.replace(variant.generation) for request in requests]
+        for request in [request for request in own_requests if request.task.samples]:
+            yield [choose(self.engine, request, variant.name, variant.policy)]
+        own_requests = [request for request in own_requests if not request.task.samples]
         for outcomes in generate_outcomes(
             self.engine, own_requests, variant.policy, batch_size=self.batch_size
         ):

@@ -49,6 +49,7 @@ class Task:
     grader: Callable[[str, Item], Grade]
     about: Mapping[str, object]
     max_new_tokens: int | None = None  # None: the engine's default
+    samples: int = 0  # above 0, the gold's choices are compared by likelihood, from so many samples
 
     def settings(self) -> Mapping[str, object]:
         """The options as JSON values, for records."""
@@ -86,7 +87,8 @@ class TaskOptions:
 
     ``data`` is a file, or a folder with the benchmark's published layout. ``family`` selects
     defaults ("llada-moe": few shots, "llada2": none). ``count`` and ``seed`` apply to tasks with
-    generated items. ``trust`` runs generated code unsandboxed if no sandbox works.
+    generated items. ``trust`` runs generated code unsandboxed if no sandbox works. ``samples`` are
+    the corruptions of each block where a task compares likelihoods.
     """
 
     family: str
@@ -95,6 +97,7 @@ class TaskOptions:
     count: int = 100
     seed: int = 1
     trust: bool = False
+    samples: int = 8
 
     def require_zero_shot(self, task: str) -> None:
         """Raises TaskError if examples are requested of a task that has none."""

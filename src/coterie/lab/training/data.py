@@ -258,9 +258,14 @@ class Curriculum:
 
 
 def _block_mask(row: list[TrainingBlock]) -> Tensor:
-    """[n, n] bool: a block attends to itself and to earlier clean blocks of its problem."""
     problem = torch.tensor([block.problem for block in row])
     index = torch.tensor([block.index for block in row])
-    clean = torch.tensor([block.masked is None for block in row])
+    return block_visibility(problem, index, torch.tensor([block.masked is None for block in row]))
+
+
+def block_visibility(problem: Tensor, index: Tensor, clean: Tensor) -> Tensor:
+    """[n, n] bool: a block attends to itself and to earlier clean blocks of its problem."""
     earlier = clean[None, :] & (index[None, :] < index[:, None])
-    return torch.eye(len(row), dtype=torch.bool) | (problem[:, None] == problem[None, :]) & earlier
+    return (
+        torch.eye(len(index), dtype=torch.bool) | (problem[:, None] == problem[None, :]) & earlier
+    )

@@ -27,7 +27,7 @@ from coterie.errors import CheckpointError, ConfigError, CoterieError
 from coterie.files import LockedFile, atomic_write, opened
 from coterie.keys import Key, to_json
 from coterie.lab.training.feed import BatchFunction, BatchLoader, LeaderBarrier, TrainingBatch
-from coterie.lab.training.network import NetworkShape, TrainingNetwork, additive_mask
+from coterie.lab.training.network import NetworkShape, TrainingNetwork, attention_groups
 from coterie.lab.training.optim import OptimizerOptions, adamw_step, build_buffer, muon_step
 from coterie.lab.training.signals import StopSignals
 from coterie.strict_json import parse_object
@@ -255,8 +255,8 @@ class _TrainingWorker:
     def _compute_gradients(self, batch: TrainingBatch) -> None:
         state = self.state
         logits_indices = (batch.targets.flatten() >= 0).nonzero().squeeze(1)
-        mask = additive_mask(batch.block_mask, self.config.shape.block)
-        logits, loads = state.network(batch.tokens, batch.positions, mask, logits_indices)
+        groups = attention_groups(batch.block_mask, self.config.shape.block)
+        logits, loads = state.network(batch.tokens, batch.positions, groups, logits_indices)
         loss = F.cross_entropy(logits, batch.targets.flatten()[logits_indices], reduction="none")
         weight = batch.weights.flatten()[logits_indices]
         torch.dot(loss, weight).div(batch.total_weight()).backward()
@@ -279,7 +279,14 @@ class _TrainingWorker:
             buffer.gradients[0, buffer.worker_slice(self.index)].mul_(clip)
         adamw_step(vectors, self.index, config.optimizer, lr=lr, step=step)
         for buffer in matrices:
-            muon_step(buffer, self.index, config.optimizer, lr=lr, momentum=momentum)
+            muon_step(
+                buffer,
+                self.index,
+                config.optimizer,
+                lr=lr,
+                momentum=momentum,
+                precision=self.state.network.precision,
+            )
 
 
 def _run_follower(

@@ -10,6 +10,7 @@ official layout.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
@@ -22,7 +23,7 @@ from coterie.model.attention import rotate
 
 # Each expert's rows are padded to a multiple of this. The bf16 matmul library compiles a kernel per
 # size, and would otherwise compile new ones in every step.
-ROW_ALIGNMENT = 32
+ROW_ALIGNMENT = {torch.bfloat16: 32, torch.float32: 8}
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,36 @@ class NetworkShape:
 
 
 class ExpertOrder(NamedTuple):
-    """Rows sorted by expert, padded to a multiple of ``ROW_ALIGNMENT`` per expert."""
+    """Rows sorted by expert, padded to a multiple of the alignment per expert."""
 
     pair_index: Tensor  # [R] int64: the flat (token, choice) of each row; T*k for padding
     row_index: Tensor  # [T, k] int64: the row of each (token, choice)
     expert_ends: Tensor  # [E] int32: the end of each expert's rows
     counts: Tensor  # [E] int64, without padding
+
+
+class AttentionGroup(NamedTuple):
+    """Query blocks, the key blocks that they see, and the additive mask [B, 1, q, k] of both."""
+
+    queries: Tensor
+    keys: Tensor
+    mask: Tensor
+
+
+def attention_groups(block_mask: Tensor, block: int) -> list[AttentionGroup]:
+    """Query blocks with as many visible blocks [B, n, n] form a group, if all rows are alike."""
+    first, every = block_mask[0], torch.arange(block_mask.shape[1])
+    if not (block_mask == first).all():
+        return [AttentionGroup(every, every, additive_mask(block_mask, block))]
+    counts = first.sum(-1)
+    groups = []
+    for queries in (every[counts == count] for count in counts.unique()):
+        keys = every[first[queries].any(0)]
+        visible = first[queries][:, keys].repeat_interleave(block, 0).repeat_interleave(block, 1)
+        groups.append(
+            AttentionGroup(queries, keys, torch.where(visible, 0.0, -torch.inf)[None, None])
+        )
+    return groups
 
 
 def additive_mask(block_mask: Tensor, block: int) -> Tensor:
@@ -88,18 +113,22 @@ class TrainingNetwork(nn.Module):
         self.head = nn.Parameter(torch.zeros(shape.vocab_size, shape.hidden_size))
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, mask: Tensor, logits_indices: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        groups: Sequence[AttentionGroup],
+        logits_indices: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """fp32 logits [P, V] at flat positions ``logits_indices`` (None: all), and loads [moe, E].
 
-        tokens, positions [B, L]; mask [B, 1, L, L] additive.
+        tokens, positions [B, L].
         """
         shape = self.shape
         rope = _rope_tables(positions, shape)
         x = F.embedding(tokens.flatten(), self.embeddings)  # [T, H]
         loads = []
         for layer in self._layers:
-            x, load = layer(x, rope, mask, self.precision)
+            x, load = layer(x, rope, groups, self.precision)
             loads += [] if load is None else [load]
         x = x if logits_indices is None else x.index_select(0, logits_indices)
         x = _norm(x, self.norm, shape.epsilon)
@@ -144,15 +173,21 @@ class _TrainingLayer(nn.Module):
         self.mlp = _Dense(hidden, shape.dense_width, generator) if dense else _MoE(shape, generator)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, precision: torch.dtype
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        groups: Sequence[AttentionGroup],
+        precision: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
         epsilon = self.shape.epsilon
-        x = x + self._attention(_norm(x, self.norm_in, epsilon).to(precision), rope, mask)
+        x = x + self._attention(_norm(x, self.norm_in, epsilon).to(precision), rope, groups)
         output, load = self.mlp(_norm(x, self.norm_mid, epsilon), precision)
         return x + output, load
 
-    def _attention(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        shape, rows = self.shape, mask.shape[0]
+    def _attention(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], groups: Sequence[AttentionGroup]
+    ) -> Tensor:
+        shape, rows = self.shape, len(rope[0])
         heads = [shape.heads, shape.kv_heads, shape.kv_heads]
         qkv = F.linear(x, self.qkv.to(x.dtype).flatten(0, 1)).view(
             rows, -1, sum(heads), shape.head_dim
@@ -161,7 +196,7 @@ class _TrainingLayer(nn.Module):
         q = rotate(_norm(q.float(), self.norm_query, shape.epsilon), *rope)
         k = rotate(_norm(k.float(), self.norm_key, shape.epsilon), *rope)
         k, v = (t.repeat_interleave(shape.heads // shape.kv_heads, 1) for t in (k, v))
-        output = F.scaled_dot_product_attention(q.to(x.dtype), k.to(x.dtype), v, mask.to(x.dtype))
+        output = _grouped_attention(q.to(x.dtype), k.to(x.dtype), v, groups)
         return output.transpose(1, 2).reshape(len(x), -1) @ self.out.to(x.dtype).flatten(0, 1)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
@@ -174,6 +209,26 @@ class _TrainingLayer(nn.Module):
             "attention.dense.weight": self.out.data.flatten(0, 1).T,
             **{f"mlp.{name}": weight for name, weight in self.mlp.checkpoint_tensors().items()},
         }
+
+
+def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[AttentionGroup]) -> Tensor:
+    """Attention [B, heads, L, D] of each group's queries over the group's keys."""
+    if len(groups) == 1:
+        return F.scaled_dot_product_attention(q, k, v, groups[0].mask.to(q.dtype))
+    num_blocks = sum(len(group.queries) for group in groups)
+    q, k, v = (t.unflatten(2, (num_blocks, -1)) for t in (q, k, v))
+    outputs = [
+        F.scaled_dot_product_attention(
+            q.index_select(2, group.queries).flatten(2, 3),
+            k.index_select(2, group.keys).flatten(2, 3),
+            v.index_select(2, group.keys).flatten(2, 3),
+            group.mask.to(q.dtype),
+        )
+        for group in groups
+    ]
+    order = torch.cat([group.queries for group in groups]).argsort()
+    blocks = torch.cat(outputs, 2).unflatten(2, (num_blocks, -1))
+    return blocks.index_select(2, order).flatten(2, 3)
 
 
 class _Dense(nn.Module):
@@ -235,12 +290,12 @@ def select_experts(logits: Tensor, bias: Tensor, shape: NetworkShape) -> tuple[T
     return ids, weight * (shape.routed_scale / (weight.sum(-1, keepdim=True) + 1e-20))
 
 
-def sort_by_expert(ids: Tensor, experts: int) -> ExpertOrder:
+def sort_by_expert(ids: Tensor, experts: int, alignment: int = 1) -> ExpertOrder:
     """Sort the expert ids [T, k] of all tokens by expert."""
     flat = ids.flatten()
     sorted_pairs = torch.sort(flat, stable=True).indices
     counts = torch.bincount(flat, minlength=experts)
-    padded = (counts + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
+    padded = (counts + alignment - 1) // alignment * alignment
     ends = padded.cumsum(0)
     shift = (ends - padded) - (counts.cumsum(0) - counts)  # [E] padding rows before each expert
     rows = torch.arange(len(flat), device=ids.device) + shift.repeat_interleave(counts)
@@ -254,7 +309,8 @@ def run_experts(x: Tensor, weights: Tensor, ids: Tensor, matrices: Tensor) -> tu
 
     ``matrices`` [E, 3, I, H]: gate, up, and down transposed. Matmuls run in the dtype of ``x``.
     """
-    order, matrices = sort_by_expert(ids, len(matrices)), matrices.to(x.dtype)
+    order = sort_by_expert(ids, len(matrices), ROW_ALIGNMENT[x.dtype])
+    matrices = matrices.to(x.dtype)
     token = (order.pair_index // ids.shape[1]).clamp_max(len(x) - 1)  # [R]
     gate_up = matrices[:, :2].flatten(1, 2).mT
     gate, up = F.grouped_mm(x[token], gate_up, offs=order.expert_ends).chunk(2, -1)  # [R, I]

@@ -83,7 +83,13 @@ def build_buffer(
 
 
 def muon_step(
-    buffer: ParameterBuffer, worker: int, options: OptimizerOptions, *, lr: float, momentum: float
+    buffer: ParameterBuffer,
+    worker: int,
+    options: OptimizerOptions,
+    *,
+    lr: float,
+    momentum: float,
+    precision: torch.dtype,
 ) -> None:
     """Update matrices by orthogonalized Nesterov momentum."""
     part = buffer.worker_slice(worker)
@@ -92,17 +98,20 @@ def muon_step(
         gradient, momentum_buffer = buffer.gradients[0, span], buffer.state[0][span]
         weight = buffer.weights[span]
         momentum_buffer.lerp_(gradient, 1 - momentum)
-        step = orthogonalize(gradient.lerp_(momentum_buffer, momentum), options.newton_schulz_steps)
+        mixed = gradient.lerp_(momentum_buffer, momentum)
+        step = orthogonalize(mixed, options.newton_schulz_steps, precision)
         rate = (lr * buffer.rate[span])[:, None, None]
         weight.mul_(1 - rate * options.weight_decay).addcmul_(step.to(weight.dtype), rate, value=-1)
 
 
-def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """Matrices [n, r, c] with singular values close to 1, by Newton-Schulz iteration in bf16."""
+def orthogonalize(
+    matrices: Tensor, iterations: int = 5, precision: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Matrices [n, r, c] with singular values close to 1, by Newton-Schulz iteration."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = (x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    x = (x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)).to(precision)
     for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -32,15 +32,20 @@ CHAT_TEMPLATE = (
 )
 
 
-@cache  # it takes half a minute, and a run needs it twice
-def build_tokenizer(num_problems: int = 20_000, seed: int = 0) -> Tokenizer:
-    """A lossless tokenizer with each piece of ``num_problems`` problems per task."""
-    splitter = Sequence(
+def piece_splitter() -> Sequence:
+    """Splits text into words, short numbers, marks and line breaks with their indentation."""
+    return Sequence(
         [
             Split(Regex(PIECE_PATTERN), behavior="isolated"),
             ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+@cache  # it takes half a minute, and a run needs it twice
+def build_tokenizer(num_problems: int = 20_000, seed: int = 0) -> Tokenizer:
+    """A lossless tokenizer with each piece of ``num_problems`` problems per task."""
+    splitter = piece_splitter()
     bytes_ = sorted(ByteLevel.alphabet())
     words = [piece for piece in _collect_pieces(splitter, num_problems, seed) if len(piece) > 1]
     scores = [(piece, -20.0) for piece in bytes_] + [(piece, -1.0) for piece in words]
@@ -55,7 +60,7 @@ def build_tokenizer(num_problems: int = 20_000, seed: int = 0) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, chat_template: str = CHAT_TEMPLATE) -> None:
     """Write tokenizer.json, and tokenizer_config.json with the chat template."""
     atomic_write(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
     config = {
@@ -63,7 +68,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "eos_token": END_OF_TEXT,
         "pad_token": END_OF_TEXT,
         "mask_token": MASK_TOKEN,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template,
     }
     atomic_write_json(folder / "tokenizer_config.json", config)
 

@@ -7,27 +7,29 @@ imports it and then runs the harness's own command.
 from __future__ import annotations
 
 import logging
+import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from typing import Never, Protocol
+from collections.abc import Mapping, Sequence
+from statistics import fmean, variance
+from typing import Protocol
 
 import torch
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
-from lm_eval.api.task import Task  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
 from coterie.engine.engine import load
 from coterie.engine.events import Finished
 from coterie.engine.generation_config import GenerationConfig
 from coterie.errors import ConfigError
+from coterie.lab.likelihood.estimator import LikelihoodEstimator, Passage
+from coterie.lab.likelihood.passages import continuation_passage, split_text
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.tokenizer.chat_template import ChatTemplate
 from coterie.tokenizer.tokenizer import SubwordTokenizer
 
-NAME, OUTPUT_TYPE = "coterie", "generate_until"
-DEFAULT_BATCH_SIZE = 16
+NAME = "coterie"
+DEFAULT_BATCH_SIZE, DEFAULT_SAMPLES = 16, 32
 LENGTH_OPTIONS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING_OPTIONS = ("temperature", "top_k", "top_p")
 HANDLED_OPTIONS = ("do_sample", "until", *LENGTH_OPTIONS, *SAMPLING_OPTIONS)
@@ -42,9 +44,20 @@ class HarnessRequest(Protocol):
     def args(self) -> tuple[str, Mapping[str, object]]: ...
 
 
+class TextRequest(Protocol):
+    """A request of a likelihood: a context and its continuation, or one text."""
+
+    @property
+    def args(self) -> tuple[str, ...]: ...
+
+
 @register_model(NAME)
 class CoterieLM(LM):
-    """Implements ``generate_until``; further options are fields of ``GenerationConfig``."""
+    """Answers and likelihoods; further options are fields of ``GenerationConfig``.
+
+    A likelihood is a bound from ``likelihood_samples`` corruptions of each block. They are the same
+    under every policy.
+    """
 
     def __init__(
         self,
@@ -59,12 +72,15 @@ class CoterieLM(LM):
         eviction: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
+        likelihood_samples: int = DEFAULT_SAMPLES,
         **options: object,
     ) -> None:
         super().__init__()
         if "max_gen_toks" in options:
             options["max_new_tokens"] = options.pop("max_gen_toks")
         _check_options(options)
+        if likelihood_samples < 1:
+            raise ConfigError(f"likelihood_samples is {likelihood_samples}; it must be 1 or more")
         memory = _expert_memory(expert_memory, imagine_memory, eviction)
         # The harness's "auto" searches for the largest batch; a fixed default is enough here.
         default_batch_size = 1 if memory is not None else max_batch_size or DEFAULT_BATCH_SIZE
@@ -80,6 +96,7 @@ class CoterieLM(LM):
         )  # fmt: skip
         self.engine.generation = self.engine.generation.replace(**options)
         self.policy, self.uses_template = policy, False
+        self.samples, self.noises = likelihood_samples, list[float]()
 
     @property
     def tokenizer_name(self) -> str:
@@ -117,6 +134,8 @@ class CoterieLM(LM):
             "experts": model.spec.expert_storage,
             "memory": None if (memory := model.memory_config) is None else memory.to_dict(),
             "generation": self.engine.generation.document(),
+            "likelihood_samples": self.samples,
+            "likelihood_noise": fmean(self.noises) if self.noises else None,
         }
 
     def generate_until(self, requests: Sequence[HarnessRequest]) -> list[str]:
@@ -143,11 +162,48 @@ class CoterieLM(LM):
                     bar.update()
         return [texts[index] for index in range(len(requests))]
 
-    def loglikelihood(self, requests: Sequence[HarnessRequest]) -> Never:
-        raise NotImplementedError(NO_LIKELIHOOD)
+    def loglikelihood(self, requests: Sequence[TextRequest]) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation; none counts as what greedy decoding writes."""
+        passages = [
+            continuation_passage(str(i), self.engine, *r.args[:2], templated=self.uses_template)
+            for i, r in enumerate(requests)
+        ]
+        answers = [(value, False) for value in self._log_likelihoods(passages)]
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, answer)
+        return answers
 
-    def loglikelihood_rolling(self, requests: Sequence[HarnessRequest]) -> Never:
-        raise NotImplementedError(NO_LIKELIHOOD)
+    def loglikelihood_rolling(self, requests: Sequence[TextRequest]) -> list[float]:
+        """The log-likelihood of each text: the sum over its passages, each on its own."""
+        parts = [
+            list(split_text(str(i), request.args[0], self.engine))
+            for i, request in enumerate(requests)
+        ]
+        values = iter(self._log_likelihoods([passage for part in parts for passage in part]))
+        totals = [sum(next(values) for _ in part) for part in parts]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _log_likelihoods(self, passages: Sequence[Passage]) -> list[float]:
+        """Each passage's value; says how large the error of the corruptions is."""
+        estimator = LikelihoodEstimator(self.engine, self.samples)
+        # Passages of equal length share forwards.
+        order = sorted(range(len(passages)), key=lambda i: len(passages[i].ids))
+        values, noises = dict[int, float](), list[float]()
+        with tqdm(total=len(passages), desc="coterie") as bar:
+            for start in range(0, len(order), self.rows):
+                indices = order[start : start + self.rows]
+                [scores] = estimator.score([passages[i] for i in indices], [self.policy])
+                for i, score in zip(indices, scores, strict=True):
+                    values[i] = -score.mean_nats
+                    if self.samples > 1:
+                        noises.append(math.sqrt(variance(score.nats) / self.samples))
+                bar.update(len(indices))
+        self.noises += noises
+        if noises:
+            log.warning(NOISE, self.samples, fmean(noises))
+        return [values[i] for i in range(len(passages))]
 
     def _submit(self, prompt: str, request_options: Mapping[str, object], *, seed: int) -> int:
         options = _generation_options(request_options, seed)
@@ -188,22 +244,8 @@ def run_harness(args: Sequence[str]) -> None:
     """Runs the harness's command with this model registered."""
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
-    if any(arg.removeprefix("--model=") == NAME for arg in args):
-        Task.build_all_requests = _checked(Task.build_all_requests)
     sys.argv = ["lm_eval", *args]
     cli_evaluate()
-
-
-def _checked(build: Callable[..., object]) -> Callable[..., object]:
-    """The harness builds the requests of all tasks before it runs the first one."""
-
-    @wraps(build)
-    def build_all_requests(task: Task, *args: object, **options: object) -> object:
-        if task.OUTPUT_TYPE != OUTPUT_TYPE:
-            raise ConfigError(f"task {task.config.task}: {NO_LIKELIHOOD}")
-        return build(task, *args, **options)
-
-    return build_all_requests
 
 
 def _check_options(options: Mapping[str, object]) -> None:
@@ -267,10 +309,10 @@ NO_TEMPLATE = (
 )
 OTHER_OPTIONS = (
     "and pretrained, policy, dtype, device, experts, expert_memory, imagine_memory, eviction, "
-    "batch_size; a policy with commas needs model_args in JSON: "
+    "batch_size, likelihood_samples; a policy with commas needs model_args in JSON: "
     '{"policy": "des-vote:beta=0.3,voters=before-eos"}'
 )
-NO_LIKELIHOOD = (
-    "a diffusion model has no left-to-right likelihood; choose tasks with "
-    "output_type generate_until (such as gsm8k, humaneval, mbpp, minerva_math500)"
+NOISE = (
+    "log-likelihoods are bounds from %d samples (likelihood_samples=), with a standard error of "
+    "%.3f on average"
 )

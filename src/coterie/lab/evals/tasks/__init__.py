@@ -7,7 +7,7 @@ from functools import partial
 
 from coterie.errors import TaskError
 from coterie.lab.evals.task import Task, TaskOptions
-from coterie.lab.evals.tasks import embedded
+from coterie.lab.evals.tasks import choices, embedded
 from coterie.lab.evals.tasks.code_tasks import open_humaneval, open_mbpp
 from coterie.lab.evals.tasks.gsm8k import open_gsm8k
 from coterie.lab.evals.tasks.math500 import open_math500
@@ -18,6 +18,7 @@ TASKS: dict[str, Callable[[TaskOptions], Task]] = {
     "humaneval": open_humaneval,
     "mbpp": open_mbpp,
     "math500": open_math500,
+    choices.NAME: choices.open_choices,
     **{name: partial(embedded.open_embedded, name) for name in PROBLEM_MAKERS},
 }
 

@@ -1,0 +1,1 @@
+"""Likelihood of given text: Monte-Carlo bounds, paired between policies."""
