@@ -1,7 +1,8 @@
-"""Writes the generated parts of the documents: tables, docs/results.md and the README's picture.
+"""Writes the generated parts of the documents: tables, the results and the README's picture.
 
 tables   the tables of docs/evaluation.md, from two records under results/
-results  docs/results.md and its figures, from the study's records; --study FOLDER copies new ones
+results  docs/results.md, docs/results/ and their figures, from the study's records; --study FOLDER
+         copies new ones
 picture  docs/picture.svg: two moments of a generation, as `coterie generate --watch` shows them
 """
 
@@ -26,7 +27,13 @@ import coterie
 from coterie.cli.live_view import LiveView, make_view
 from coterie.lab.plotting import ColourScheme
 from coterie.lab.study.experiment import read_record
-from coterie.lab.study.report import SCHEMES, ReportSection, make_section, render_markdown
+from coterie.lab.study.report import (
+    SCHEMES,
+    ReportSection,
+    make_section,
+    render_markdown,
+    render_section,
+)
 from coterie.lab.study.study import EXPERIMENTS
 from coterie.lab.study.summary import summary_points
 from coterie.routing import update_policies_in_json
@@ -37,9 +44,10 @@ TABLES = re.compile(r"(<!-- figures:[^>]*-->\n).*?(<!-- end of figures -->)", re
 ACCURACY_RECORD = ROOT / "results" / "embedded-tasks-by-policy.json"
 SPEED_RECORD = ROOT / "results" / "generate-embedded-cpu.json"
 RESULTS_PAGE = ROOT / "docs" / "results.md"
+RESULT_PAGES = ROOT / "docs" / "results"  # one page for each experiment
 STUDY_RECORDS = ROOT / "results" / "study"
 FIGURES = ROOT / "docs" / "figures"
-SHOWN_FIGURES = (  # the figures that docs/results.md shows; the study's report has all
+SHOWN_FIGURES = (  # the figures that docs/results shows; the study's report has all
     *("explosion", "accuracy", "accuracy-few", "latency-accuracy", "reconstruction-loss"),
     *("block-size", "voters", "protection", "random-control", "forwards"),
     *("experts-bytes", "experts-commits"),
@@ -135,13 +143,15 @@ RENDERERS: dict[Path, Callable[[dict[str, Any]], str]] = {
 
 
 def write_results(study: Path | None) -> None:
-    """docs/results.md and its figures, after new records of a study were copied."""
+    """The pages of results and their figures, after new records of a study were copied."""
     for name in EXPERIMENTS if study is not None else ():
         if (record := Path(study or ".") / "records" / f"{name}.json").is_file():
             STUDY_RECORDS.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(record, STUDY_RECORDS / record.name)
     sections = report_sections()
-    RESULTS_PAGE.write_text(results_page(sections), encoding="utf-8")
+    RESULT_PAGES.mkdir(parents=True, exist_ok=True)
+    for path, text in results_pages(sections).items():
+        path.write_text(text, encoding="utf-8")
     FIGURES.mkdir(parents=True, exist_ok=True)
     for figure in (figure for section in sections for figure in section.figures):
         for scheme in SCHEMES if figure.name in SHOWN_FIGURES else ():
@@ -164,18 +174,19 @@ def report_sections(schemes: Sequence[ColourScheme] = SCHEMES) -> list[ReportSec
     return sections
 
 
-def results_page(sections: list[ReportSection]) -> str:
-    """The Markdown text of docs/results.md."""
-    names = {figure.name for section in sections for figure in section.figures}
+def results_pages(sections: list[ReportSection]) -> dict[Path, str]:
+    """The Markdown text of docs/results.md, and of each experiment's page."""
     facts = {one.name: one.record["facts"] for one in sections if one.record is not None}
     size = facts["accuracy"]
     experts = f"{size['experts']} experts per layer, of which a token uses {size['k']}"
     records = STUDY_RECORDS.relative_to(ROOT).as_posix()
-    figures = names & set(SHOWN_FIGURES)
     points = summary_points(sections, facts)
-    return render_markdown(
-        sections, records=records, experts=experts, figures=figures, points=points
-    )
+    pages = {
+        RESULT_PAGES / f"{one.name}.md": render_section(one, records=records, figures=SHOWN_FIGURES)
+        for one in sections
+    }
+    opening = render_markdown(sections, records=records, experts=experts, points=points)
+    return {RESULTS_PAGE: opening, **pages}
 
 
 def draw_picture() -> str:

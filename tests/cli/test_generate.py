@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from coterie.cli.entry import check_repeats, run, utf8_text, with_imports_first
 from coterie.routing import POLICIES
-from coterie.routing.descriptions import MEANINGS
+from coterie.routing.descriptions import MEANINGS, option_meaning
 from coterie.specs import spec_options
 from coterie.testing import write_checkpoint
 
@@ -99,6 +100,22 @@ def test_import_without_a_file_is_refused(capsys: Capture) -> None:
 def test_every_option_of_a_policy_has_a_meaning() -> None:
     options = {option for cls in POLICIES.values() for option in spec_options(cls)}
     assert options == set(MEANINGS)
+
+
+@dataclass(frozen=True)
+class FirstOf:
+    """Tokens use few experts (ours). Only the ``first`` ones count; others are left out."""
+
+    first: int
+    ratio: float = 0.5
+
+
+@pytest.mark.parametrize(
+    ("option", "meaning"),
+    [("first", "Only the first ones count; others are left out"), ("ratio", "not described")],
+)
+def test_an_option_of_a_plug_in_means_what_the_docstring_says(option: str, meaning: str) -> None:
+    assert option_meaning(FirstOf, option) == meaning
 
 
 @pytest.mark.parametrize("name", list(POLICIES))

@@ -1,4 +1,4 @@
-"""Every unmasking rule, plan and refinement on small examples."""
+"""Every unmasking rule, kv_scheme and refinement on small examples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from coterie.decoding import DecodeRequest, Sampling, SequenceState, parse_plan, parse_unmask
+from coterie.decoding import DecodeRequest, Sampling, SequenceState, parse_kv_scheme, parse_unmask
 from coterie.decoding.canvas import Block
 from coterie.decoding.kv_schemes import StepCounter
 from coterie.decoding.refinements import Credit, Smooth
@@ -133,38 +133,38 @@ def test_smoothing_grows_and_its_threshold_falls() -> None:
 
 
 def test_dual_refreshes_then_computes_the_surroundings() -> None:
-    plan = parse_plan("dual:before=4,after=6")
+    kv_scheme = parse_kv_scheme("dual:before=4,after=6")
     block = Block(1, 16, 24)
-    first, second = (plan.next_pass(block, 27, StepCounter(5 + n, n)) for n in range(2))
+    first, second = (kv_scheme.next_pass(block, 27, StepCounter(5 + n, n)) for n in range(2))
     assert (first.kind, first.start, first.stop, first.voters) == ("refresh", 0, 27, (16, 24))
     assert (second.kind, second.start, second.stop, second.visible) == ("decode", 12, 27, 27)
     assert second.voters == (12, 27)
 
 
 def test_warm_up_is_uncached() -> None:
-    plan = parse_plan("dual:warmup=2")
-    passes = [plan.next_pass(Block(0, 0, 8), 16, StepCounter(n, n)) for n in range(4)]
+    kv_scheme = parse_kv_scheme("dual:warmup=2")
+    passes = [kv_scheme.next_pass(Block(0, 0, 8), 16, StepCounter(n, n)) for n in range(4)]
     assert [each.use_cache for each in passes] == [False, False, True, True]
     assert [each.kind for each in passes] == ["decode", "decode", "refresh", "decode"]
 
 
 def test_unroll_counts_a_round_with_a_refresh_twice() -> None:
-    plan = parse_plan("dual+unroll:most=4,tokens=8")
+    kv_scheme = parse_kv_scheme("dual+unroll:most=4,tokens=8")
     block = Block(0, 0, 32)
-    assert plan.steps_until_check(block, 64, StepCounter(), num_masked=32) == 5
-    assert plan.steps_until_check(block, 64, StepCounter(3, 3), num_masked=17) == 2
-    assert plan.steps_until_check(block, 64, StepCounter(3, 3), num_masked=7) == 1
+    assert kv_scheme.steps_until_check(block, 64, StepCounter(), num_masked=32) == 5
+    assert kv_scheme.steps_until_check(block, 64, StepCounter(3, 3), num_masked=17) == 2
+    assert kv_scheme.steps_until_check(block, 64, StepCounter(3, 3), num_masked=7) == 1
 
 
 def test_block_causal_prefills_whole_blocks_and_commits() -> None:
-    plan = parse_plan("block-causal")
-    blocks = plan.blocks(21, 20, 8)
+    kv_scheme = parse_kv_scheme("block-causal")
+    blocks = kv_scheme.blocks(21, 20, 8)
     assert [(b.start, b.stop) for b in blocks] == [(16, 24), (24, 32), (32, 40), (40, 48)]
-    (prefill,) = plan.prefill_passes(blocks[0])
+    (prefill,) = kv_scheme.prefill_passes(blocks[0])
     assert (prefill.stop, prefill.causal_block, prefill.kind) == (16, 8, "prefill")
-    (commit,) = plan.commit_passes(blocks[0])
+    (commit,) = kv_scheme.commit_passes(blocks[0])
     assert (commit.start, commit.visible, commit.kind) == (16, 24, "commit")
-    assert plan.prefill_passes(Block(0, 0, 8)) == ()
+    assert kv_scheme.prefill_passes(Block(0, 0, 8)) == ()
 
 
 def request(**changes: object) -> DecodeRequest:
@@ -172,7 +172,7 @@ def request(**changes: object) -> DecodeRequest:
         "prompt_ids": (1, 2),
         "max_new_tokens": 6,
         "block_length": 3,
-        "plan": parse_plan("uncached"),
+        "kv_scheme": parse_kv_scheme("uncached"),
         "unmask": parse_unmask("threshold:p=0.9"),
         "sampling": Sampling(),
         "seed": 0,
@@ -324,7 +324,7 @@ def test_an_invalid_unmasking_rule_is_an_error_with_the_valid_values(
 )
 def test_an_invalid_plan_is_an_error_with_the_valid_values(text: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        parse_plan(text)
+        parse_kv_scheme(text)
 
 
 def test_the_token_in_place_of_a_proposed_mask_has_its_own_confidence() -> None:

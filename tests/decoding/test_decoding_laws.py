@@ -8,16 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coterie.decoding import DecodeRequest, Sampling, SequenceState, parse_plan, parse_unmask
+from coterie.decoding import DecodeRequest, Sampling, SequenceState, parse_kv_scheme, parse_unmask
 from coterie.decoding.canvas import split_into_blocks
-from coterie.decoding.kv_schemes import PLANS, StepCounter
+from coterie.decoding.kv_schemes import KV_SCHEMES, StepCounter
 from coterie.decoding.sampling import propose
 from coterie.decoding.unmask import RULES, BlockState
 from coterie.values import LogitsSummary
 
 VOCAB_SIZE, MASK, EOS = 11, 10, 9
 
-plans = st.sampled_from(
+kv_schemes = st.sampled_from(
     [
         "uncached",
         "uncached:aligned=yes",
@@ -53,7 +53,7 @@ def requests(draw: st.DrawFn) -> DecodeRequest:
         prompt_ids=tuple(draw(st.lists(tokens, min_size=1, max_size=9))),
         max_new_tokens=draw(st.integers(1, 14)),
         block_length=draw(st.integers(1, 6)),
-        plan=parse_plan(draw(plans)),
+        kv_scheme=parse_kv_scheme(draw(kv_schemes)),
         unmask=parse_unmask(draw(rules) + draw(refinements)),
         sampling=Sampling(draw(st.sampled_from([0.0, 1.0]))),
         seed=draw(st.integers(0, 99)),
@@ -87,7 +87,7 @@ def test_every_sequence_ends_with_an_unchanged_prompt(request: DecodeRequest, se
     per_block = (
         request.block_length + 2 if edit is None else 8 * request.block_length + 2 * edit.post + 2
     )
-    unrolled = 2 * (request.plan.unroll.most if request.plan.unroll else 1)
+    unrolled = 2 * (request.kv_scheme.unroll.most if request.kv_scheme.unroll else 1)
     run(sequence, seed, max_forwards=len(sequence.blocks) * (per_block + unrolled) + 3)
     assert sequence.canvas.tokens[: len(request.prompt_ids)].tolist() == list(request.prompt_ids)
     answer = sequence.canvas.tokens[len(request.prompt_ids) :][: request.max_new_tokens].tolist()
@@ -231,15 +231,15 @@ def test_sampled_ids_are_within_top_k_and_top_p(seed: int, top_p: float, top_k: 
         assert mass_before < top_p + 1e-6
 
 
-@given(st.sampled_from(sorted(PLANS)), st.integers(0, 30), st.booleans())
+@given(st.sampled_from(sorted(KV_SCHEMES)), st.integers(0, 30), st.booleans())
 def test_a_formatted_plan_parses_to_the_same_plan(name: str, number: int, aligned: bool) -> None:
     text = name
     if name in ("uncached", "prefix") and aligned:
         text += ":aligned=yes"
     if name == "dual":
         text += f":before={number},after={number + 1},aligned={'yes' if aligned else 'no'}"
-    plan = parse_plan(f"{text}+unroll:most={number + 1},tokens=8" if number % 2 else text)
-    assert parse_plan(str(plan)) == plan
+    kv_scheme = parse_kv_scheme(f"{text}+unroll:most={number + 1},tokens=8" if number % 2 else text)
+    assert parse_kv_scheme(str(kv_scheme)) == kv_scheme
 
 
 @given(st.sampled_from(sorted(RULES)), st.floats(0.001, 1.0), refinements)
@@ -250,13 +250,13 @@ def test_a_formatted_strategy_parses_to_the_same_strategy(name: str, p: float, e
     assert parse_unmask(str(unmask)) == unmask
 
 
-@given(plans, st.integers(0, 40), st.integers(1, 30))
+@given(kv_schemes, st.integers(0, 40), st.integers(1, 30))
 def test_there_is_a_forward_until_each_check(text: str, masked: int, new: int) -> None:
-    plan = parse_plan(text)
-    blocks = plan.blocks(5, new, 4)
+    kv_scheme = parse_kv_scheme(text)
+    blocks = kv_scheme.blocks(5, new, 4)
     for block in blocks:
-        forwards = plan.steps_until_check(
+        forwards = kv_scheme.steps_until_check(
             block, blocks[-1].stop, StepCounter(block.index * 3, 0), masked
         )
         assert forwards >= 1
-        assert plan.unroll is not None or forwards == 1
+        assert kv_scheme.unroll is not None or forwards == 1

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coterie.decoding import DecodeRequest, Sampling, SequenceState, parse_plan, parse_unmask
+from coterie.decoding import DecodeRequest, Sampling, SequenceState, parse_kv_scheme, parse_unmask
 from coterie.decoding.sampling import Proposal, propose
 from coterie.decoding.unmask import BlockState, RenoiseRule
 from coterie.values import NO_MASK
@@ -32,7 +32,7 @@ def sequence(unmask: str = "renoise:steps=5", **options: object) -> SequenceStat
         "prompt_ids": (3, 4),
         "max_new_tokens": 2 * WIDTH,
         "block_length": WIDTH,
-        "plan": parse_plan("encoder"),
+        "kv_scheme": parse_kv_scheme("encoder"),
         "unmask": parse_unmask(unmask),
         "sampling": Sampling(),
         "seed": 1,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coterie.decoding import parse_plan
+from coterie.decoding import parse_kv_scheme
 from coterie.engine.prefix_cache import PrefixBlockCache, PrefixLayout
 from coterie.model.cache import KVCache
 from coterie.values import RouterSpec
@@ -77,7 +77,7 @@ tokens = st.lists(st.integers(0, 3), max_size=12).map(lambda ids: torch.tensor(i
 
 @given(tokens, tokens, st.integers(1, 4))
 def test_digests_are_equal_where_all_tokens_before_are(a: Tensor, b: Tensor, width: int) -> None:
-    layout = PrefixLayout.of(parse_plan("block-causal"), width, ROUTER)
+    layout = PrefixLayout.of(parse_kv_scheme("block-causal"), width, ROUTER)
     both = zip(layout.digests(a), layout.digests(b), strict=False)
     assert len(layout.digests(a)) == len(a) // width
     for index, (one, other) in enumerate(both):
@@ -87,7 +87,12 @@ def test_digests_are_equal_where_all_tokens_before_are(a: Tensor, b: Tensor, wid
 
 def test_layouts_share_no_digest() -> None:
     ids = torch.arange(24)
-    plans = [(plan, width) for plan in ("block-causal", "encoder") for width in (4, 8)]
-    layouts = [PrefixLayout.of(parse_plan(plan), width, ROUTER) for plan, width in plans]
+    kv_schemes = [
+        (kv_scheme, width) for kv_scheme in ("block-causal", "encoder") for width in (4, 8)
+    ]
+    layouts = [
+        PrefixLayout.of(parse_kv_scheme(kv_scheme), width, ROUTER)
+        for kv_scheme, width in kv_schemes
+    ]
     digests = [digest for layout in layouts for digest in layout.digests(ids)]
     assert len(set(digests)) == len(digests) == 2 * (6 + 3)

@@ -17,7 +17,7 @@ from coterie.decoding.kv_schemes import (
     BlockCausalCache,
     BlockCausalNoCache,
     NoCache,
-    parse_plan,
+    parse_kv_scheme,
 )
 from coterie.decoding.refinements import parse_unmask
 from coterie.engine.engine import Engine, load
@@ -230,7 +230,7 @@ def check_reuse(specs: Sequence[str]) -> None:
 def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOptions) -> None:
     """Raises for options without effect, and for an ``@file`` of a model with other sizes."""
     kv_cache = str(options.get("kv_cache", engine.generation.kv_cache))
-    scheme = parse_plan(kv_cache).scheme
+    scheme = parse_kv_scheme(kv_cache).base
     ignored = f"has no effect with --kv-cache {kv_cache}"
     if "commit_routing" in options and not scheme.writes_kv:
         raise ConfigError(f"--commit-routing {ignored}: it commits no blocks")

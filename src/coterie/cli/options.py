@@ -16,7 +16,7 @@ import typer
 from coterie.checkpoints import model_info
 from coterie.checkpoints.source import EMBEDDED
 from coterie.cli.output import print_note
-from coterie.decoding.kv_schemes import PLANS
+from coterie.decoding.kv_schemes import KV_SCHEMES
 from coterie.decoding.refinements import ALL_RULES
 from coterie.errors import ConfigError
 from coterie.lab.bench.baselines import BASELINES
@@ -49,7 +49,7 @@ NAMES = {
     "baselines": BASELINES,
     "evictions": EVICTIONS,
     "experiments": EXPERIMENTS,
-    "kv_caches": PLANS,
+    "kv_caches": KV_SCHEMES,
     "precision_policies": PRECISION_POLICIES,
     "problems": PROBLEM_MAKERS,
     "replay_evictions": EVICTION_NAMES,

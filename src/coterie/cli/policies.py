@@ -7,8 +7,8 @@ from rich.table import Table
 from coterie.cli.output import plain_table, print_result
 from coterie.errors import ConfigError
 from coterie.routing import POLICIES
-from coterie.routing.descriptions import MEANINGS, policy_doc, spec_form, split_source
-from coterie.specs import Option, spec_options
+from coterie.routing.descriptions import option_meaning, policy_doc, spec_form, split_source
+from coterie.specs import spec_options
 
 
 def policies(name: str | None = None, *, json: bool = False) -> None:
@@ -28,13 +28,13 @@ def policies(name: str | None = None, *, json: bool = False) -> None:
         defaults = {option.name: option.default for option in spec_options(cls).values()}
         documents.append({"name": policy, "meaning": policy_doc(cls), "options": defaults})
     if name is None:
-        options = (option for cls in POLICIES.values() for option in spec_options(cls).values())
         last = "\nOptions of one policy: coterie policies des-vote"
-        parts = (policy_table(), "", option_table(options), last)
+        parts = (policy_table(), "", option_table(POLICIES.values()), last)
     else:
-        options = list(spec_options(shown[name]).values())
-        parts = (f"{spec_form(name)}\n{policy_doc(shown[name]).replace('``', '')}\n",)
-        parts += (option_table(options, defaults=True),) if options else ("It has no options.",)
+        cls = shown[name]
+        parts = (f"{spec_form(name)}\n{policy_doc(cls).replace('``', '')}\n",)
+        has_options = bool(spec_options(cls))
+        parts += (option_table([cls], defaults=True) if has_options else "It has no options.",)
     print_result(documents, *parts, json=json)
 
 
@@ -43,22 +43,20 @@ def policy_table() -> Table:
     return plain_table("policy", "meaning", "source", rows=rows, unwrapped=("policy",))
 
 
-def option_table(options: Iterable[Option], *, defaults: bool = False) -> Table:
+def option_table(policy_types: Iterable[type], *, defaults: bool = False) -> Table:
     """Each option once, with its values and its meaning."""
     values: dict[str, dict[str, None]] = {}
     default_texts: dict[str, str] = {}
-    for option in options:
+    meanings: dict[str, str] = {}
+    pairs = ((cls, option) for cls in policy_types for option in spec_options(cls).values())
+    for cls, option in pairs:
         text = str(option) + (", or one a layer: 0.3/0.2/0.25" if option.accepts_list else "")
         values.setdefault(option.name, {})[text] = None
         default_texts[option.name] = "none" if option.default is None else str(option.default)
+        meanings[option.name] = meanings.get(option.name) or option_meaning(cls, option.name)
     rows = (
-        (
-            name,
-            *([default_texts[name]] if defaults else []),
-            MEANINGS.get(name, ""),
-            ", or ".join(v),
-        )
-        for name, v in values.items()
+        (name, *([default_texts[name]] if defaults else []), meanings[name], ", or ".join(texts))
+        for name, texts in values.items()
     )
     heads = ("option", *(["default"] if defaults else []), "meaning", "values")
     return plain_table(*heads, rows=rows, unwrapped=("option", "default"))

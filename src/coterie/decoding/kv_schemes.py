@@ -1,4 +1,4 @@
-"""KV-caching schemes: which positions each forward of a row computes.
+"""KV schemes: which positions each forward of a row computes.
 
 Keys and values are written by position and a later write wins, so a scheme has no state: the next
 forward follows from the block and the number of forwards so far (``StepCounter``).
@@ -77,8 +77,8 @@ class StepCounter:
         return self.total - self.in_block
 
 
-class CachingScheme(Protocol):
-    """A KV-caching scheme; a frozen dataclass of options."""
+class BaseKVScheme(Protocol):
+    """A KV scheme without additions; a frozen dataclass of options."""
 
     @property
     def aligned(self) -> bool:
@@ -243,10 +243,10 @@ class Unroll:
 
 
 @dataclass(frozen=True)
-class DecodePlan:
-    """A caching scheme and its additions: the forward passes of a row."""
+class KVScheme:
+    """What ``kv_cache`` names, a base and its addition: the forward passes of a row."""
 
-    scheme: CachingScheme
+    base: BaseKVScheme
     unroll: Unroll | None = None
 
     def blocks(
@@ -257,19 +257,19 @@ class DecodePlan:
             prompt_length,
             max_new_tokens,
             block_length,
-            aligned=self.scheme.aligned,
-            whole_blocks=self.scheme.whole_blocks,
+            aligned=self.base.aligned,
+            whole_blocks=self.base.whole_blocks,
         )
 
     def causal_block(self, block_length: int) -> int:
         """The width of a prompt's blocks: a position attends to its block and earlier ones."""
-        return 1 if self.scheme.encodes else block_length
+        return 1 if self.base.encodes else block_length
 
     def prefill_passes(
         self, first: Block, prefill: Prefill = WHOLE_PROMPT
     ) -> tuple[ForwardPass, ...]:
         """The passes before the first block."""
-        if not self.scheme.writes_kv:
+        if not self.base.writes_kv:
             return ()
         causal_block, end = self.causal_block(first.width), first.start
         starts = range(prefill.start, end, prefill.width or max(1, end))
@@ -278,9 +278,9 @@ class DecodePlan:
 
     def next_pass(self, block: Block, length: int, steps: StepCounter) -> ForwardPass:
         """The next denoising forward of a block on a canvas of this length."""
-        if self.unroll and _has_late_refresh(self.scheme, block, steps):
+        if self.unroll and _has_late_refresh(self.base, block, steps):
             return _refresh_pass(block, length)
-        return self.scheme.next_pass(block, length, steps)
+        return self.base.next_pass(block, length, steps)
 
     def steps_until_check(
         self, block: Block, length: int, steps: StepCounter, num_masked: int
@@ -294,46 +294,46 @@ class DecodePlan:
             forwards += 2 if self.next_pass(block, length, projected).kind == "refresh" else 1
         return forwards
 
-    def with_separate_commits(self) -> DecodePlan:
-        """The same plan, in which every denoising forward computes one block."""
-        if not isinstance(self.scheme, BlockCausalCache):
+    def with_separate_commits(self) -> KVScheme:
+        """The same KV scheme, in which every denoising forward computes one block."""
+        if not isinstance(self.base, BlockCausalCache):
             return self
-        return replace(self, scheme=replace(self.scheme, commit="separate"))
+        return replace(self, base=replace(self.base, commit="separate"))
 
     def commit_passes(self, block: Block) -> tuple[ForwardPass, ...]:
         """The passes between a finished block and the next one."""
-        if not self.scheme.writes_kv or self.scheme.joins_commits:
+        if not self.base.writes_kv or self.base.joins_commits:
             return ()
         span = (block.start, block.stop)
-        causal_block = 1 if self.scheme.encodes else 0
+        causal_block = 1 if self.base.encodes else 0
         return (ForwardPass(*span, block.stop, "commit", span, causal_block),)
 
     def __str__(self) -> str:
-        text = format_spec(self.scheme, PLANS)
-        return text if self.unroll is None else f"{text}+{format_spec(self.unroll, PLAN_ADDITIONS)}"
+        text = format_spec(self.base, KV_SCHEMES)
+        return text if self.unroll is None else f"{text}+{format_spec(self.unroll, ADDITIONS)}"
 
 
-def parse_plan(text: str) -> DecodePlan:
-    """The plan of a text such as ``dual:before=16`` or ``prefix+unroll:most=4,tokens=8``."""
+def parse_kv_scheme(text: str) -> KVScheme:
+    """The KV scheme of a text such as ``dual:before=16`` or ``prefix+unroll:most=4,tokens=8``."""
     first, *rest = text.split("+")
     if len(rest) > 1:
         raise SpecError(f"a KV scheme has at most one addition, not {len(rest)}: {text!r}")
-    unroll = parse_spec(rest[0], PLAN_ADDITIONS, "addition to a KV scheme") if rest else None
-    return DecodePlan(parse_spec(first, PLANS, "KV scheme"), unroll)
+    unroll = parse_spec(rest[0], ADDITIONS, "addition to a KV scheme") if rest else None
+    return KVScheme(parse_spec(first, KV_SCHEMES, "KV scheme"), unroll)
 
 
 def _refresh_pass(block: Block, length: int) -> ForwardPass:
     return ForwardPass(0, length, length, "refresh", (block.start, block.stop))
 
 
-def _has_late_refresh(scheme: CachingScheme, block: Block, steps: StepCounter) -> bool:
+def _has_late_refresh(scheme: BaseKVScheme, block: Block, steps: StepCounter) -> bool:
     """If warm-up ends in a later block, dInfer records the block of its cache one round late."""
     if not isinstance(scheme, DualCache) or scheme.warmup == 0 or block.index == 0:
         return False
     return steps.before_block <= scheme.warmup and steps.total == scheme.warmup + 2
 
 
-PLANS: dict[str, type[CachingScheme]] = {
+KV_SCHEMES: dict[str, type[BaseKVScheme]] = {
     "uncached": NoCache,
     "prefix": PrefixCache,
     "dual": DualCache,
@@ -341,4 +341,4 @@ PLANS: dict[str, type[CachingScheme]] = {
     "block-causal-uncached": BlockCausalNoCache,
     "encoder": EncoderCache,
 }
-PLAN_ADDITIONS = {"unroll": Unroll}
+ADDITIONS = {"unroll": Unroll}

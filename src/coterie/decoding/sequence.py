@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coterie.decoding.block_edit import BlockEditRule, EditIds, EditState, Predictions
 from coterie.decoding.canvas import Block, Canvas
-from coterie.decoding.kv_schemes import WHOLE_PROMPT, DecodePlan, ForwardPass, Prefill, StepCounter
+from coterie.decoding.kv_schemes import WHOLE_PROMPT, ForwardPass, KVScheme, Prefill, StepCounter
 from coterie.decoding.refinements import UnmaskStrategy
 from coterie.decoding.sampling import Proposal, Sampling, propose
 from coterie.decoding.unmask import NEG_INF, BlockState, EntropyRule, RenoiseRule, top_positions
@@ -27,7 +27,7 @@ class DecodeRequest:
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
     block_length: int
-    plan: DecodePlan
+    kv_scheme: KVScheme
     unmask: UnmaskStrategy
     sampling: Sampling
     seed: int
@@ -67,7 +67,7 @@ class SequenceState:
 
     def __init__(self, request: DecodeRequest) -> None:
         self.request = request
-        self.blocks = request.plan.blocks(
+        self.blocks = request.kv_scheme.blocks(
             len(request.prompt_ids), request.max_new_tokens, request.block_length
         )
         self.canvas = Canvas(request.prompt_ids, self.blocks[-1].stop, request.mask_id)
@@ -80,21 +80,21 @@ class SequenceState:
 
     def _passes(self) -> Iterator[ForwardPass]:
         """The forward passes of the row in order; ``receive`` fills the canvas between them."""
-        plan, length = self.request.plan, self.canvas.length
-        yield from plan.prefill_passes(self.blocks[0], self.request.prefill)
+        kv_scheme, length = self.request.kv_scheme, self.canvas.length
+        yield from kv_scheme.prefill_passes(self.blocks[0], self.request.prefill)
         for block in self.blocks:
             self._enter_block(block)
             while not self._is_block_done():
                 num_masked = int(self.canvas.is_masked(block.start, block.stop).sum())
-                for _ in range(plan.steps_until_check(block, length, self.steps, num_masked)):
-                    yield plan.next_pass(block, length, self.steps)
+                for _ in range(kv_scheme.steps_until_check(block, length, self.steps, num_masked)):
+                    yield kv_scheme.next_pass(block, length, self.steps)
                     if self.stopped_early:
                         return
             if block is self.blocks[-1] or (
                 self.request.early_stop != "off" and self._has_complete_answer()
             ):
                 return
-            yield from plan.commit_passes(block)
+            yield from kv_scheme.commit_passes(block)
 
     def logits_indices(self) -> Tensor:
         """Positions [n] of the block that need logits, int64.

@@ -99,7 +99,7 @@ def group_sequences(
     """
     groups: dict[tuple[object, ...], list[ActiveSequence]] = {}
     for active in sequences:
-        next_pass, scheme = active.next_pass, active.sequence.request.plan.scheme
+        next_pass, scheme = active.next_pass, active.sequence.request.kv_scheme.base
         has_embeddings = active.embeddings is not None
         mixed = mix_commits and next_pass.kind == "commit" and not scheme.encodes
         kind = "decode" if mixed else next_pass.kind

@@ -309,7 +309,7 @@ class Engine:
             blocks=sequence.block.index + 1,
             seconds=time.perf_counter() - active.start_time,
             policy=_policy_name(active.policy),
-            kv_cache=str(sequence.request.plan),
+            kv_cache=str(sequence.request.kv_scheme),
             unmask=str(sequence.request.unmask),
             model=model.name,
             dtype=str(model.transformer.dtype).removeprefix("torch."),
@@ -472,11 +472,12 @@ def _check_joined_commits(
     request: DecodeRequest, generation: GenerationConfig, policy: Policy
 ) -> None:
     """Raises ConfigError if a joined commit would be routed unlike one on its own."""
-    joined = request.plan.scheme.joins_commits and generation.commit_routing == "policy"
+    joined = request.kv_scheme.base.joins_commits and generation.commit_routing == "policy"
     if joined and needs_importance(policy):
         raise ConfigError(
-            f"{_policy_name(policy)} routes by the attention that tokens get, and {request.plan} "
-            "adds that of the next block; use commit=separate, or vanilla commits"
+            f"{_policy_name(policy)} routes by the attention that tokens get, and "
+            f"{request.kv_scheme} adds that of the next block; "
+            "use commit=separate, or vanilla commits"
         )
 
 

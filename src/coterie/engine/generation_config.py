@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from coterie.decoding import (
-    DecodePlan,
     DecodeRequest,
+    KVScheme,
     Sampling,
     UnmaskStrategy,
-    parse_plan,
+    parse_kv_scheme,
     parse_unmask,
 )
 from coterie.decoding.block_edit import BlockEditRule
@@ -68,7 +68,7 @@ class GenerationConfig:
             # Some keys are older names: errors name the field.
             label = option.name if option.name == option.attribute else f"`{option.attribute}`"
             replace(option, name=label).check(option.value_of(self))
-        parse_plan(self.kv_cache)
+        parse_kv_scheme(self.kv_cache)
         parse_unmask(self.unmask)
 
     @property
@@ -89,12 +89,13 @@ class GenerationConfig:
 
     def fit(self, prompt_tokens: int, max_length: int) -> GenerationConfig | None:
         """The options with as many new tokens as fit beside a prompt; None if none fits."""
+        kv_scheme = parse_kv_scheme(self.kv_cache)
 
         def length(new_tokens: int) -> int:
-            return plan.blocks(prompt_tokens, new_tokens, self.block)[-1].stop
+            return kv_scheme.blocks(prompt_tokens, new_tokens, self.block)[-1].stop
 
         # More tokens than positions never fit; their list of blocks could exceed memory.
-        plan, most = parse_plan(self.kv_cache), min(self.max_new_tokens, max_length - prompt_tokens)
+        most = min(self.max_new_tokens, max_length - prompt_tokens)
         count = bisect_right(range(1, most + 1), max_length, key=length)
         return replace(self, max_new_tokens=count) if count else None
 
@@ -126,14 +127,14 @@ def make_request(
     ConfigError for an unmasking rule that needs ``edit_ids`` where there are none.
     """
     check_prompt(prompt, (mask_id, *(edit_ids or ())), vocabulary)
-    plan, unmask = parse_plan(config.kv_cache), parse_unmask(config.unmask)
-    _check_denoising(plan, unmask, mask_id)
+    kv_scheme, unmask = parse_kv_scheme(config.kv_cache), parse_unmask(config.unmask)
+    _check_denoising(kv_scheme, unmask, mask_id)
     if edit_ids is None and isinstance(unmask.rule, BlockEditRule):
         raise ConfigError(f"{unmask} needs DELETE and SPLIT tokens, and this model has none")
     length = len(prompt) + config.max_new_tokens
     # A larger request is refused below; its list of blocks could exceed memory.
     if length <= max_length:
-        length = plan.blocks(len(prompt), config.max_new_tokens, config.block)[-1].stop
+        length = kv_scheme.blocks(len(prompt), config.max_new_tokens, config.block)[-1].stop
     if length > max_length:
         raise GenerationError(
             f"a prompt of {len(prompt)} tokens and max_new_tokens={config.max_new_tokens} "
@@ -143,7 +144,7 @@ def make_request(
         prompt_ids=tuple(prompt),
         max_new_tokens=config.max_new_tokens,
         block_length=config.block,
-        plan=plan,
+        kv_scheme=kv_scheme,
         unmask=unmask,
         sampling=config.sampling,
         seed=config.seed,
@@ -155,11 +156,11 @@ def make_request(
     )
 
 
-def _check_denoising(plan: DecodePlan, unmask: UnmaskStrategy, mask_id: int) -> None:
+def _check_denoising(kv_scheme: KVScheme, unmask: UnmaskStrategy, mask_id: int) -> None:
     """Raises ConfigError unless model, KV scheme and rule denoise the same: masks or noise."""
     is_noise = mask_id == NO_MASK
     fits = {
-        f"`kv_cache` {plan}": plan.scheme.encodes == is_noise,
+        f"`kv_cache` {kv_scheme}": kv_scheme.base.encodes == is_noise,
         f"`unmask` {unmask}": unmask.renoises == is_noise,
     }
     own, other = ("random tokens", "masks") if is_noise else ("masks", "random tokens")

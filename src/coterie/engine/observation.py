@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coterie.decoding.kv_schemes import PassKind, parse_plan
+from coterie.decoding.kv_schemes import PassKind, parse_kv_scheme
 from coterie.engine.engine import Engine, Prompt
 from coterie.engine.events import Finished, Result
 from coterie.engine.generation_config import GenerationConfig
@@ -182,7 +182,8 @@ class _ObservationRecorder(Recorder):
 
 
 def _with_separate_commits(generation: GenerationConfig) -> GenerationConfig:
-    return generation.replace(kv_cache=str(parse_plan(generation.kv_cache).with_separate_commits()))
+    separate = parse_kv_scheme(generation.kv_cache).with_separate_commits()
+    return generation.replace(kv_cache=str(separate))
 
 
 def _routing_layers(model: Model, layers: Collection[int] | None) -> frozenset[int]:

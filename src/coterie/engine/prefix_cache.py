@@ -15,7 +15,7 @@ from math import lcm
 
 from torch import Tensor
 
-from coterie.decoding import DecodePlan
+from coterie.decoding import KVScheme
 from coterie.decoding.kv_schemes import ForwardPass
 from coterie.model.cache import KVCache
 from coterie.values import RouterSpec
@@ -34,10 +34,10 @@ class PrefixLayout:
     causal_block: int
 
     @staticmethod
-    def of(plan: DecodePlan, block_length: int, router: RouterSpec) -> PrefixLayout:
+    def of(kv_scheme: KVScheme, block_length: int, router: RouterSpec) -> PrefixLayout:
         router_block = router.block if router.capacity else 1
         width = lcm(block_length, router_block)
-        return PrefixLayout(width, router_block, plan.causal_block(block_length))
+        return PrefixLayout(width, router_block, kv_scheme.causal_block(block_length))
 
     def slice_width(self, tokens: int) -> int:
         """The positions of a chunk of at most ``tokens``: whole blocks, at least one."""

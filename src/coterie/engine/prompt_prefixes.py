@@ -44,7 +44,7 @@ class PromptPrefixes:
 
     def find(self, request: DecodeRequest, policy: Policy) -> PromptPrefix:
         """The cached start of a prompt that ``policy`` prefills."""
-        if not request.plan.scheme.writes_kv or not isinstance(policy, Vanilla):
+        if not request.kv_scheme.base.writes_kv or not isinstance(policy, Vanilla):
             return PromptPrefix()
         layout, blocks = self._layout(request), list[KVCache]()
         if self.cache.capacity:
@@ -60,7 +60,7 @@ class PromptPrefixes:
         Logits of a forward that succeeded are finite, so the keys that it read are too.
         """
         request = active.sequence.request
-        if not self.cache.capacity or not request.plan.scheme.writes_kv:
+        if not self.cache.capacity or not request.kv_scheme.base.writes_kv:
             return
         layout = self._layout(request)
         if isinstance(active.commit_policy() if written.committed else policy, Vanilla):
@@ -81,4 +81,4 @@ class PromptPrefixes:
         active.shared_keys = len(digests) * width
 
     def _layout(self, request: DecodeRequest) -> PrefixLayout:
-        return PrefixLayout.of(request.plan, request.block_length, self._router)
+        return PrefixLayout.of(request.kv_scheme, request.block_length, self._router)

@@ -32,6 +32,13 @@ def policy_doc(cls: type) -> str:
     return " ".join((cls.__doc__ or "").split())
 
 
+def option_meaning(cls: type, name: str) -> str:
+    """The meaning of an option; of one not in the table, what the policy's docstring says of it."""
+    sentences = re.split(r"(?<=\.) ", policy_doc(cls))
+    sentence = next((text for text in sentences if re.search(rf"\b{name}\b", text)), "")
+    return MEANINGS.get(name) or sentence.replace("``", "").rstrip(".") or "not described"
+
+
 def split_source(text: str) -> tuple[str, str]:
     """A docstring without its first parenthesis, which holds the source; and that source."""
     text = text.replace("``", "")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from coterie.decoding import parse_plan, parse_unmask
+from coterie.decoding import parse_kv_scheme, parse_unmask
 from coterie.engine.engine import Engine
 from coterie.engine.generation_config import GenerationConfig, make_request
 from coterie.errors import CoterieError
@@ -20,7 +20,7 @@ from coterie.values import Policy
 
 CANONICAL: dict[str, Callable[[str], str]] = {
     "policy": lambda text: format_policy(parse_policy(text)),
-    "kv_cache": lambda text: str(parse_plan(text)),
+    "kv_cache": lambda text: str(parse_kv_scheme(text)),
     "unmask": lambda text: str(parse_unmask(text)),
 }
 SAMPLING = ("temperature", "top_p", "top_k", "early_stop")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from shared_data import golden, golden_sets
 
-from coterie.decoding.kv_schemes import DualCache, StepCounter, Unroll, parse_plan
+from coterie.decoding.kv_schemes import DualCache, StepCounter, Unroll, parse_kv_scheme
 from coterie.decoding.refinements import parse_unmask
 from coterie.errors import CoterieError
 from coterie.lab.parity import __main__ as parity
@@ -271,9 +271,9 @@ def test_every_parameter_of_dinfer_is_used() -> None:
         "inclusionAI/dInfer@fce4e32", ReferenceParameters("here", DINFER), mask_id=511, eos_id=508
     )
     (generation,) = loop.configs
-    plan, unmask = parse_plan(generation.kv_cache), parse_unmask(generation.unmask)
-    assert plan.scheme == DualCache(before=16, after=8, warmup=4, aligned=True)
-    assert plan.unroll == Unroll(4, 8)
+    kv_scheme, unmask = parse_kv_scheme(generation.kv_cache), parse_unmask(generation.unmask)
+    assert kv_scheme.base == DualCache(before=16, after=8, warmup=4, aligned=True)
+    assert kv_scheme.unroll == Unroll(4, 8)
     assert str(unmask) == (
         "threshold:p=0.8+credit:alpha=0.6,gamma=0.1,beta=0.7"
         "+smooth:weight=0.4,init=0.2,growth=0.01,decay=0.05"
@@ -315,9 +315,9 @@ def test_dinfer_fills_after_a_stop_with_early_stop() -> None:
 def test_llada_takes_every_step_of_its_schedule() -> None:
     values = {"steps": 24, "gen_length": 16, "block_length": 8, "remasking": "low_confidence"}
     loop = make_loop("ML-GSAI/LLaDA", ReferenceParameters("here", values), mask_id=511, eos_id=508)
-    plan = parse_plan(loop.configs[0].kv_cache)
-    block = plan.blocks(3, 16, 8)[0]
-    assert plan.steps_until_check(block, 19, StepCounter(), num_masked=8) == 12
+    kv_scheme = parse_kv_scheme(loop.configs[0].kv_cache)
+    block = kv_scheme.blocks(3, 16, 8)[0]
+    assert kv_scheme.steps_until_check(block, 19, StepCounter(), num_masked=8) == 12
     with pytest.raises(CoterieError, match="do not divide evenly"):
         make_loop(
             "ML-GSAI/LLaDA",

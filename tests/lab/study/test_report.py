@@ -22,6 +22,7 @@ from coterie.lab.study.report import (
     make_section,
     render_markdown,
     render_page,
+    render_section,
 )
 from coterie.lab.study.study import EXPERIMENTS
 from coterie.routing import POLICIES
@@ -202,22 +203,25 @@ def test_markdown_has_the_content_of_the_page(tmp_path: Path) -> None:
     studied(tiny(tmp_path), tmp_path, [chapter])
     record = json.loads((tmp_path / "records" / "a.json").read_text())
     one = make_section(chapter, record, schemes=())
-    text = render_markdown([one], records="results/study", experts="16 experts", figures=())
+    opening = render_markdown([one], records="results/study", experts="16 experts")
+    assert "✗ does not hold" in opening
+    assert "(results/a.md)" in opening
+    text = render_section(one, records="results/study")
     assert f"| {HOSTILE} | {record['facts']['value']:.3f} |" in text
     assert "✗ does not hold" in text
-    assert "(#a-chapter-fig-0)" in text
     assert "`results/study/a.json`" in text
     assert "<picture>" not in text
-    shown = render_markdown([one], records="r", experts="16 experts", figures=["a-figure"])
-    assert "figures/a-figure-dark.svg" in shown
+    shown = render_section(one, records="r", figures=["a-figure"])
+    assert "../figures/a-figure-dark.svg" in shown
 
 
-def test_results_page_equals_the_committed_records() -> None:
+def test_results_pages_equal_the_committed_records() -> None:
     docs = load_script("docs.py")
     found = docs.report_sections(())
     assert len(found) == len(EXPERIMENTS), "a chapter has no record under results/study"
-    written = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert written == docs.results_page(found)
-    named = set(re.findall(r"figures/[\w-]+\.svg", written))
+    pages = docs.results_pages(found)
+    assert {path: path.read_text(encoding="utf-8") for path in pages} == pages
+    assert set((ROOT / "docs" / "results").iterdir()) == set(pages) - {docs.RESULTS_PAGE}
+    named = {name for text in pages.values() for name in re.findall(r"figures/[\w-]+\.svg", text)}
     assert named
     assert all((ROOT / "docs" / name).is_file() for name in named)

@@ -21,7 +21,7 @@ from typing import Annotated
 import torch
 
 from coterie.decoding.canvas import Block
-from coterie.decoding.kv_schemes import DualCache, NoCache, PrefixCache, parse_plan
+from coterie.decoding.kv_schemes import DualCache, NoCache, PrefixCache, parse_kv_scheme
 from coterie.engine.active_sequence import VANILLA
 from coterie.engine.batch import to_device
 from coterie.engine.engine import Engine
@@ -115,7 +115,7 @@ class LikelihoodEstimator:
 
     @property
     def _has_full_attention(self) -> bool:
-        scheme = parse_plan(self.engine.generation.kv_cache).scheme
+        scheme = parse_kv_scheme(self.engine.generation.kv_cache).base
         return isinstance(scheme, NoCache | PrefixCache | DualCache)
 
     def _check(self, passage: Passage) -> None:
@@ -133,7 +133,7 @@ class LikelihoodEstimator:
         if self._has_full_attention:
             return (Block(0, 0, len(passage.ids)),)
         generation, count = self.engine.generation, len(passage.ids) - passage.given
-        return parse_plan(generation.kv_cache).blocks(passage.given, count, generation.block)
+        return parse_kv_scheme(generation.kv_cache).blocks(passage.given, count, generation.block)
 
     def _blocks(self, row: int, passage: Passage) -> list[_CorruptedBlock]:
         digest = hashlib.sha256(f"{self.seed}/{passage.id}".encode()).digest()
@@ -192,7 +192,7 @@ class LikelihoodEstimator:
         cache = KVCache.allocate(
             transformer.spec, len(ends), length, dtype=transformer.dtype, device=device
         )
-        causal_block = parse_plan(generation.kv_cache).causal_block(generation.block)
+        causal_block = parse_kv_scheme(generation.kv_cache).causal_block(generation.block)
         # A short row is padded; its blocks replace these keys before any token attends to them.
         tokens = torch.zeros(len(ends), width, dtype=torch.int64)
         for row, (passage, end) in enumerate(zip(passages, ends, strict=True)):

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from coterie.decoding.kv_schemes import (
+    BaseKVScheme,
     BlockCausalCache,
     BlockCausalNoCache,
-    CachingScheme,
-    DecodePlan,
     DualCache,
+    KVScheme,
     NoCache,
     PrefixCache,
     Unroll,
@@ -64,12 +64,12 @@ def make_loop(
 
 
 def _generation(
-    parameters: ReferenceParameters, plan: DecodePlan, unmask: UnmaskStrategy, early_stop: EarlyStop
+    parameters: ReferenceParameters, scheme: KVScheme, unmask: UnmaskStrategy, early_stop: EarlyStop
 ) -> GenerationConfig:
     return GenerationConfig(
         max_new_tokens=parameters.integer("gen_length"),
         block=parameters.integer("block_length"),
-        kv_cache=str(plan),
+        kv_cache=str(scheme),
         unmask=str(unmask),
         temperature=parameters.number("temperature", 0.0),
         top_k=parameters.integer("top_k", 0),
@@ -81,27 +81,27 @@ def _generation(
 def _llada(algorithm: str, parameters: ReferenceParameters, eos_id: int) -> PublishedLoop:
     """No cache; every block takes all of its steps, even after it is filled."""
     rule = _fixed_rule(parameters)
-    plan = DecodePlan(NoCache(), Unroll(most=1, least=rule.steps))
+    scheme = KVScheme(NoCache(), Unroll(most=1, least=rule.steps))
     for name in ("logits_eos_inf", "confidence_eos_eot_inf"):
         parameters.allow_only(name, False)
-    config = _generation(parameters, plan, UnmaskStrategy(rule), "off")
+    config = _generation(parameters, scheme, UnmaskStrategy(rule), "off")
     return PublishedLoop((config,))
 
 
 def _fast_dllm(algorithm: str, parameters: ReferenceParameters, eos_id: int) -> PublishedLoop:
     """With a cache, every block takes at least two forwards: without, then with the cache."""
-    plans = {
-        "with_prefix_cache": DecodePlan(PrefixCache(), Unroll(1, 1)),
-        "with_dual_cache": DecodePlan(DualCache(), Unroll(1, 1)),
+    schemes = {
+        "with_prefix_cache": KVScheme(PrefixCache(), Unroll(1, 1)),
+        "with_dual_cache": KVScheme(DualCache(), Unroll(1, 1)),
     }
-    plan = next((plan for name, plan in plans.items() if name in algorithm), DecodePlan(NoCache()))
+    scheme = next((s for name, s in schemes.items() if name in algorithm), KVScheme(NoCache()))
     rule: UnmaskRule
     if parameters.has("threshold"):
         parameters.has("steps")  # has no effect with a threshold
         rule = ThresholdRule(parameters.threshold("threshold"), slack=0.0)
     else:
         rule = _fixed_rule(parameters)
-    config = _generation(parameters, plan, UnmaskStrategy(rule), "off")
+    config = _generation(parameters, scheme, UnmaskStrategy(rule), "off")
     return PublishedLoop((config,))
 
 
@@ -136,13 +136,13 @@ def _dinfer(algorithm: str, parameters: ReferenceParameters, eos_id: int) -> Pub
         credit=credit if decoder == "credit" else None,
         smooth=smooth if runner.startswith("itersmooth") else None,
     )
-    plan = DecodePlan(schemes[runner], Unroll(max(1, max_unroll), expected_tokens))
+    scheme = KVScheme(schemes[runner], Unroll(max(1, max_unroll), expected_tokens))
     fills_after_stop = parameters.flag("early_stop", True)  # false also ends the sequence
-    config = _generation(parameters, plan, unmask, "block")
+    config = _generation(parameters, scheme, unmask, "block")
     return PublishedLoop((config,), (parameters.integer("eos_id", eos_id),), fills_after_stop)
 
 
-def _runner(parameters: ReferenceParameters) -> dict[str, CachingScheme]:
+def _runner(parameters: ReferenceParameters) -> dict[str, BaseKVScheme]:
     aligned = parameters.flag("start_block_align", False)
     windowed_dual = DualCache(
         parameters.integer("prefix_look", 0),
@@ -150,7 +150,7 @@ def _runner(parameters: ReferenceParameters) -> dict[str, CachingScheme]:
         parameters.integer("warmup_steps", 0),
         aligned,
     )
-    unsmoothed: dict[str, CachingScheme] = {
+    unsmoothed: dict[str, BaseKVScheme] = {
         "nocache": NoCache(aligned),
         "prefix": PrefixCache(aligned),
         "dual": DualCache(aligned=aligned),
@@ -206,7 +206,7 @@ def _block_causal(
 ) -> PublishedLoop:
     """The published loop has no cache; a cache must give the same result."""
     configs = tuple(
-        _generation(parameters, DecodePlan(scheme), unmask, stop)
+        _generation(parameters, KVScheme(scheme), unmask, stop)
         for scheme in (BlockCausalCache(), BlockCausalNoCache())
     )
     return PublishedLoop(configs, (parameters.integer("eos_id", eos_id),))
@@ -230,7 +230,7 @@ def _sdar(algorithm: str, parameters: ReferenceParameters, eos_id: int) -> Publi
     rule = rules[parameters.choice(name, rules, "low_confidence")]
     stops = parameters.ids("stopping_criteria_idx")
     stop: EarlyStop = "block" if stops else "off"
-    config = _generation(parameters, DecodePlan(BlockCausalCache()), UnmaskStrategy(rule), stop)
+    config = _generation(parameters, KVScheme(BlockCausalCache()), UnmaskStrategy(rule), stop)
     return PublishedLoop((config,), stops)
 
 

@@ -220,7 +220,7 @@ class _Planner:
                 loads = used - min(slots, router.experts)
                 counted = PassCounts(used, loads, each.width * router.k)
             yield each, counted, logits
-        for each in model.decode_plan.commit_passes(model.middle_block):
+        for each in model.kv_scheme.commit_passes(model.middle_block):
             yield each, counts.commit, 0
 
     def _commands(

@@ -9,7 +9,7 @@ import torch
 
 from coterie.checkpoints.source import CONFIG_FILES, EMBEDDED, find_folder
 from coterie.decoding.canvas import Block
-from coterie.decoding.kv_schemes import DecodePlan, ForwardPass, StepCounter, parse_plan
+from coterie.decoding.kv_schemes import ForwardPass, KVScheme, StepCounter, parse_kv_scheme
 from coterie.errors import ConfigError
 from coterie.families import ModelConfig, detect_family
 from coterie.lab.bench.model import ExpertDtype
@@ -62,8 +62,8 @@ class PlannedModel:
         return self.spec.block or self.shape.family.defaults.block
 
     @property
-    def decode_plan(self) -> DecodePlan:
-        return parse_plan(self.shape.family.defaults.kv_cache)
+    def kv_scheme(self) -> KVScheme:
+        return parse_kv_scheme(self.shape.family.defaults.kv_cache)
 
     @property
     def middle_block(self) -> Block:
@@ -71,10 +71,11 @@ class PlannedModel:
 
     def decode_passes(self, steps: int) -> Iterator[ForwardPass]:
         """The forwards that decode the middle block, as many tokens in each."""
-        plan, block = self.decode_plan, self.middle_block
+        kv_scheme, block = self.kv_scheme, self.middle_block
         length = block.stop + BLOCKS_AFTER * self.block
         for step in range(steps):
-            yield plan.next_pass(block, length, StepCounter(BLOCKS_BEFORE * steps + step, step))
+            counter = StepCounter(BLOCKS_BEFORE * steps + step, step)
+            yield kv_scheme.next_pass(block, length, counter)
 
     def window_tokens(self, steps: int) -> int:
         """Tokens of the narrowest forward that decodes: the block, and its surroundings if any."""

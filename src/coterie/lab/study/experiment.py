@@ -69,7 +69,7 @@ class ExperimentText:
     experiments share have no title and no question.
     """
 
-    name: str  # of the record's file and the report's anchor: "explosion"
+    name: str  # of the record's file, its page and the report's anchor: "explosion"
     title: str = ""  # with the place in the paper: "The expert explosion (Fig. 1a)"
     question: str = ""  # in a sentence for readers without knowledge of the paper
     typical_seconds: int = 30  # for the progress bar

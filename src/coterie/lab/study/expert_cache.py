@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coterie.decoding.kv_schemes import parse_plan
+from coterie.decoding.kv_schemes import parse_kv_scheme
 from coterie.engine.engine import Engine
 from coterie.errors import CoterieError, TaskError
 from coterie.keys import to_json
@@ -76,7 +76,7 @@ def measure_expert_cache(context: StudyContext) -> Entry:
     """Measure policies in every precision that loads, and simulate caches of every size."""
     spec, generation = context.engine.model.spec, context.engine.generation
     # A separate forward may write the keys of a finished block.
-    commits = parse_plan(generation.kv_cache).scheme.writes_kv
+    commits = parse_kv_scheme(generation.kv_cache).base.writes_kv
     names, slots = precision_names(context.engine), slots_by_share(spec.router.experts)
     precisions: list[Entry] = []
     left_out: list[dict[str, str]] = []

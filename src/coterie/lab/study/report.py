@@ -114,12 +114,17 @@ def render_markdown(
     *,
     records: str,
     experts: str,
-    figures: Collection[str] = (),
     points: Sequence[tuple[str, str]] = (),
 ) -> str:
-    """A Markdown page. ``figures`` are the files in ``figures/``, ``points`` the summary."""
-    values = {"records": records, "experts": experts, "figures": figures, "points": points}
+    """The opening page in Markdown: the summary ``points``, all claims, links to experiments."""
+    values = {"records": records, "experts": experts, "points": points}
     return _render("report.md", sections, autoescape=False, **values)
+
+
+def render_section(section: ReportSection, *, records: str, figures: Collection[str] = ()) -> str:
+    """The page of one experiment in Markdown. ``figures`` are the files in ``../figures/``."""
+    values = {"records": records, "figures": figures}
+    return _render("report_section.md", [section], autoescape=False, **values)
 
 
 def _render(
@@ -132,22 +137,15 @@ def _render(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"anchor": anchor, "machine": machine_text}
+    environment.filters["machine"] = machine_text
     text = Path(__file__).with_name(template).read_text(encoding="utf-8")
     return environment.from_string(text).render(
         sections=sections,
         marks=VERDICT_MARKS,
         sources=[section.record for section in sections if section.record is not None],
-        titles={section.name: section.title for section in sections},
         claims=collect_claims(sections),
         **values,
     )
-
-
-def anchor(title: str) -> str:
-    """The anchor that code hosts generate from a heading."""
-    slug = "".join(sign for sign in title.lower() if sign.isalnum() or sign in " -_")
-    return slug.replace(" ", "-")
 
 
 def machine_text(machine: Mapping[str, Any]) -> str:
