@@ -57,6 +57,7 @@ class EngineOptions:
     fallback_model: str | None = None
     precision_policy: str | None = None
     cpu_experts: str | None = None
+    dense_dtype: str | None = None
 
     @property
     def is_embedded(self) -> bool:
@@ -109,7 +110,7 @@ class EngineOptions:
 
             engine = load(
                 self.model, dtype=self.dtype, device=self.device, expert_dtype=self.expert_dtype,
-                expert_memory=memory, on_progress=on_progress,
+                dense_dtype=self.dense_dtype, expert_memory=memory, on_progress=on_progress,
                 prefix_cache_bytes=prefix_cache_bytes,
             )  # fmt: skip
         if count_vanilla and (log := engine.model.store.traffic_log) is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from coterie.errors import CheckpointError, CoterieError
 from coterie.model.safetensors_file import TensorEntry, read_into, read_rows
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import PACKED_NAME, TensorTarget, is_packed
+from coterie.model.weights import PACKED_NAME, TensorTarget, is_packed, quant_format
 from coterie.ops.packed_layout import unpack_expert
 from coterie.quantization import QTensor, QuantFormat, quantize
 
@@ -40,10 +40,12 @@ class WeightLoader:
             self.weights[target.weight] = map_tensor(descriptor, entry)
         elif is_packed(target.weight):
             self._unpack(descriptor, entry, target)
-        elif target.weight in self.weights:
-            read_tensor(descriptor, entry, target, self.weights)
-        elif self.loaded_spec.expert_format is not None:
-            quantise_tensor(descriptor, entry, target, self.weights, self.loaded_spec.expert_format)
+        else:
+            if target.weight in self.weights:
+                read_tensor(descriptor, entry, target, self.weights)
+            form = quant_format(self.loaded_spec, target.weight)
+            if form is not None and quant_format(self.stored_spec, target.weight) is None:
+                quantise_tensor(descriptor, entry, target, self.weights, form)
 
     def _unpack(self, descriptor: int, entry: TensorEntry, target: TensorTarget) -> None:
         """Unpacks one expert at a time, on the target device."""

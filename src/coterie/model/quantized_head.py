@@ -1,0 +1,99 @@
+"""An output head in 8 bits whose best tokens are those of the head as it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from coterie import ops
+from coterie.ops import reference
+from coterie.quantization import QTensor, dequantize
+from coterie.values import Matrix, PackedMatrix
+
+BLOCK = 64  # rows that share one bound
+CHUNK_ROWS = 1 << 12
+ROUNDING = 2.0**-22
+"""A sum of k products in fp32 errs by less than k times this share of the product of the norms:
+four times the textbook bound, for both products and the norms themselves."""
+SLACK = 1.001  # for the rounding of the bound
+
+
+@dataclass(frozen=True)
+class QuantizedHead:
+    """A head [V, H] in 8 bits, with the rows as they were.
+
+    For a row w and its quantised row v, and a token x that is rounded to y, w x - v y is
+    (w - v) x + v (x - y). By Cauchy-Schwarz it is at most |w - v| |x| + |v| |x - y|.
+    """
+
+    rows: Tensor  # [V, H] as stored
+    quantized: Matrix  # [V, H] in 8 bits
+    largest: Tensor  # [blocks] fp32: the largest |v| of a block of rows
+    error: Tensor  # [blocks] fp32: the largest |w - v|
+
+    @staticmethod
+    def of(rows: Tensor, quantized: QTensor) -> QuantizedHead:
+        """Takes over both weights."""
+        norms = torch.empty(2, len(rows))
+        for first in range(0, len(rows), CHUNK_ROWS):
+            chunk = slice(first, first + CHUNK_ROWS)
+            values = dequantize(quantized[chunk])
+            norms[0, chunk] = values.norm(dim=1)
+            norms[1, chunk] = (rows[chunk].float() - values).norm(dim=1)
+        largest, error = _block_maxima(norms)
+        return QuantizedHead(
+            rows, ops.prepare_matrix(quantized, release_source=True), largest, error
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits [P, V] fp32 of x [P, H]; the two largest of each row, and ties, are exact.
+
+        So are the argmax, the argmax without any one token, and their logits. Others may be those
+        of the 8-bit product; they are smaller than these two.
+        """
+        logits = ops.linear(x, self.quantized, dtype=torch.float32)
+        peaks, bound = _block_maxima(logits), self.bound(x)  # [P, blocks] each
+        for ids in _candidates(logits, peaks, bound).split(CHUNK_ROWS):
+            logits.index_copy_(1, ids, self._exact_logits(x, ids))
+        return logits
+
+    def bound(self, x: Tensor) -> Tensor:
+        """[P, blocks]: no 8-bit logit of x [P, H] errs by more."""
+        size = x.float().norm(dim=-1, keepdim=True)
+        rounding = (x.float() - reference.round_activations(x)).norm(dim=-1, keepdim=True)
+        share = ROUNDING * x.shape[-1]
+        weights = self.error + share * (self.largest + self.error)
+        return SLACK * (weights * size + self.largest * rounding)
+
+    def _exact_logits(self, x: Tensor, ids: Tensor) -> Tensor:
+        """[P, C] fp32; in bf16 they equal those of the packed head bit by bit."""
+        rows = self.rows[ids]
+        if isinstance(self.quantized, PackedMatrix) and x.dtype == torch.bfloat16:
+            # A sum does not depend on which factor is the matrix, and x is far smaller to pack.
+            return ops.linear(rows, ops.prepare_matrix(x), dtype=torch.float32).T
+        return F.linear(x, rows).float()
+
+
+def _block_maxima(values: Tensor) -> Tensor:
+    """[n, V] -> [n, blocks]: the maximum of each block of columns."""
+    whole = values.shape[1] // BLOCK * BLOCK
+    maxima = values[:, :whole].unflatten(1, (-1, BLOCK)).amax(-1)
+    if whole == values.shape[1]:
+        return maxima
+    return torch.cat((maxima, values[:, whole:].amax(-1, keepdim=True)), dim=1)
+
+
+def _candidates(logits: Tensor, peaks: Tensor, bound: Tensor) -> Tensor:
+    """The ids [C], ascending, that may be among the two best of a row."""
+    vocabulary = logits.shape[1]
+    if peaks.shape[1] < 2:
+        return torch.arange(vocabulary)
+    # The best of two blocks are two logits, of which neither can be smaller.
+    least = (peaks - bound).topk(2).values[:, 1:]  # [P, 1]
+    row, block = torch.nonzero(peaks + bound >= least, as_tuple=True)
+    ids = block[:, None] * BLOCK + torch.arange(BLOCK)
+    scores = logits[row[:, None], ids.clamp(max=vocabulary - 1)] + bound[row, block, None]
+    return ids[(scores >= least[row]) & (ids < vocabulary)].unique()
