@@ -83,7 +83,7 @@ def test_few_rows_are_candidates_and_the_other_logits_are_near():
     rows, x = drawn(8000, 512, 0), drawn(4, 512, 1)
     head = head_of(rows)
     plain, logits = ops.linear(x, ops.prepare_matrix(rows), dtype=FULL), head(x)
-    assert int((logits == plain).any(dim=0).sum()) < len(rows) / 10
+    assert int((logits == plain).any(dim=0).sum()) < len(rows) / 50
     assert float((logits - plain).norm() / plain.norm()) < 0.02
 
 

@@ -56,8 +56,11 @@ class QuantizedHead:
         """
         logits = ops.linear(x, self.quantized, dtype=torch.float32)
         peaks, bound = _block_maxima(logits), self.bound(x)  # [P, blocks] each
-        for ids in _candidates(logits, peaks, bound).split(CHUNK_ROWS):
-            logits.index_copy_(1, ids, self._exact_logits(x, ids))
+        two = _two_best(logits, peaks)
+        self._make_exact(logits, x, two.unique())
+        # At least two logits are not smaller: those of these two ids.
+        least = logits.gather(1, two).amin(1, keepdim=True)
+        self._make_exact(logits, x, _reaching(least, logits, peaks, bound))
         return logits
 
     def bound(self, x: Tensor) -> Tensor:
@@ -68,13 +71,16 @@ class QuantizedHead:
         weights = self.error + share * (self.largest + self.error)
         return SLACK * (weights * size + self.largest * rounding)
 
-    def _exact_logits(self, x: Tensor, ids: Tensor) -> Tensor:
-        """[P, C] fp32; in bf16 they equal those of the packed head bit by bit."""
-        rows = self.rows[ids]
-        if isinstance(self.quantized, PackedMatrix) and x.dtype == torch.bfloat16:
-            # A sum does not depend on which factor is the matrix, and x is far smaller to pack.
-            return ops.linear(rows, ops.prepare_matrix(x), dtype=torch.float32).T
-        return F.linear(x, rows).float()
+    def _make_exact(self, logits: Tensor, x: Tensor, ids: Tensor) -> None:
+        """Writes the logits of ids [C]; in bf16 they equal those of the packed head bit by bit."""
+        for chunk in ids.split(CHUNK_ROWS):
+            rows = self.rows[chunk]
+            if isinstance(self.quantized, PackedMatrix) and x.dtype == torch.bfloat16:
+                # A sum does not depend on which factor is packed, and x is far smaller.
+                exact = ops.linear(rows, ops.prepare_matrix(x), dtype=torch.float32).T
+            else:
+                exact = F.linear(x.float(), rows.float())
+            logits.index_copy_(1, chunk, exact)
 
 
 def _block_maxima(values: Tensor) -> Tensor:
@@ -86,14 +92,22 @@ def _block_maxima(values: Tensor) -> Tensor:
     return torch.cat((maxima, values[:, whole:].amax(-1, keepdim=True)), dim=1)
 
 
-def _candidates(logits: Tensor, peaks: Tensor, bound: Tensor) -> Tensor:
-    """The ids [C], ascending, that may be among the two best of a row."""
-    vocabulary = logits.shape[1]
+def _ids_of(blocks: Tensor, vocabulary: int) -> Tensor:
+    """[..., BLOCK]: the ids of blocks [...]; those past the end are the last."""
+    return (blocks[..., None] * BLOCK + torch.arange(BLOCK)).clamp(max=vocabulary - 1)
+
+
+def _two_best(logits: Tensor, peaks: Tensor) -> Tensor:
+    """Two ids of each row [P, 2]: the best of the two best blocks."""
     if peaks.shape[1] < 2:
-        return torch.arange(vocabulary)
-    # The best of two blocks are two logits, of which neither can be smaller.
-    least = (peaks - bound).topk(2).values[:, 1:]  # [P, 1]
+        return logits.topk(min(2, logits.shape[1])).indices
+    ids = _ids_of(peaks.topk(2).indices, logits.shape[1])  # [P, 2, BLOCK]
+    place = logits.gather(1, ids.flatten(1)).view(ids.shape).argmax(-1, keepdim=True)
+    return ids.gather(-1, place).squeeze(-1)
+
+
+def _reaching(least: Tensor, logits: Tensor, peaks: Tensor, bound: Tensor) -> Tensor:
+    """The ids [C] with a logit that may be ``least`` [P, 1] or more in a row, ascending."""
     row, block = torch.nonzero(peaks + bound >= least, as_tuple=True)
-    ids = block[:, None] * BLOCK + torch.arange(BLOCK)
-    scores = logits[row[:, None], ids.clamp(max=vocabulary - 1)] + bound[row, block, None]
-    return ids[(scores >= least[row]) & (ids < vocabulary)].unique()
+    ids = _ids_of(block, logits.shape[1])
+    return ids[logits[row[:, None], ids] + bound[row, block, None] >= least[row]].unique()
