@@ -1,4 +1,4 @@
-"""An output head in 8 bits whose best tokens are those of the head as it was."""
+"""An output head in 8 bits with the same best tokens as the head in 16 or 32 bits."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch.nn import functional as F
 
 from coterie import ops
 from coterie.ops import reference
+from coterie.ops.cpu.experts import release_pages
 from coterie.quantization import QTensor, dequantize
 from coterie.values import Matrix, PackedMatrix
 
 BLOCK = 64  # rows that share one bound
-CHUNK_ROWS = 1 << 12
+CHUNK_ROWS = 1 << 8  # read at once
 ROUNDING = 2.0**-22
 """A sum of k products in fp32 errs by less than k times this share of the product of the norms:
 four times the textbook bound, for both products and the norms themselves."""
@@ -35,14 +36,16 @@ class QuantizedHead:
     error: Tensor  # [blocks] fp32: the largest |w - v|
 
     @staticmethod
-    def of(rows: Tensor, quantized: QTensor) -> QuantizedHead:
-        """Takes over both weights."""
+    def of(rows: Tensor, quantized: QTensor, *, in_file: bool = False) -> QuantizedHead:
+        """Takes over both weights. With ``in_file``, rows are mapped, and read again when used."""
         norms = torch.empty(2, len(rows))
         for first in range(0, len(rows), CHUNK_ROWS):
             chunk = slice(first, first + CHUNK_ROWS)
             values = dequantize(quantized[chunk])
             norms[0, chunk] = values.norm(dim=1)
             norms[1, chunk] = (rows[chunk].float() - values).norm(dim=1)
+            if in_file:
+                release_pages([rows[: chunk.stop]])
         largest, error = _block_maxima(norms)
         return QuantizedHead(
             rows, ops.prepare_matrix(quantized, release_source=True), largest, error

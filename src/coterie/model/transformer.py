@@ -17,7 +17,7 @@ from coterie.model.moe import Dense, FeedForward, MoE
 from coterie.model.quantized_head import QuantizedHead
 from coterie.model.size import model_size
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import HEAD, PARALLEL_VECTORS
+from coterie.model.weights import HEAD, MAPPED_HEAD, PARALLEL_VECTORS, quant_format
 from coterie.ops.threads import limited_threads
 from coterie.quantization import QTensor
 from coterie.routing import needs_importance
@@ -196,14 +196,15 @@ def build(spec: ModelSpec, weights: dict[str, Tensor], store: ExpertStore) -> Tr
 
 
 def _head(spec: ModelSpec, weights: dict[str, Tensor]) -> Matrix | QuantizedHead:
-    rows = weights[HEAD]
+    form = spec.dense_format
     # On a GPU the search for candidates would wait for the device.
-    if spec.dense_format is None or rows.device.type != "cpu":
+    if form is None or weights["embedding"].device.type != "cpu":
         return _prepared_matrix(replace(spec, dense_format=None), weights, HEAD)
-    quantized = QTensor(
-        weights.pop(f"{HEAD}.q"), weights.pop(f"{HEAD}.scales"), spec.dense_format, spec.hidden
+    quantized = QTensor(weights.pop(f"{HEAD}.q"), weights.pop(f"{HEAD}.scales"), form, spec.hidden)
+    in_file = MAPPED_HEAD in weights
+    return QuantizedHead.of(
+        weights.pop(MAPPED_HEAD if in_file else HEAD), quantized, in_file=in_file
     )
-    return QuantizedHead.of(weights.pop(HEAD), quantized)
 
 
 def _self_conditioning(spec: ModelSpec, weights: dict[str, Tensor]) -> SelfConditioning:
@@ -262,10 +263,11 @@ def _dense(spec: ModelSpec, weights: dict[str, Tensor], name: str) -> Dense:
 
 
 def _prepared_matrix(spec: ModelSpec, weights: dict[str, Tensor], name: str) -> Matrix:
-    if (values := weights.pop(f"{name}.q", None)) is not None and spec.dense_format is not None:
-        scales = weights.pop(f"{name}.scales")
-        quantized = QTensor(values, scales, spec.dense_format, values.shape[-1])
-        return ops.prepare_matrix(quantized, release_source=True)
+    if (form := quant_format(spec, name)) is not None:
+        values, scales = weights.pop(f"{name}.q"), weights.pop(f"{name}.scales")
+        return ops.prepare_matrix(
+            QTensor(values, scales, form, values.shape[-1]), release_source=True
+        )
     if weights["embedding"].dtype != torch.bfloat16:
         return weights[name]
     return ops.prepare_matrix(weights.pop(name), release_source=True)

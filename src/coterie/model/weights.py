@@ -15,7 +15,7 @@ from coterie.quantization import QuantFormat
 from coterie.values import Slab
 
 PACKED_NAME = "packed"
-HEAD = "head"
+HEAD, MAPPED_HEAD = "head", "head.mapped"  # as in its file, in place of a copy
 DENSE_MATRICES = (
     *(".qkv", ".out", ".dense.gate_up", ".dense.down"),
     *(".shared.gate_up", ".shared.down"),
