@@ -113,6 +113,9 @@ def test_dense_matrices_load_as_what_is_quantised_while_loading(
     assert all(a.dtype == b.dtype and a.equal(b) for a, b in zip(ours, theirs, strict=True))
     manifest = json.loads((tmp_path / "small" / MANIFEST).read_text())
     assert manifest["coterie_dense"] == {"format": "int8", "group": 64}
+    entries = {n: e for n, e in manifest["tensors"].items() if ".experts." not in n}
+    told = [entry["error"] for name, entry in entries.items() if name.endswith(".q")]
+    assert 0 < min(told) <= max(told) < 0.01
     assert run(["inspect", str(tmp_path / "small"), "--verify"]) == 0
     whole, small = tensors(source), tensors(tmp_path / "small")
     assert all(small[name].equal(whole[name]) for name in whole.keys() & small.keys())

@@ -23,7 +23,7 @@ from coterie.model.safetensors_file import DTYPE_NAMES, TensorEntry, read_chunks
 from coterie.model.spec import ModelSpec
 from coterie.model.weight_loader import quantise_tensor, read_tensor
 from coterie.model.weights import HEAD, TensorTarget, packed_shape
-from coterie.quantization import QuantFormat, quantize
+from coterie.quantization import QuantFormat, dequantize, quantize
 from coterie.values import PackedExperts, Slab
 
 TensorLayout = tuple[tuple[int, ...], torch.dtype]
@@ -83,20 +83,32 @@ class ConvertedShard:
         return sum(entry.size for entry in self.entries.values())
 
     def write(self, sink: BufferedWriter, sources: OpenFiles, on_bytes: ByteCallback) -> Checksums:
-        """Write everything after the header; returns the checksums."""
+        """Write everything after the header; returns the checksums.
+
+        Dense matrices that are quantized here also get their error, for unit Gaussian tokens.
+        """
         checksums: Checksums = {}
         for entry in self.entries.values():
             digests = {name: hashlib.sha256() for name in self.outputs[entry.name]}
-            for name, piece in self._pieces(sources, entry):
+            squares = torch.zeros(2, dtype=torch.float64)
+            for name, piece in self._pieces(sources, entry, squares):
                 content = as_bytes(piece)
                 digests[name].update(content)
                 sink.write(content)
             checksums |= {name: {"sha256": digest.hexdigest()} for name, digest in digests.items()}
+            if entry.name in self.formats and ".experts." not in entry.name and squares[1]:
+                error = float((squares[0] / squares[1]).sqrt())
+                checksums[f"{entry.name}.q"][ERROR_KEY] = float(f"{error:.4g}")
             on_bytes(entry.size)
         return checksums
 
-    def _pieces(self, sources: OpenFiles, entry: TensorEntry) -> Iterator[tuple[str, Tensor]]:
-        """A tensor's chunks under its name; quantized, all of its values, then its scales."""
+    def _pieces(
+        self, sources: OpenFiles, entry: TensorEntry, squares: Tensor
+    ) -> Iterator[tuple[str, Tensor]]:
+        """A tensor's chunks under its name; quantized, all of its values, then its scales.
+
+        Adds the squared norms of what quantizing changes, and of the weight, to ``squares``.
+        """
         names = tuple(self.outputs[entry.name])
         # Errors inside are those of reading: those of writing are raised in the consumer.
         with read_errors(self.source):
@@ -109,6 +121,8 @@ class ConvertedShard:
             scale_pieces = []
             for _, rows in read_rows(descriptor, entry):
                 quantized = quantize(rows, form)
+                change = rows.float() - dequantize(quantized)
+                squares += torch.stack([part.square().sum() for part in (change, rows.float())])
                 scale_pieces.append(quantized.scales)
                 yield values, quantized.q
         yield from ((scales, piece) for piece in scale_pieces)
