@@ -246,7 +246,8 @@ class WorkloadOptions:
                 self.shape, dtype, self.layers, engine_options.device, engine_options.dense_dtype
             )
             prompts = answers.random_prompts(count, self.length or 64, engine.model.plain_ids)
-        dtypes.append(engine_options.dense_dtype and f"dense {engine_options.dense_dtype}")
+        if engine_options.dense_dtype is not None:
+            dtypes.append(f"dense {engine_options.dense_dtype}")
         layers = None if self.layers is None else f"{self.layers} layers"
         device = str(engine.model.transformer.device)
         parts = (Path(engine.model.name).name, device.partition(":")[0], *dtypes, layers)

@@ -134,7 +134,9 @@ def planned_options(options: EngineOptions, policy: str) -> EngineOptions:
     formats = () if options.expert_dtype is None else (options.expert_dtype,)
     with progress_bar() as progress:
         task = progress.add_task("planning", total=None)
-        request = PlanRequest(options.model, policies=(policy,), formats=formats)
+        request = PlanRequest(
+            options.model, policies=(policy,), formats=formats, dense_dtype=options.dense_dtype
+        )
         choice = first_choice(request, lambda doing: progress.update(task, description=doing))
     print_note(choice.describe())
     changed = {"expert_dtype": choice.converted_to, "expert_memory": choice.capacity}

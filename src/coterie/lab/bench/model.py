@@ -51,15 +51,16 @@ def random_model(
 ) -> Model:
     """A random model of the first ``layers`` layers.
 
-    Other weights are bf16 (fp32 if the experts are), and dense matrices have ``dense_dtype`` if it
-    is given. The model has no tokenizer, so prompts are token ids. Raises ConfigError if there is
-    too little memory for the weights.
+    Other weights are bf16 (fp32 if the experts are), and dense matrices are as in the shape, or of
+    ``dense_dtype``. The model has no tokenizer, so prompts are token ids. Raises ConfigError if
+    there is too little memory for the weights.
     """
     target_device, truncated = device or torch.device("cpu"), shape.truncate(layers)
     expert_format = FORMATS.get(expert_dtype)
     dtype = other_dtype(expert_dtype)
-    dense_format = None if dense_dtype is None else parse_dense_format(dense_dtype)
-    spec = replace(truncated.spec, expert_format=expert_format, dense_format=dense_format)
+    spec = replace(truncated.spec, expert_format=expert_format)
+    if dense_dtype is not None:
+        spec = replace(spec, dense_format=parse_dense_format(dense_dtype))
     _check_memory(truncated, weight_bytes(spec, dtype), target_device)
     generator = torch.Generator().manual_seed(seed)
     slab = random_experts(spec, expert_dtype, generator, target_device)
