@@ -231,6 +231,13 @@ FORMATS = {"int8": QuantFormat(8, 64), "int4": QuantFormat(4, 32)}
 """The formats of the fast kernels."""
 
 
+def parse_dense_format(name: str) -> QuantFormat:
+    """The format of dense matrices: "int8"."""
+    if name != "int8":
+        raise ConfigError(f"unknown format {name!r} for dense matrices; known: int8")
+    return FORMATS[name]
+
+
 def parse_format(name: str, group: int | None = None) -> QuantFormat:
     """The format "int8" or "int4"; the group defaults to that of the kernels."""
     if name not in FORMATS:

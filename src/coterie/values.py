@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from coterie.checks import describe
 from coterie.errors import ConfigError
-from coterie.quantization import QTensor, QuantFormat
+from coterie.quantization import FORMATS, QTensor, QuantFormat
 
 VoteKind: TypeAlias = Literal["topk-prob", "weight", "count", "full", "margin", "max"]
 VOTE_KINDS: tuple[VoteKind, ...] = get_args(VoteKind)  # in the order of their ids in the kernels
@@ -364,19 +364,24 @@ class PackedExperts:
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A weight [rows, k] in bf16 or fp32, in the packed layout of the CPU kernels."""
+    """A weight [rows, k] in bf16, fp32 or int8, in the packed layout of the CPU kernels."""
 
     packed: Tensor  # [bytes] uint8
     dtype: torch.dtype
     shape: tuple[int, int]
 
     def __post_init__(self) -> None:
-        if self.dtype not in (torch.bfloat16, torch.float32) or min(self.shape) < 0:
-            raise ValueError(f"a packed matrix {self.shape} in {self.dtype}; use bf16 or fp32")
-        # Panel pairs of 32 rows; a step of a pair holds four bytes of each row.
+        if self.dtype not in (torch.bfloat16, torch.float32, torch.int8) or min(self.shape) < 0:
+            raise ValueError(
+                f"a packed matrix {self.shape} in {self.dtype}; use bf16, fp32 or int8"
+            )
         (rows, k), packed = self.shape, self.packed
-        steps = k if self.dtype is torch.float32 else -(-k // 2)
-        size = -(-rows // 32) * steps * 32 * 4
+        # Panel pairs of 32 rows: four bytes of each row in a step, or groups and their scales.
+        row_bytes = 4 * (k if self.dtype is torch.float32 else -(-k // 2))
+        if self.dtype is torch.int8:
+            group = FORMATS["int8"].group
+            row_bytes = -(-k // group) * (group + 2)
+        size = -(-rows // 32) * 32 * row_bytes
         if packed.dtype is not torch.uint8 or packed.shape != (size,) or not packed.is_contiguous():
             raise ValueError(f"a packed matrix {self.shape}: {describe(packed)}, not {size} bytes")
 
@@ -389,7 +394,7 @@ class PackedMatrix:
         return self.packed.nbytes
 
 
-Matrix: TypeAlias = Tensor | PackedMatrix
+Matrix: TypeAlias = Tensor | QTensor | PackedMatrix
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from coterie.cli import engine_options
 from coterie.cli import plan as plan_cli
 from coterie.cli.entry import run
+from coterie.lab.bench.cost_model import part_bytes
 from coterie.lab.planner import request
+from coterie.lab.planner.planned_model import PlannedModel
 from coterie.lab.planner.rates import MachineRates
 from coterie.lab.planner.request import Verification
 from coterie.lab.replay.hardware_model import HardwareModel
@@ -68,6 +71,23 @@ def test_the_text_numbers_each_command(capsys: Capture) -> None:
     printed = capsys.readouterr().out
     assert " 1 coterie bench generate --shape tiny --expert-dtype int8 --policy vanilla" in printed
     assert "Assumed: " in printed
+
+
+def test_dense_matrices_in_8_bits_are_half_as_large(capsys: Capture) -> None:
+    words = ["tiny", "-p", "vanilla", "--expert-dtype", "int8"]
+    plain, dense = (
+        document(capsys, "plan", *words, *more)["configurations"][0]
+        for more in ([], ["--dense-dtype", "int8"])
+    )
+    assert "--dense-dtype int8" in dense["commands"][0]
+    model = PlannedModel.find("tiny")
+    before, after = (
+        part_bytes(each.spec, torch.bfloat16) for each in (model, model.with_dense("int8"))
+    )
+    assert after["router"] == before["router"]
+    quantised = after.keys() - {"router"}
+    assert all(0.5 < after[part] / before[part] < 0.6 for part in quantised)
+    assert dense["bytes_a_forward"] < plain["bytes_a_forward"]
 
 
 def test_verify_adds_the_measurement(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,42 @@ def test_it_loads_as_what_is_quantised_while_loading(
     assert stored.spec == there.spec
 
 
+@pytest.mark.parametrize("layout", ["packed", "plain"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_matrices_load_as_what_is_quantised_while_loading(
+    tmp_path: Path, family: str, layout: str
+) -> None:
+    source = write_checkpoint(tmp_path / "whole", family, dtype=torch.bfloat16, **FEW)
+    options = ["--expert-dtype", "int8", "--dense-dtype", "int8", "--layout", layout]
+    assert run(["quantize", str(source), str(tmp_path / "small"), *options]) == 0
+    stored = load_model(tmp_path / "small")
+    there = load_model(source, expert_dtype="int8", dense_dtype="int8")
+    assert stored.spec.dense_format == there.spec.dense_format == FORMATS["int8"]
+    ours, theirs = dense_weights(stored), dense_weights(there)
+    assert len(ours) == len(theirs)
+    assert all(a.dtype == b.dtype and a.equal(b) for a, b in zip(ours, theirs, strict=True))
+    manifest = json.loads((tmp_path / "small" / MANIFEST).read_text())
+    assert manifest["coterie_dense"] == {"format": "int8", "group": 64}
+    entries = {n: e for n, e in manifest["tensors"].items() if ".experts." not in n}
+    told = [entry["error"] for name, entry in entries.items() if name.endswith(".q")]
+    assert 0 < min(told) <= max(told) < 0.01
+    assert run(["inspect", str(tmp_path / "small"), "--verify"]) == 0
+    whole, small = tensors(source), tensors(tmp_path / "small")
+    assert all(small[name].equal(whole[name]) for name in whole.keys() & small.keys())
+    again = load_model(tmp_path / "small", dense_dtype="int8")
+    assert all(a.equal(b) for a, b in zip(ours, dense_weights(again), strict=True))
+
+
+def dense_weights(model: Model) -> list[Tensor]:
+    layers = model.transformer.layers
+    parts = [[layer.attention, layer.feed_forward] for layer in layers]
+    return contents(model.transformer.head) + [
+        tensor for pair in parts for part in pair
+        for field in ("qkv", "out", "shared", "gate_up", "down")
+        for tensor in contents(getattr(part, field, None))
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_are_quantised_and_nothing_else_is_touched(tmp_path: Path, family: str) -> None:
     source = write_checkpoint(tmp_path / "whole", family, shards=3, **FEW)

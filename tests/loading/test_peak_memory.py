@@ -32,9 +32,10 @@ from coterie.loading.load import load_model
 def memory(name):
     return int(re.search(name + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-load_model(sys.argv[3], dtype=sys.argv[2], device="cpu")  # the libraries' own pages
+dense = sys.argv[4] if len(sys.argv) > 4 else None
+load_model(sys.argv[3], dtype=sys.argv[2], device="cpu", dense_dtype=dense)  # libraries' own pages
 before = memory("VmRSS")
-model = load_model(sys.argv[1], dtype=sys.argv[2], device="cpu")
+model = load_model(sys.argv[1], dtype=sys.argv[2], device="cpu", dense_dtype=dense)
 print(memory("VmHWM") - before, memory("VmRSS") - before)
 """
 
@@ -60,8 +61,28 @@ def test_loading_peaks_little_above_the_weights(
     )
     weights = inspect(folder, dtype=dtypes[kept]).size.bytes
     assert weights > 80 << 20
+    peak, after = loaded_memory(folder, kept, small)
+    assert weights * 0.98 <= after <= peak <= weights * 1.15, json.dumps([weights, peak, after])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STATUS.exists(), reason="the system does not tell a process's memory")
+def test_dense_matrices_in_8_bits_take_less_memory(tmp_path: Path) -> None:
+    sizes = SIZES | {"vocab_size": 100_000}
+    folder = write_checkpoint(tmp_path / "model", "llada2", dtype=torch.bfloat16, **sizes)
+    small = write_checkpoint(tmp_path / "small", "llada2", dtype=torch.bfloat16)
+    peak, after = loaded_memory(folder, "bf16", small)
+    less_peak, less_after = loaded_memory(folder, "bf16", small, "int8")
+    # The head of 98 MiB stays in its file, and a copy of half of that is in memory.
+    assert peak - less_peak > 25 << 20 < after - less_after, json.dumps(
+        [peak, less_peak, after, less_after]
+    )
+
+
+def loaded_memory(folder: Path, *arguments: object) -> tuple[int, int]:
+    """The peak of memory while a model loads, and what it takes after that."""
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(folder), kept, str(small)],
+        [sys.executable, "-c", LOAD, str(folder), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -69,4 +90,4 @@ def test_loading_peaks_little_above_the_weights(
     )
     assert done.returncode == 0, done.stderr
     peak, after = map(int, done.stdout.split())
-    assert weights * 0.98 <= after <= peak <= weights * 1.15, json.dumps([weights, peak, after])
+    return peak, after

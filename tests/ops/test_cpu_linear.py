@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coterie import ops
-from coterie.ops import cpu
+from coterie.ops import cpu, reference
 from coterie.ops.cpu.library import SiluMulArgs
 from coterie.ops.cpu.op_chain import run_ops
+from coterie.quantization import FORMATS, QTensor, QuantFormat, dequantize, quantize
 from coterie.values import Matrix, PackedMatrix
 
 HALF, FULL = torch.bfloat16, torch.float32
+INT8 = FORMATS["int8"]
 NEAR = {HALF: 4e-3, FULL: 1e-5}
 """By the dtype of the output: of its norm."""
 
@@ -53,6 +55,35 @@ def test_linear_equals_plain_torch(
 ):
     x, weight = drawn(tokens, k, kinds[0], seed), drawn(rows, k, kinds[1], seed + 1)
     assert error(x, weight, kinds[2], isa, threads) < NEAR[kinds[2]]
+
+
+@given(
+    seed=st.integers(0, 999),
+    isa=st.sampled_from(ISAS),
+    tokens=st.integers(1, 40),
+    k=st.integers(1, 200),
+    rows=st.integers(1, 120),
+    kinds=st.tuples(DTYPES, DTYPES),
+)
+@law(100)
+def test_linear_in_8_bits_equals_the_reference(
+    *, seed: int, isa: str, tokens: int, k: int, rows: int, kinds: tuple[torch.dtype, torch.dtype]
+):
+    x, weight = drawn(tokens, k, kinds[0], seed), quantize(drawn(rows, k, FULL, seed + 1), INT8)
+    packed = ops.prepare_matrix(weight)
+    assert isinstance(packed, PackedMatrix)
+    assert packed.nbytes < 1.05 * weight.nbytes * (rows + 31) * (k + 63) / (rows * k)
+    rounded = reference.round_activations(x)
+    expected = ops.linear(rounded, weight, dtype=FULL)
+    found = product(x, packed, kinds[1], isa)
+    assert found.dtype == kinds[1]
+    assert float((found.float() - expected).norm()) <= NEAR[kinds[1]] * float(
+        (rounded.abs() @ dequantize(weight).abs().T).norm()
+    )
+    exact = ops.linear(x, weight, dtype=FULL)
+    assert float((found.float() - exact).norm()) <= 2e-2 * float(x.float().norm()) * float(
+        dequantize(weight).norm()
+    )
 
 
 @given(
@@ -115,15 +146,17 @@ def test_published_sizes(isa: str, tokens: int):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_threads_do_not_change_a_bit(isa: str):
-    x, packed = drawn(33, 150, HALF), ops.prepare_matrix(drawn(170, 150, HALF))
+@pytest.mark.parametrize("kind", [HALF, torch.int8])
+def test_threads_do_not_change_a_bit(isa: str, kind: torch.dtype):
+    x, packed = drawn(33, 150, HALF), ops.prepare_matrix(stored(drawn(170, 150, HALF), kind))
     first = product(x, packed, FULL, isa, threads=1)
     assert all(torch.equal(product(x, packed, FULL, isa, threads=n), first) for n in (2, 3, 7))
 
 
 @pytest.mark.parametrize("dtype", [HALF, FULL])
-def test_a_token_does_not_depend_on_its_batch(dtype: torch.dtype):
-    x, packed = drawn(40, 90, dtype), ops.prepare_matrix(drawn(70, 90, dtype))
+@pytest.mark.parametrize("kind", [HALF, FULL, torch.int8])
+def test_a_token_does_not_depend_on_its_batch(dtype: torch.dtype, kind: torch.dtype):
+    x, packed = drawn(40, 90, dtype), ops.prepare_matrix(stored(drawn(70, 90, FULL), kind))
     together = product(x, packed, FULL)
     assert all(torch.equal(product(x[i : i + 1], packed, FULL)[0], together[i]) for i in range(40))
 
@@ -161,17 +194,27 @@ def test_rows_multiply_in_their_own_precision():
 
 
 def test_a_released_source_gives_the_same_packing():
-    weight = drawn(9000, 64, HALF)
-    kept = ops.prepare_matrix(weight)
-    spent = ops.prepare_matrix(weight.clone(), release_source=True)
-    assert isinstance(kept, PackedMatrix)
-    assert isinstance(spent, PackedMatrix)
-    assert torch.equal(kept.packed, spent.packed)
+    for kind in (HALF, torch.int8):
+        weight = drawn(9000, 64, HALF)
+        kept = ops.prepare_matrix(stored(weight, kind))
+        spent = ops.prepare_matrix(stored(weight.clone(), kind), release_source=True)
+        assert isinstance(kept, PackedMatrix)
+        assert isinstance(spent, PackedMatrix)
+        assert torch.equal(kept.packed, spent.packed)
 
 
-def test_other_dtypes_are_not_packed():
+def test_other_formats_are_not_packed():
     weight = torch.zeros(3, 4, dtype=torch.float16)
     assert ops.prepare_matrix(weight) is weight
+    for form in (FORMATS["int4"], QuantFormat(8, 32)):
+        quantized = quantize(drawn(3, 40, FULL), form)
+        assert ops.prepare_matrix(quantized) is quantized
+        expected = dequantize(quantized).sum(dim=1)[None]
+        assert torch.allclose(ops.linear(torch.ones(1, 40), quantized), expected, atol=1e-4)
+
+
+def stored(weight: Tensor, kind: torch.dtype) -> Tensor | QTensor:
+    return quantize(weight, INT8) if kind is torch.int8 else weight.to(kind)
 
 
 def drawn(rows: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -27,7 +27,12 @@ from coterie.checkpoints.output_files import (
 from coterie.checkpoints.source import MODEL_FILES, find_folder
 from coterie.errors import CheckpointError, ConfigError
 from coterie.families import ModelConfig
-from coterie.families.common import EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY, PANEL_LAYOUT
+from coterie.families.common import (
+    DENSE_FORMAT_KEY,
+    EXPERT_FORMAT_KEY,
+    EXPERT_LAYOUT_KEY,
+    PANEL_LAYOUT,
+)
 from coterie.families.names import is_expert, layer_of, packed_name
 from coterie.files import (
     OpenFiles,
@@ -42,10 +47,11 @@ from coterie.files import (
 )
 from coterie.model.checkpoint import INDEX_FILE
 from coterie.model.safetensors_file import TensorEntry
-from coterie.model.weights import TensorTarget
+from coterie.model.spec import ModelSpec
+from coterie.model.weights import TensorTarget, quant_format
 from coterie.offload.capacity import format_bytes
 from coterie.ops.packed_layout import LAYOUT_VERSION
-from coterie.quantization import FORMATS, QuantFormat, parse_format
+from coterie.quantization import FORMATS, QuantFormat, parse_dense_format, parse_format
 from coterie.strict_json import SMALL_FILE
 
 CONFIG_FILE = "config.json"
@@ -57,14 +63,18 @@ RESUMABLE = "; finished files are kept, and the same command resumes"
 
 @dataclass(frozen=True)
 class ConversionTarget:
-    """The format that a conversion writes experts in."""
+    """The format that a conversion writes experts in, and dense matrices."""
 
     expert_format: QuantFormat | None  # None: bf16
     packed: bool  # in the CPU kernels' layout
+    dense_format: QuantFormat | None = None  # None: as stored
 
     @staticmethod
     def parse(
-        expert_dtype: str, group_size: int | None = None, layout: str | None = None
+        expert_dtype: str,
+        group_size: int | None = None,
+        layout: str | None = None,
+        dense_dtype: str | None = None,
     ) -> ConversionTarget:
         """The target with these names. By default experts are packed if the format allows it.
 
@@ -81,7 +91,8 @@ class ConversionTarget:
             raise ConfigError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
         expert_format = None if expert_dtype == BF16 else parse_format(expert_dtype, group_size)
         packed = _can_pack(expert_format) if layout is None else layout == PANEL_LAYOUT
-        return ConversionTarget(expert_format, packed)
+        dense_format = None if dense_dtype is None else parse_dense_format(dense_dtype)
+        return ConversionTarget(expert_format, packed, dense_format)
 
     def __post_init__(self) -> None:
         if self.expert_format is None and not self.packed:
@@ -97,13 +108,26 @@ class ConversionTarget:
             )
 
     def __str__(self) -> str:
-        return f"{self.expert_format or BF16}{', packed' if self.packed else ''}"
+        dense = "" if self.dense_format is None else f"; dense matrices in {self.dense_format}"
+        return f"{self.expert_format or BF16}{', packed' if self.packed else ''}{dense}"
 
     @property
     def manifest_entry(self) -> dict[str, object]:
         if self.expert_format is None:
             return {"format": BF16, "group": None}
         return self.expert_format.to_dict()
+
+    @property
+    def dense_entry(self) -> dict[str, object]:
+        """The format of dense matrices under its key in ``config.json``; {} if they stay."""
+        return {} if self.dense_format is None else {DENSE_FORMAT_KEY: self.dense_format.to_dict()}
+
+    def converted_spec(self, spec: ModelSpec) -> ModelSpec:
+        """The spec of the result, from that of the source."""
+        dense_format = self.dense_format or spec.dense_format
+        return replace(
+            spec, expert_format=self.expert_format, panels=self.packed, dense_format=dense_format
+        )
 
 
 @dataclass(frozen=True)
@@ -138,6 +162,7 @@ class ConversionResult:
             "files": self.files,
             "found": self.files_resumed,
             "files_resumed": self.files_resumed,
+            **self.target.dense_entry,
         }
 
 
@@ -193,10 +218,16 @@ def _check_source(model: ModelFolder, target: ConversionTarget) -> None:
 
 def _output_files(model: ModelFolder, target: ConversionTarget) -> Iterator[OutputFile]:
     """One file per source file, or packed, one per MoE layer besides those without its experts."""
-    source_files = model.checkpoint.files
+    source_files, converted_spec = model.checkpoint.files, target.converted_spec(model.spec)
+    formats = {
+        name: form
+        for name, each in model.targets.items()
+        if (form := quant_format(converted_spec, each.weight)) is not None
+        and quant_format(model.spec, each.weight) is None
+    }
     if not target.packed:
         for file, entries in source_files.items():
-            yield ConvertedShard.for_source(file, entries, model.targets, target.expert_format)
+            yield ConvertedShard.for_source(file, entries, model.targets, formats)
         return
     experts: dict[int, list[tuple[Path, TensorEntry, TensorTarget]]] = {
         layer: [] for layer in model.spec.moe_layers
@@ -209,8 +240,7 @@ def _output_files(model: ModelFolder, target: ConversionTarget) -> Iterator[Outp
             else:
                 other_entries[name] = entry
         if other_entries:
-            yield ConvertedShard.for_source(file, other_entries, model.targets, None)
-    converted_spec = replace(model.spec, expert_format=target.expert_format, panels=True)
+            yield ConvertedShard.for_source(file, other_entries, model.targets, formats)
     for layer, sources in experts.items():
         yield PackedLayer(packed_name(layer), layer, converted_spec, sources)
 
@@ -278,6 +308,7 @@ def _write_metadata(
         layout = {EXPERT_LAYOUT_KEY: {"name": PANEL_LAYOUT, "version": LAYOUT_VERSION}}
     manifest = {
         "experts": target.manifest_entry,
+        **target.dense_entry,
         **layout,
         **provenance,
         "bytes": size,
@@ -288,4 +319,4 @@ def _write_metadata(
     }
     atomic_write_json(out / MANIFEST, manifest)
     form = {} if target.expert_format is None else {EXPERT_FORMAT_KEY: target.manifest_entry}
-    atomic_write_json(out / CONFIG_FILE, {**config.values, **form, **layout})
+    atomic_write_json(out / CONFIG_FILE, {**config.values, **form, **target.dense_entry, **layout})

@@ -17,13 +17,13 @@ from torch import Tensor
 from coterie import ops
 from coterie.checkpoints.manifest import Checksums
 from coterie.checkpoints.quantization_error import ERROR_KEY, quantization_error
-from coterie.families.names import is_expert, quantised_targets
+from coterie.families.names import quantised_targets
 from coterie.files import OpenFiles, read_errors
 from coterie.model.safetensors_file import DTYPE_NAMES, TensorEntry, read_chunks, read_rows
 from coterie.model.spec import ModelSpec
 from coterie.model.weight_loader import quantise_tensor, read_tensor
-from coterie.model.weights import TensorTarget, packed_shape
-from coterie.quantization import QuantFormat, quantize
+from coterie.model.weights import HEAD, TensorTarget, packed_shape
+from coterie.quantization import QuantFormat, dequantize, quantize
 from coterie.values import PackedExperts, Slab
 
 TensorLayout = tuple[tuple[int, ...], torch.dtype]
@@ -35,15 +35,16 @@ ByteCallback = Callable[[int], None]
 
 @dataclass(frozen=True)
 class ConvertedShard:
-    """A source file with its expert tensors quantized, or copied unchanged.
+    """A source file with some of its tensors quantized, and the others copied unchanged.
 
-    ``outputs`` maps each source tensor to the tensors made from it: itself, or values and scales.
+    ``outputs`` maps each source tensor to the tensors made from it: itself, or values and scales,
+    or for a head all three.
     """
 
     source: Path
     entries: Mapping[str, TensorEntry]
     outputs: Mapping[str, Mapping[str, TensorLayout]]
-    expert_format: QuantFormat | None
+    formats: Mapping[str, QuantFormat]  # of the tensors to quantize
     alignment: int = 8  # the data starts at a multiple of so many bytes
 
     @staticmethod
@@ -51,19 +52,21 @@ class ConvertedShard:
         source: Path,
         entries: Mapping[str, TensorEntry],
         targets: Mapping[str, TensorTarget],
-        expert_format: QuantFormat | None,
+        formats: Mapping[str, QuantFormat],
     ) -> ConvertedShard:
-        """``expert_format=None`` copies the experts unchanged."""
+        """``formats`` are those of the tensors to quantize."""
 
         def outputs(entry: TensorEntry) -> dict[str, TensorLayout]:
-            target = targets[entry.name]
-            if expert_format is None or not is_expert(target):
-                return {entry.name: (entry.shape, entry.dtype)}
-            parts_by_name = quantised_targets(expert_format, entry.name, target)
-            return {name: (part.shape, part.dtype or entry.dtype) for name, part in parts_by_name}
+            name, target = entry.name, targets[entry.name]
+            own = {name: (entry.shape, entry.dtype)}
+            if name not in formats:
+                return own
+            parts_by_name = quantised_targets(formats[name], name, target)
+            parts = {each: (part.shape, part.dtype or entry.dtype) for each, part in parts_by_name}
+            return own | parts if target.weight == HEAD else parts
 
         return ConvertedShard(
-            source, entries, {name: outputs(e) for name, e in entries.items()}, expert_format
+            source, entries, {name: outputs(e) for name, e in entries.items()}, formats
         )
 
     @property
@@ -80,31 +83,46 @@ class ConvertedShard:
         return sum(entry.size for entry in self.entries.values())
 
     def write(self, sink: BufferedWriter, sources: OpenFiles, on_bytes: ByteCallback) -> Checksums:
-        """Write everything after the header; returns the checksums."""
+        """Write everything after the header; returns the checksums.
+
+        Dense matrices that are quantized here also get their error, for unit Gaussian tokens.
+        """
         checksums: Checksums = {}
         for entry in self.entries.values():
             digests = {name: hashlib.sha256() for name in self.outputs[entry.name]}
-            for name, piece in self._pieces(sources, entry):
+            squares = torch.zeros(2, dtype=torch.float64)
+            for name, piece in self._pieces(sources, entry, squares):
                 content = as_bytes(piece)
                 digests[name].update(content)
                 sink.write(content)
             checksums |= {name: {"sha256": digest.hexdigest()} for name, digest in digests.items()}
+            if entry.name in self.formats and ".experts." not in entry.name and squares[1]:
+                error = float((squares[0] / squares[1]).sqrt())
+                checksums[f"{entry.name}.q"][ERROR_KEY] = float(f"{error:.4g}")
             on_bytes(entry.size)
         return checksums
 
-    def _pieces(self, sources: OpenFiles, entry: TensorEntry) -> Iterator[tuple[str, Tensor]]:
-        """A tensor's chunks under its name, or quantized: all of its values, then its scales."""
+    def _pieces(
+        self, sources: OpenFiles, entry: TensorEntry, squares: Tensor
+    ) -> Iterator[tuple[str, Tensor]]:
+        """A tensor's chunks under its name; quantized, all of its values, then its scales.
+
+        Adds the squared norms of what quantizing changes, and of the weight, to ``squares``.
+        """
         names = tuple(self.outputs[entry.name])
         # Errors inside are those of reading: those of writing are raised in the consumer.
         with read_errors(self.source):
             descriptor = sources.descriptor(self.source)
-            if self.expert_format is None or len(names) == 1:
-                yield from ((names[0], piece) for piece in read_chunks(descriptor, entry))
+            if entry.name in names:
+                yield from ((entry.name, piece) for piece in read_chunks(descriptor, entry))
+            if (form := self.formats.get(entry.name)) is None:
                 return
-            values, scales = names
+            values, scales = names[-2:]
             scale_pieces = []
             for _, rows in read_rows(descriptor, entry):
-                quantized = quantize(rows, self.expert_format)
+                quantized = quantize(rows, form)
+                change = rows.float() - dequantize(quantized)
+                squares += torch.stack([part.square().sum() for part in (change, rows.float())])
                 scale_pieces.append(quantized.scales)
                 yield values, quantized.q
         yield from ((scales, piece) for piece in scale_pieces)

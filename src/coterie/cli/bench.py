@@ -130,6 +130,7 @@ def layer_command(
 
 def forward_command(
     *, shape: str = "llada2-mini", expert_dtype: Literal["fp32", "bf16", "int8", "int4"] = "int8",
+    dense_dtype: str | None = None,
     policies: list[str] | None = None, tokens: int = DEFAULT_TOKENS, context: int | None = None,
     logits: str = "block", layers: int | None = None, repeats: int = 10, threads: int | None = None,
     seed: int = 0, record: output.RecordOptions,
@@ -148,16 +149,19 @@ def forward_command(
     num_logits = forwards.parse_num_logits(logits, tokens)
     num_threads = checked_threads(threads)
     layers_suffix = "" if layers is None else f" {layers} layers"
-    title = f"bench forward {shape} {expert_dtype}{layers_suffix}{_tokens_suffix(tokens)}"
+    dense = "" if dense_dtype is None else f" dense {dense_dtype}"
+    title = f"bench forward {shape} {expert_dtype}{dense}{layers_suffix}{_tokens_suffix(tokens)}"
     facts: dict[str, object] = {
         "shape": shape, "dtype": expert_dtype, "layers": truncated.spec.layers, "tokens": tokens,
         "context": context, "wanted": num_logits, "threads": num_threads,
     }  # fmt: skip
+    if dense_dtype is not None:
+        facts["dense_dtype"] = dense_dtype
     same = {**facts, "policies": specs, "seed": seed}
     with record.journal(title, same) as journal:
         with _progress_callback() as on_progress:
             on_progress(0.0, "making weights")
-            model = random_model(truncated, expert_dtype, seed=seed)
+            model = random_model(truncated, expert_dtype, seed=seed, dense_dtype=dense_dtype)
             facts["context"] = forwards.context_length(model, tokens, context)
             result = forwards.time_forward(
                 model, specs, tokens=tokens, context=context, num_logits=num_logits,
@@ -238,8 +242,12 @@ class WorkloadOptions:
             # --dtype is the old name of a random model's --expert-dtype.
             dtype = engine_options.expert_dtype or engine_options.dtype or "bf16"
             dtypes = [] if dtype == "bf16" else [dtype]
-            engine = random_engine(self.shape, dtype, self.layers, engine_options.device)
+            engine = random_engine(
+                self.shape, dtype, self.layers, engine_options.device, engine_options.dense_dtype
+            )
             prompts = answers.random_prompts(count, self.length or 64, engine.model.plain_ids)
+        if engine_options.dense_dtype is not None:
+            dtypes.append(f"dense {engine_options.dense_dtype}")
         layers = None if self.layers is None else f"{self.layers} layers"
         device = str(engine.model.transformer.device)
         parts = (Path(engine.model.name).name, device.partition(":")[0], *dtypes, layers)

@@ -59,6 +59,7 @@ class EngineOptions:
     fallback_model: str | None = None
     precision_policy: str | None = None
     cpu_experts: str | None = None
+    dense_dtype: str | None = None
 
     @property
     def is_embedded(self) -> bool:
@@ -111,7 +112,7 @@ class EngineOptions:
 
             engine = load(
                 self.model, dtype=self.dtype, device=self.device, expert_dtype=self.expert_dtype,
-                expert_memory=memory, on_progress=on_progress,
+                dense_dtype=self.dense_dtype, expert_memory=memory, on_progress=on_progress,
                 prefix_cache_bytes=prefix_cache_bytes,
             )  # fmt: skip
         if count_vanilla and (log := engine.model.store.traffic_log) is not None:
@@ -135,7 +136,9 @@ def planned_options(options: EngineOptions, policy: str) -> EngineOptions:
     formats = () if options.expert_dtype is None else (options.expert_dtype,)
     with progress_bar() as progress:
         task = progress.add_task("planning", total=None)
-        request = PlanRequest(options.model, policies=(policy,), formats=formats)
+        request = PlanRequest(
+            options.model, policies=(policy,), formats=formats, dense_dtype=options.dense_dtype
+        )
         choice = first_choice(request, lambda doing: progress.update(task, description=doing))
     print_note(choice.describe())
     changed = {"expert_dtype": choice.converted_to, "expert_memory": choice.capacity}

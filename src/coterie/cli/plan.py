@@ -26,6 +26,7 @@ def plan_command(
     model: str | None = None, *, memory: str | None = None, gpu_memory: str | None = None,
     disk: str | None = None, read: str | None = None, link: str | None = None,
     gpu_read: str | None = None, policies: list[str] | None = None, expert_dtype: str | None = None,
+    dense_dtype: str | None = None,
     commit_routing: o.RoutingMode | None = None, steps_per_block: int | None = None,
     unique_experts: float | None = None, trace: Path | None = None, verify_first: bool = False,
     json: bool = False,
@@ -52,6 +53,7 @@ def plan_command(
         unique_experts=unique_experts,
         trace=trace,
         commit_routing=commit_routing or engines.VANILLA,
+        dense_dtype=dense_dtype,
     )
     with output.progress_bar(TimeElapsedColumn()) as progress:
         task = progress.add_task("", total=None)

@@ -16,11 +16,12 @@ def quantize(
     output: Path,
     *,
     expert_dtype: str,
+    dense_dtype: str | None = None,
     group_size: int | None = None,
     layout: Literal["packed", "plain"] | None = None,
     json: bool = False,
 ) -> None:
-    """Write a model with its routed experts in 8 or 4 bits; other weights stay as they are.
+    """Write a model with its routed experts in 8 or 4 bits; --dense-dtype adds dense matrices.
 
     The same command continues a run that was stopped. `coterie inspect OUTPUT --verify` compares
     the result with its manifest.
@@ -30,7 +31,9 @@ def quantize(
     coterie generate "..." --model ./mini-int8
     """
     stored_layout = None if layout is None else LAYOUT_NAMES[layout]
-    target = checkpoints.ConversionTarget.parse(expert_dtype, group_size, stored_layout)
+    target = checkpoints.ConversionTarget.parse(
+        expert_dtype, group_size, stored_layout, dense_dtype
+    )
     columns = (DownloadColumn(binary_units=True), TimeRemainingColumn())
     with counted_progress(f"experts to {target}", *columns) as on_progress:
         result = checkpoints.convert(model, output, target, on_progress, print_note)

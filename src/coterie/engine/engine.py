@@ -420,6 +420,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
     expert_dtype: str | None = None,
+    dense_dtype: str | None = None,
     expert_memory: str | ExpertMemoryConfig | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     graphs: bool = True,
@@ -440,6 +441,7 @@ def load(
         dtype=dtype,
         device=device,
         expert_dtype=expert_dtype,
+        dense_dtype=dense_dtype,
         expert_memory=expert_memory,
         on_progress=on_progress,
     )

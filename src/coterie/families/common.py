@@ -15,6 +15,7 @@ from coterie.quantization import FORMATS, QuantFormat, parse_format
 from coterie.values import RouterSpec
 
 EXPERT_FORMAT_KEY = "coterie_experts"
+DENSE_FORMAT_KEY = "coterie_dense"
 """The config key of quantised experts; ``quantization_config`` belongs to other tools."""
 
 EXPERT_LAYOUT_KEY = "coterie_layout"
@@ -53,7 +54,7 @@ def model_spec(
         raise config.error("num_experts", f"is {router.experts} in {sum(moe)} layers, too many")
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     head_size = head_dim(config, hidden, heads, has_key=has_head_dim_key)
-    form = expert_format(config)
+    form = stored_format(config, EXPERT_FORMAT_KEY)
     spec = ModelSpec(
         vocabulary=config.size("vocab_size"),
         hidden=hidden,
@@ -74,25 +75,34 @@ def model_spec(
         max_length=config.size("max_position_embeddings"),
         expert_format=form,
         panels=has_packed_experts(config, form),
+        dense_format=dense_format(config),
     )
     config.check_unknown_keys()
     return spec
 
 
-def expert_format(config: ModelConfig) -> QuantFormat | None:
-    """The format of quantised experts, from a value such as ``{"format": "int8", "group": 64}``."""
-    value = config.get(EXPERT_FORMAT_KEY)
+def stored_format(config: ModelConfig, key: str) -> QuantFormat | None:
+    """The format of quantised weights, from a value such as ``{"format": "int8", "group": 64}``."""
+    value = config.get(key)
     if value is None:
         return None
     if not isinstance(value, dict) or set(value) != {"format", "group"}:
-        raise config.error(EXPERT_FORMAT_KEY, f"is {quote(value)}, not a format and a group")
+        raise config.error(key, f"is {quote(value)}, not a format and a group")
     name, group = value["format"], value["group"]
     if not isinstance(name, str) or type(group) is not int:
-        raise config.error(EXPERT_FORMAT_KEY, f"is {quote(value)}, not a name and a whole number")
+        raise config.error(key, f"is {quote(value)}, not a name and a whole number")
     try:
         return parse_format(name, group)
     except CoterieError as error:
-        raise config.error(EXPERT_FORMAT_KEY, f"is {quote(value)}: {error}") from None
+        raise config.error(key, f"is {quote(value)}: {error}") from None
+
+
+def dense_format(config: ModelConfig) -> QuantFormat | None:
+    """The format of quantised dense matrices, of which the kernels know one."""
+    form = stored_format(config, DENSE_FORMAT_KEY)
+    if form not in (None, FORMATS["int8"]):
+        raise config.error(DENSE_FORMAT_KEY, f"is {form}; known: {FORMATS['int8']}")
+    return form
 
 
 def has_packed_experts(config: ModelConfig, form: QuantFormat | None) -> bool:

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from coterie.families.common import (
+    EXPERT_FORMAT_KEY,
     check_supported,
+    dense_format,
     expert_count,
-    expert_format,
     experts_per_token,
     has_packed_experts,
     layer_count,
+    stored_format,
 )
 from coterie.families.config import ModelConfig
 from coterie.families.family import Family, FamilyDefaults
@@ -45,7 +47,7 @@ def read_spec(config: ModelConfig) -> ModelSpec:
     attention = _layer_attention(text)
     experts = expert_count(text)
     k = experts_per_token(text, experts, "top_k_experts")
-    form, hidden = expert_format(config), text.size("hidden_size")
+    form, hidden = stored_format(config, EXPERT_FORMAT_KEY), text.size("hidden_size")
     spec = ModelSpec(
         vocabulary=text.size("vocab_size"),
         hidden=hidden,
@@ -72,6 +74,7 @@ def read_spec(config: ModelConfig) -> ModelSpec:
         self_conditioning=text.size("intermediate_size"),
         block=config.size("canvas_length"),
         expert_format=form,
+        dense_format=dense_format(config),
         panels=has_packed_experts(config, form),
     )
     text.check_unknown_keys()

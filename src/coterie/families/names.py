@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import PACKED_NAME, TensorTarget, packed_shape, weight_shapes
+from coterie.model.weights import (
+    HEAD,
+    PACKED_NAME,
+    TensorTarget,
+    packed_shape,
+    quant_format,
+    weight_shapes,
+)
 from coterie.quantization import QuantFormat
 
 Region = tuple[int | slice, ...]
@@ -105,14 +112,15 @@ def weight_map(names: TensorNames, spec: ModelSpec, *, stacked: bool) -> dict[st
         name: TensorTarget(weight, _shape_of(shapes[weight], region), region)
         for name, weight, region in parts
     }
-    form = spec.expert_format
-    if spec.panels:
-        return targets | {packed_name(layer): _packed(spec, layer) for layer in spec.moe_layers}
-    if form is None:
-        return targets
     stored: dict[str, TensorTarget] = {}
     for name, target in targets.items():
-        stored |= quantised_targets(form, name, target) if is_expert(target) else {name: target}
+        form = quant_format(spec, target.weight)
+        if form is None or target.weight == HEAD:
+            stored[name] = target
+        if form is not None:
+            stored |= quantised_targets(form, name, target)
+    if spec.panels:
+        return stored | {packed_name(layer): _packed(spec, layer) for layer in spec.moe_layers}
     return stored
 
 
@@ -125,7 +133,7 @@ def is_stacked(tensors: set[str]) -> bool:
 def quantised_targets(
     form: QuantFormat, name: str, target: TensorTarget
 ) -> Iterator[tuple[str, TensorTarget]]:
-    """The two tensors of a quantised expert weight of this name."""
+    """The two tensors of a quantised weight of this name."""
     for part, (shape, dtype) in form.parts(target.shape).items():
         yield f"{name}.{part}", TensorTarget(f"{target.weight}.{part}", shape, target.region, dtype)
 

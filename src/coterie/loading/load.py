@@ -24,7 +24,7 @@ from coterie.model.weights import weight_bytes
 from coterie.offload.resident_store import ResidentExpertStore
 from coterie.offload.store import TrackedExpertStore
 from coterie.ops import cpu
-from coterie.quantization import QuantFormat, parse_format
+from coterie.quantization import QuantFormat, parse_dense_format, parse_format
 from coterie.tokenizer import MASK_TOKEN, IdTokenizer, TextTokenizer, load_tokenizer
 from coterie.values import NO_MASK
 
@@ -88,6 +88,7 @@ def load_model(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "auto",
     expert_dtype: str | QuantFormat | None = None,
+    dense_dtype: str | None = None,
     expert_memory: str | ExpertMemoryConfig | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Model:
@@ -96,7 +97,8 @@ def load_model(
     ``device`` "auto" is CUDA if available. ``dtype`` None or "auto" is bf16; on a CPU it is fp32
     for models with less than 4 GiB of fp32 weights. ``expert_dtype`` "int8" or "int4" quantizes the
     routed experts while they are read. Packed experts are mapped from their file for the CPU
-    kernels, and unpacked for other devices.
+    kernels, and unpacked for other devices. ``dense_dtype`` "int8" does the same to the matrices of
+    attention, dense networks and the head; see ``QuantizedHead``.
 
     ``expert_memory`` keeps only some experts in memory ("35%", "47" per layer, "6GiB", or "auto":
     as many as fit); the others are fetched when used, and policies may prefer those in memory. A
@@ -107,7 +109,11 @@ def load_model(
     model = ModelFolder.open(find_folder(name_or_path))
     family, vocab_size = model.family, model.spec.vocabulary
     target = choose_target(
-        model, expert_dtype=expert_dtype, dtype=dtype, device=choose_device(device)
+        model,
+        expert_dtype=expert_dtype,
+        dense_dtype=dense_dtype,
+        dtype=dtype,
+        device=choose_device(device),
     )
     placement = choose_placement(target, expert_memory)
     template, hidden_span = family.defaults.chat_template, family.defaults.hidden_span
@@ -156,13 +162,16 @@ def choose_target(
     model: ModelFolder,
     *,
     expert_dtype: str | QuantFormat | None,
+    dense_dtype: str | None = None,
     dtype: str | torch.dtype | None,
     device: torch.device,
 ) -> LoadTarget:
-    """The form in memory: experts as stored, or quantized if they are stored unquantized."""
+    """The form in memory: weights as stored, or quantized if they are stored unquantized."""
     spec = model.spec
+    if dense_dtype is not None:
+        spec = replace(spec, dense_format=parse_dense_format(dense_dtype))
     expert_format = parse_format(expert_dtype) if isinstance(expert_dtype, str) else expert_dtype
-    target = LoadTarget(model, spec, choose_dtype(dtype, spec, device), device)
+    target = LoadTarget(model, spec, choose_dtype(dtype, model.spec, device), device)
     if expert_format in (None, spec.expert_format):
         packed = spec.panels and not target.has_device_memory and cpu.is_available()
         return replace(target, spec=replace(spec, panels=packed))

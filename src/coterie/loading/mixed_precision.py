@@ -14,7 +14,7 @@ from coterie.checkpoints.quantization_error import quantization_errors
 from coterie.checkpoints.source import find_folder
 from coterie.checkpoints.verification import manifest_checksums
 from coterie.errors import CheckpointError, OffloadError, quote
-from coterie.families.common import EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY
+from coterie.families.common import DENSE_FORMAT_KEY, EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY
 from coterie.files import ProgressCallback
 from coterie.loading.disk_offload import disk_store, plan_disk_offload
 from coterie.loading.expert_memory import ExpertMemoryConfig, ExpertMemoryPlan
@@ -28,7 +28,8 @@ from coterie.offload.precision_stats import PrecisionErrors
 from coterie.strict_json import LISTING_FILE, read_object
 
 UNVOTED_SCORE = 1e-9  # above 0, so that experts without votes fill the slots that are left
-PRECISION_KEYS = (EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY)  # the only keys that two configs differ in
+PRECISION_KEYS = (EXPERT_FORMAT_KEY, EXPERT_LAYOUT_KEY, DENSE_FORMAT_KEY)
+"""The only keys that two configs differ in."""
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ class ModelSpec:
     block: int = 0  # tokens denoised together in training; 0 = as in the family
     expert_format: QuantFormat | None = None  # of the routed experts; None = not quantised
     panels: bool = False  # the routed experts are in the packed layout
+    dense_format: QuantFormat | None = None  # of the dense matrices; None = not quantised
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

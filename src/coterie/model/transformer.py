@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeAlias
 
@@ -14,10 +14,12 @@ from coterie import ops
 from coterie.model.attention import Attention, AttentionMetadata
 from coterie.model.forward_context import ForwardContext
 from coterie.model.moe import Dense, FeedForward, MoE
+from coterie.model.quantized_head import QuantizedHead
 from coterie.model.size import model_size
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import PARALLEL_VECTORS
+from coterie.model.weights import HEAD, MAPPED_HEAD, PARALLEL_VECTORS, quant_format
 from coterie.ops.threads import limited_threads
+from coterie.quantization import QTensor
 from coterie.routing import needs_importance
 from coterie.values import ExpertStore, Matrix
 
@@ -115,7 +117,7 @@ class Transformer:
     embedding: Tensor  # [vocabulary, H]
     layers: tuple[Layer, ...]
     norm: Tensor  # [H]
-    head: Matrix  # [vocabulary, H]
+    head: Matrix | QuantizedHead  # [vocabulary, H]
     self_conditioning: SelfConditioning | None = None
 
     def __call__(self, tokens: Tensor, context: ForwardContext) -> Tensor:
@@ -144,9 +146,15 @@ class Transformer:
             x = x[context.logits_indices]
         x = ops.rms_norm(x, self.norm, self.spec.norm_epsilon)
         context.recorder.on_layer_output(self.spec.layers, x)
-        logits = ops.linear(x, self.head, dtype=torch.float32)
+        logits = self.raw_logits(x)
         cap = self.spec.logit_cap
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    def raw_logits(self, x: Tensor) -> Tensor:
+        """The head's output [P, vocabulary] fp32 of normed hidden states [P, H], without a cap."""
+        if isinstance(self.head, QuantizedHead):
+            return self.head(x)
+        return ops.linear(x, self.head, dtype=torch.float32)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[B, W] int64 -> [B, W, H]."""
@@ -178,13 +186,25 @@ class Transformer:
 def build(spec: ModelSpec, weights: dict[str, Tensor], store: ExpertStore) -> Transformer:
     """Assembles a transformer from weights named as in ``weight_shapes`` and a store of experts.
 
-    In bf16 on a CPU the matrices are packed, and their originals are removed from ``weights``.
+    On a CPU matrices in bf16 and int8 are packed, and their originals are removed from ``weights``.
     """
     layers = tuple(_layer(spec, layer, weights, store) for layer in range(spec.layers))
     embedding = weights["embedding"]
-    head = embedding if spec.tie_embeddings else _prepared_matrix(weights, "head")
+    head = embedding if spec.tie_embeddings else _head(spec, weights)
     conditioning = _self_conditioning(spec, weights) if spec.self_conditioning else None
     return Transformer(spec, embedding, layers, weights["norm"], head, conditioning)
+
+
+def _head(spec: ModelSpec, weights: dict[str, Tensor]) -> Matrix | QuantizedHead:
+    form = spec.dense_format
+    # On a GPU the search for candidates would wait for the device.
+    if form is None or weights["embedding"].device.type != "cpu":
+        return _prepared_matrix(replace(spec, dense_format=None), weights, HEAD)
+    quantized = QTensor(weights.pop(f"{HEAD}.q"), weights.pop(f"{HEAD}.scales"), form, spec.hidden)
+    in_file = MAPPED_HEAD in weights
+    return QuantizedHead.of(
+        weights.pop(MAPPED_HEAD if in_file else HEAD), quantized, in_file=in_file
+    )
 
 
 def _self_conditioning(spec: ModelSpec, weights: dict[str, Tensor]) -> SelfConditioning:
@@ -198,8 +218,8 @@ def _layer(spec: ModelSpec, layer: int, weights: dict[str, Tensor], store: Exper
     attention = Attention(
         spec,
         layer,
-        qkv=_prepared_matrix(weights, f"{name}.qkv"),
-        out=_prepared_matrix(weights, f"{name}.out"),
+        qkv=_prepared_matrix(spec, weights, f"{name}.qkv"),
+        out=_prepared_matrix(spec, weights, f"{name}.out"),
         query_norm=weights[f"{name}.query_norm"],
         key_norm=weights[f"{name}.key_norm"],
     )
@@ -226,7 +246,7 @@ def _feed_forward(
     name = f"layers.{layer}"
     if not spec.moe[layer]:
         return _dense(spec, weights, f"{name}.dense")
-    gate, bias = _prepared_matrix(weights, f"{name}.gate"), weights.get(f"{name}.gate_bias")
+    gate, bias = _prepared_matrix(spec, weights, f"{name}.gate"), weights.get(f"{name}.gate_bias")
     if spec.parallel_dense:
         norms = weights[f"{name}.gate_norm"] * spec.hidden**-0.5, weights[f"{name}.expert_norm"]
         scale = weights[f"{name}.expert_scale"]
@@ -236,11 +256,18 @@ def _feed_forward(
 
 
 def _dense(spec: ModelSpec, weights: dict[str, Tensor], name: str) -> Dense:
-    gate_up, down = (_prepared_matrix(weights, f"{name}.{part}") for part in ("gate_up", "down"))
+    gate_up, down = (
+        _prepared_matrix(spec, weights, f"{name}.{part}") for part in ("gate_up", "down")
+    )
     return Dense(gate_up, down, spec.activation)
 
 
-def _prepared_matrix(weights: dict[str, Tensor], name: str) -> Matrix:
+def _prepared_matrix(spec: ModelSpec, weights: dict[str, Tensor], name: str) -> Matrix:
+    if (form := quant_format(spec, name)) is not None:
+        values, scales = weights.pop(f"{name}.q"), weights.pop(f"{name}.scales")
+        return ops.prepare_matrix(
+            QTensor(values, scales, form, values.shape[-1]), release_source=True
+        )
     if weights["embedding"].dtype != torch.bfloat16:
         return weights[name]
     return ops.prepare_matrix(weights.pop(name), release_source=True)

@@ -14,7 +14,14 @@ from torch import Tensor
 from coterie.errors import CheckpointError, CoterieError
 from coterie.model.safetensors_file import TensorEntry, read_into, read_rows
 from coterie.model.spec import ModelSpec
-from coterie.model.weights import PACKED_NAME, TensorTarget, is_packed
+from coterie.model.weights import (
+    HEAD,
+    MAPPED_HEAD,
+    PACKED_NAME,
+    TensorTarget,
+    is_packed,
+    quant_format,
+)
 from coterie.ops.packed_layout import unpack_expert
 from coterie.quantization import QTensor, QuantFormat, quantize
 
@@ -40,10 +47,22 @@ class WeightLoader:
             self.weights[target.weight] = map_tensor(descriptor, entry)
         elif is_packed(target.weight):
             self._unpack(descriptor, entry, target)
-        elif target.weight in self.weights:
-            read_tensor(descriptor, entry, target, self.weights)
-        elif self.loaded_spec.expert_format is not None:
-            quantise_tensor(descriptor, entry, target, self.weights, self.loaded_spec.expert_format)
+        else:
+            form = quant_format(self.loaded_spec, target.weight)
+            if form is not None and self._is_mapped_head(entry, target):
+                del self.weights[HEAD]
+                self.weights[MAPPED_HEAD] = map_tensor(descriptor, entry, populate=False)
+            elif target.weight in self.weights:
+                read_tensor(descriptor, entry, target, self.weights)
+            if form is not None and quant_format(self.stored_spec, target.weight) is None:
+                quantise_tensor(descriptor, entry, target, self.weights, form)
+
+    def _is_mapped_head(self, entry: TensorEntry, target: TensorTarget) -> bool:
+        """Whether this is a head that can stay in its file: few rows of it are ever read."""
+        if target.weight != HEAD or entry.start % entry.dtype.itemsize:
+            return False
+        head = self.weights[HEAD]
+        return head.device.type == "cpu" and head.dtype == entry.dtype
 
     def _unpack(self, descriptor: int, entry: TensorEntry, target: TensorTarget) -> None:
         """Unpacks one expert at a time, on the target device."""
@@ -89,8 +108,8 @@ def quantise_tensor(
         scales[index].copy_(quantised.scales)
 
 
-def map_tensor(descriptor: int, entry: TensorEntry) -> Tensor:
-    """Maps the tensor's bytes and reads them into memory.
+def map_tensor(descriptor: int, entry: TensorEntry, *, populate: bool = True) -> Tensor:
+    """Maps the tensor's bytes and, with ``populate``, reads them into memory.
 
     The memory is the page cache of the file, shared by all processes that map it. The map is
     private, so writes do not reach the file. If the file is truncated while it is mapped, reading
@@ -103,12 +122,14 @@ def map_tensor(descriptor: int, entry: TensorEntry) -> Tensor:
         )
     except ValueError:  # the file is shorter
         raise CheckpointError(TRUNCATED_FILE) from None
-    # Uses huge pages if the page cache has them for this file system.
-    with suppress(OSError, AttributeError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    populate_pages(memory, end)
-    tensor_bytes = torch.frombuffer(memory, dtype=torch.uint8, offset=entry.start, count=entry.size)
-    return tensor_bytes.view(entry.shape)
+    if populate:
+        # Uses huge pages if the page cache has them for this file system.
+        with suppress(OSError, AttributeError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        populate_pages(memory, end)
+    count = entry.size // entry.dtype.itemsize
+    tensor = torch.frombuffer(memory, dtype=entry.dtype, offset=entry.start, count=count)
+    return tensor.view(entry.shape)
 
 
 def populate_pages(memory: mmap.mmap, end: int) -> None:

@@ -11,9 +11,16 @@ from torch import Tensor
 
 from coterie.model.spec import ModelSpec
 from coterie.ops.packed_layout import slab_of_packed
+from coterie.quantization import QuantFormat
 from coterie.values import Slab
 
 PACKED_NAME = "packed"
+HEAD, MAPPED_HEAD = "head", "head.mapped"  # as in its file, in place of a copy
+DENSE_MATRICES = (
+    *(".qkv", ".out", ".dense.gate_up", ".dense.down"),
+    *(".shared.gate_up", ".shared.down"),
+)
+"""The last parts of the names of dense matrices, besides the head."""
 PARALLEL_VECTORS = (
     *("attention_norm", "attention_post_norm", "dense_norm", "dense_post_norm"),
     *("expert_post_norm", "feed_forward_post_norm", "scales"),
@@ -34,11 +41,11 @@ class TensorTarget:
 def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """The shape of every weight; ``layers.3.experts.gate_up`` and ``.down`` form the layer's slab.
 
-    Quantised experts have their unquantised shapes here; see ``loaded_tensors``.
+    Quantised weights have their unquantised shapes here; see ``loaded_tensors``.
     """
     shapes = {"embedding": (spec.vocabulary, spec.hidden), "norm": (spec.hidden,)}
     if not spec.tie_embeddings:
-        shapes["head"] = (spec.vocabulary, spec.hidden)
+        shapes[HEAD] = (spec.vocabulary, spec.hidden)
     if spec.self_conditioning:
         shapes["self_conditioning.norm"] = (spec.hidden,)
         shapes |= _mlp_shapes("self_conditioning.dense", spec.hidden, spec.self_conditioning)
@@ -53,6 +60,13 @@ def weight_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 def is_always_fp32(name: str) -> bool:
     """Whether a weight is fp32 in every dtype: the router decides on small differences."""
     return name.endswith((".gate", ".gate_bias", ".gate_norm", ".expert_scale"))
+
+
+def quant_format(spec: ModelSpec, name: str) -> QuantFormat | None:
+    """The format of a weight that is quantised; None for others."""
+    if ".experts." in name:
+        return spec.expert_format
+    return spec.dense_format if name == HEAD or name.endswith(DENSE_MATRICES) else None
 
 
 def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
@@ -78,18 +92,21 @@ def loaded_tensors(
 ) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
     """Name, shape and dtype of every tensor in memory.
 
-    A quantised weight consists of two tensors; a layer's packed experts are one tensor.
+    A quantised weight consists of two tensors; a layer's packed experts are one tensor. A
+    quantised head is also there as it was, because its rows decide between the best tokens.
     """
     for name, shape in weight_shapes(spec).items():
         if spec.panels and ".experts." in name:
             if name.endswith(".gate_up"):
                 prefix = name.removesuffix(".gate_up")
                 yield f"{prefix}.{PACKED_NAME}", packed_shape(spec), torch.uint8
-        elif spec.expert_format is not None and ".experts." in name:
-            for part, (part_shape, part_dtype) in spec.expert_format.parts(shape).items():
-                yield f"{name}.{part}", part_shape, part_dtype
-        else:
+            continue
+        form = quant_format(spec, name)
+        if form is None or name == HEAD:
             yield name, shape, torch.float32 if is_always_fp32(name) else dtype
+        if form is not None:
+            for part, (part_shape, part_dtype) in form.parts(shape).items():
+                yield f"{name}.{part}", part_shape, part_dtype
 
 
 def packed_shape(spec: ModelSpec) -> tuple[int, int]:

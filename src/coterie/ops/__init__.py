@@ -107,7 +107,7 @@ def linear(x: Tensor, weight: Matrix, *, dtype: torch.dtype | None = None) -> Te
     """x [..., k] times the transpose of weight [rows, k] -> [..., rows], in ``dtype`` or x's own.
 
     Computed in the weight's precision with fp32 sums, whatever the precision of x. The product is
-    a float.
+    a float. For a weight in 8 bits the CPU kernels round x to 8 bits too, in groups of 32.
     """
     dtype = x.dtype if dtype is None else dtype
     if not dtype.is_floating_point:
@@ -211,7 +211,7 @@ def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
     return reference.summarize_logits(logits, mask_id)
 
 
-def prepare_matrix(weight: Tensor, *, release_source: bool = False) -> Matrix:
+def prepare_matrix(weight: Tensor | QTensor, *, release_source: bool = False) -> Matrix:
     """The matrix in the fastest layout for ``linear`` on its device; see ``prepare``."""
     if cpu.can_pack_matrix(weight) and cpu.is_available():
         return cpu.pack_matrix(weight, release_source=release_source)

@@ -80,9 +80,19 @@ def summarize_logits(logits: Tensor, mask_id: int) -> LogitsSummary:
     )
 
 
-def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """See ``ops.linear``."""
+def linear(x: Tensor, weight: Tensor | QTensor, dtype: torch.dtype) -> Tensor:
+    """See ``ops.linear``. A weight in 8 bits is dequantised, and computed in fp32."""
+    weight = _dequantise(weight)
     return F.linear(x.to(weight.dtype), weight).to(dtype)
+
+
+def round_activations(x: Tensor) -> Tensor:
+    """x [..., k] in fp32, rounded to 8 bits in groups of 32 as the CPU kernels do it for ``linear``
+    with a weight in 8 bits."""
+    groups = F.pad(x.float(), (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    inverse = torch.where(scale > 1e-30, 1 / scale, 0.0)
+    return ((groups * inverse).round() * scale).flatten(-2)[..., : x.shape[-1]]
 
 
 def run_experts(x: Tensor, routing: Routing, slab: Slab, activation: Activation = "silu") -> Tensor:

@@ -17,9 +17,11 @@ from coterie.lab.bench.routings import balanced_routing
 from coterie.lab.timing import time_once
 from coterie.model.cache import KVCache
 from coterie.model.moe import Dense, MoE
+from coterie.model.quantized_head import QuantizedHead
 from coterie.model.spec import ModelSpec
 from coterie.model.transformer import ParallelLayer, Transformer
-from coterie.model.weights import loaded_tensors
+from coterie.model.weights import loaded_tensors, quant_format
+from coterie.quantization import quantize
 from coterie.values import ExpertRequest, Slab, Window
 
 ForwardPart = Literal[
@@ -140,7 +142,9 @@ def compute_probe(
     kernels: dict[KernelKind, tuple[Callable[[], object], float]] = {}
     kinds: tuple[KernelKind, ...] = ("matrix", "router")
     for kind, dtype in zip(kinds, (matrix_dtype, torch.float32), strict=True):
-        weight = ops.prepare_matrix(torch.randn(MATRIX_ROWS, spec.hidden).to(device, dtype))
+        weight = torch.randn(MATRIX_ROWS, spec.hidden).to(device, dtype)
+        form = spec.dense_format if kind == "matrix" else None
+        weight = ops.prepare_matrix(weight if form is None else quantize(weight, form))
         kernels[kind] = (partial(ops.linear, x, weight), 2 * tokens * MATRIX_ROWS * spec.hidden)
     experts = len(slab.slot_of)
     k = min(CACHED_EXPERTS, experts)
@@ -173,7 +177,8 @@ def forward_cost(transformer: Transformer, blocks: RandomBlocks) -> ForwardCost:
                 parts["shared"] += [shared.gate_up, shared.down]
         elif isinstance(feed_forward, Dense):
             parts["dense"] += [feed_forward.gate_up, feed_forward.down]
-    parts["head"] = [transformer.head]
+    head = transformer.head
+    parts["head"] = [head.quantized if isinstance(head, QuantizedHead) else head]
     parts["keys and values"] = [*blocks.cache.keys, *blocks.cache.values]
     buffers_of: dict[ForwardPart, list[Tensor]] = {
         name: weight_buffers(weights) for name, weights in parts.items() if weights
@@ -199,8 +204,11 @@ def part_bytes(spec: ModelSpec, dtype: torch.dtype) -> dict[ForwardPart, int]:
     sizes: dict[ForwardPart, int] = {}
     head = "embedding" if spec.tie_embeddings else "head"
     for name, shape, stored_dtype in loaded_tensors(spec, dtype):
-        of_layer = PART_OF_WEIGHT.get(name.partition(".")[2].partition(".")[2])
-        if (part := "head" if name == head else of_layer) is not None:
+        if quant_format(spec, name) is not None:
+            continue  # the rows of a quantised head, of which few are read
+        weight = name.removesuffix(".q").removesuffix(".scales")
+        of_layer = PART_OF_WEIGHT.get(weight.partition(".")[2].partition(".")[2])
+        if (part := "head" if weight == head else of_layer) is not None:
             sizes[part] = sizes.get(part, 0) + prod(shape) * stored_dtype.itemsize
     return sizes
 

@@ -23,10 +23,10 @@ from coterie.loading.free_memory import free_memory
 from coterie.loading.load import Model
 from coterie.model.spec import ModelSpec
 from coterie.model.transformer import build
-from coterie.model.weights import is_always_fp32, weight_bytes, weight_shapes
+from coterie.model.weights import HEAD, is_always_fp32, quant_format, weight_bytes, weight_shapes
 from coterie.offload.resident_store import ResidentExpertStore
 from coterie.ops import cpu
-from coterie.quantization import FORMATS, QTensor, quantize
+from coterie.quantization import FORMATS, QTensor, parse_dense_format, quantize
 from coterie.tokenizer.tokenizer import IdTokenizer
 from coterie.values import PackedExperts, Slab
 
@@ -47,16 +47,20 @@ def random_model(
     layers: int | None = None,
     seed: int = 0,
     device: torch.device | None = None,
+    dense_dtype: str | None = None,
 ) -> Model:
     """A random model of the first ``layers`` layers.
 
-    All weights but the experts are bf16 (fp32 if the experts are). The model has no tokenizer, so
-    prompts are token ids. Raises ConfigError if there is too little memory for the weights.
+    Other weights are bf16 (fp32 if the experts are), and dense matrices are as in the shape, or of
+    ``dense_dtype``. The model has no tokenizer, so prompts are token ids. Raises ConfigError if
+    there is too little memory for the weights.
     """
     target_device, truncated = device or torch.device("cpu"), shape.truncate(layers)
     expert_format = FORMATS.get(expert_dtype)
     dtype = other_dtype(expert_dtype)
     spec = replace(truncated.spec, expert_format=expert_format)
+    if dense_dtype is not None:
+        spec = replace(spec, dense_format=parse_dense_format(dense_dtype))
     _check_memory(truncated, weight_bytes(spec, dtype), target_device)
     generator = torch.Generator().manual_seed(seed)
     slab = random_experts(spec, expert_dtype, generator, target_device)
@@ -154,7 +158,12 @@ def _random_weights(
             weight.copy_(skewed_gate(weight.cpu(), shared, skew, generator))
         elif name.endswith(".gate_norm"):
             weight.fill_(spec.hidden**0.5)  # the router's input then has unit size
-        weights[name] = weight
+        form = quant_format(spec, name)
+        if form is None or name == HEAD:
+            weights[name] = weight
+        if form is not None:
+            quantized = quantize(weight, form)
+            weights |= {f"{name}.q": quantized.q, f"{name}.scales": quantized.scales}
     return weights
 
 
@@ -203,14 +212,16 @@ def _check_memory(shape: ModelShape, required: int, device: torch.device) -> Non
         )
 
 
-def random_engine(shape: str, dtype: str, layers: int | None, device: str) -> Engine:
+def random_engine(
+    shape: str, dtype: str, layers: int | None, device: str, dense_dtype: str | None = None
+) -> Engine:
     """A random model that samples: its likeliest token is the same at every position, and a block
     of equal tokens uses k experts only."""
     if dtype not in RANDOM_DTYPES:
         raise ConfigError(f"`expert_dtype={dtype}` with `shape`; known: {', '.join(RANDOM_DTYPES)}")
     if device not in ("auto", "cpu"):
         raise ConfigError(f"`device={device}` with `shape`: random models run on a CPU")
-    model = random_model(find_shape(shape), dtype, layers=layers)
+    model = random_model(find_shape(shape), dtype, layers=layers, dense_dtype=dense_dtype)
     generation = GenerationConfig.for_family(model.defaults).replace(
         early_stop="off", temperature=1.0
     )

@@ -26,6 +26,7 @@ CONSEQUENCES = ("items", "questions")  # values that follow from options
 FIELDS = {  # of options, by key of ``run.json``
     "memory": "expert_memory", "lasts": "reset_every", "coarse": "fallback_model",
     "warm": "warm_start", "imagined": "simulated", "experts": "expert_dtype",
+    "dense": "dense_dtype",
 }  # fmt: skip
 ITEM_ERROR = re.compile(
     r"\b(?:NaN|infinite|not finite)\b|^the (?:prompt cannot be read|answer has no text): "

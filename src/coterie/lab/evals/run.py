@@ -131,11 +131,14 @@ def run_identity(
         memory = {**plan.config.to_dict(), "slots": plan.slots, "lasts": reset_every}
         if (fallback := plan.config.fallback_model) is not None:
             memory["coarse"] = fingerprint(find_folder(fallback.folder))
-    expert_format = model.spec.expert_format
+    expert_format, dense_format = model.spec.expert_format, model.spec.dense_format
+    # Omitted by default, so that runs without this key stay valid.
+    dense = {} if dense_format is None else {"dense": str(dense_format)}
     return {
         "model": None if model.folder is None else fingerprint(model.folder),
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
         "experts": None if expert_format is None else str(expert_format),
+        **dense,
         "device": model.transformer.device.type,
         "memory": memory,
         "limit": limit,

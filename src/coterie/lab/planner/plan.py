@@ -229,9 +229,10 @@ class _Planner:
         """One command, or two where the experts must be packed first to be fetched from a disk."""
         model, commit_routing = self.model, self.options.commit_routing
         resident, on_gpu = percent == 100, device == "cuda"
+        dense = [] if model.dense_dtype is None else ["--dense-dtype", model.dense_dtype]
         if resident and model.is_shape and not on_gpu:
             shaped = ["bench", "generate", "--shape", model.name, "--expert-dtype", format_name]
-            return (_command(*shaped, "--policy", policy),)
+            return (_command(*shaped, *dense, "--policy", policy),)
         options = ["--policy", policy, *(["--device", device] if on_gpu else [])]
         options += [] if commit_routing == "vanilla" else ["--commit-routing", commit_routing]
         options += [] if resident else ["--expert-memory", f"{percent}%"]
@@ -239,10 +240,10 @@ class _Planner:
         source = PLACEHOLDER if model.is_shape else model.name
         name = [] if model.name == EMBEDDED else ["--model", source]
         if resident or on_gpu or model.spec.panels:
-            return (_command("generate", PROMPT, *name, *converted, *options),)
+            return (_command("generate", PROMPT, *name, *converted, *dense, *options),)
         packed = f"{Path(model.name.partition('@')[0]).name}-{format_name}"
         return (
-            _command("quantize", source, packed, "--expert-dtype", format_name),
+            _command("quantize", source, packed, "--expert-dtype", format_name, *dense),
             _command("generate", PROMPT, "--model", packed, *options),
         )
 

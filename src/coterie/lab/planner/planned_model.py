@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,6 +18,7 @@ from coterie.lab.bench.shapes import SHAPES, ModelShape
 from coterie.lab.machine import CPU
 from coterie.loading.load import choose_dtype
 from coterie.model.spec import ModelSpec
+from coterie.quantization import parse_dense_format
 
 LARGE_COUNT = 128  # experts from which the coresets of LLaDA2.0-mini are planned
 SMALL_BETAS = SHAPES["llada-moe"].betas
@@ -32,6 +33,7 @@ class PlannedModel:
     name: str
     shape: ModelShape
     is_shape: bool
+    dense_dtype: str | None = None  # to quantise dense matrices to; None: as stored
 
     @staticmethod
     def find(name: str | None) -> PlannedModel:
@@ -51,9 +53,16 @@ class PlannedModel:
         shape = ModelShape(family.title, family, spec, unique, betas)
         return PlannedModel(EMBEDDED if name is None else name, shape, is_shape=False)
 
+    def with_dense(self, dense_dtype: str | None) -> PlannedModel:
+        """The model with dense matrices of this format."""
+        if dense_dtype is None:
+            return self
+        spec = replace(self.spec, dense_format=parse_dense_format(dense_dtype))
+        return replace(self, shape=replace(self.shape, spec=spec), dense_dtype=dense_dtype)
+
     @property
     def spec(self) -> ModelSpec:
-        """The model's spec as it is stored."""
+        """The model's spec, with experts as they are stored."""
         return self.shape.spec
 
     @property

@@ -67,10 +67,11 @@ class PlanRequest:
     unique_experts: float | None = None  # of a layer, used by 32 tokens under vanilla
     trace: Path | None = None
     commit_routing: str = "vanilla"
+    dense_dtype: str | None = None  # None: as stored
 
     def run(self, on_progress: ProgressCallback = lambda doing: None) -> PlanResult:
         """The plan for this machine; raises CoterieError where nothing fits."""
-        model, sample = PlannedModel.find(self.model), None
+        model, sample = PlannedModel.find(self.model).with_dense(self.dense_dtype), None
         options = self._options(model)
         if self.trace is not None:
             sample = self._recorded_sample(model)

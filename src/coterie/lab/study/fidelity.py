@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from coterie import ops
 from coterie.engine.engine import Engine
 from coterie.engine.events import Result
 from coterie.engine.observation import LayerObservation, first_forward, moe_output, observe_forwards
@@ -278,7 +277,7 @@ def run_first_forward(
     first = first_forward(engine, [prompt] * rows, policy=policy)
     transformer = engine.model.transformer
     hidden = first.trace.outputs[-1][1].view(rows, -1, transformer.spec.hidden)
-    logits = ops.linear(hidden, transformer.head, dtype=torch.float32)
+    logits = transformer.raw_logits(hidden)
     return BlockForward(first.trace, first.block, hidden, logits)
 
 

@@ -147,12 +147,12 @@ def settings_of(engine: Engine, tasks: Sequence[Task], config: StudyConfig) -> d
     model = engine.model
     if model.folder is None:
         raise ConfigError(f"{model.name}: a model without a folder has no fingerprint")
-    # Omitted by default, so that records without this key stay valid.
-    expert_format = model.spec.expert_format
-    expert_settings = {} if expert_format is None else {"experts": str(expert_format)}
+    # Omitted by default, so that records without these keys stay valid.
+    formats = {"experts": model.spec.expert_format, "dense": model.spec.dense_format}
+    format_settings = {name: str(form) for name, form in formats.items() if form is not None}
     return {
         "model": model.name,
-        **expert_settings,
+        **format_settings,
         "fingerprint": fingerprint(model.folder),
         "dtype": str(model.transformer.dtype).removeprefix("torch."),
         "device": model.transformer.device.type,

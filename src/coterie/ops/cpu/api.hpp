@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define COTERIE_ABI 8
+#define COTERIE_ABI 9
 #define COTERIE_LAYOUT 1  // version of the packed layout; described in `ops/packed_layout.py`
 #define COTERIE_API extern "C" __attribute__((visibility("default")))
 
@@ -45,9 +45,10 @@ struct PackArgs {
 
 // Packs one matrix into consecutive panel pairs of 2 x 16 rows.
 struct PackMatrixArgs {
-  const void* rows;  // [count, k], bf16 or float according to `format`
+  const void* rows;        // [count, k]: bf16, float, or integers stored as int8, by `format`
+  const uint16_t* scales;  // [count, k / group] in bf16; null for floats
   uint8_t* panels;
-  int32_t count, k, threads, format;  // BF16 or FP32
+  int32_t count, k, threads, format;  // BF16, INT8 or FP32
 };
 
 // out = x times the transpose of one packed matrix.

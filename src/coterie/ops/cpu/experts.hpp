@@ -103,37 +103,50 @@ static void multiply_run(const WeightWalk<Format>& walk, Prefetcher<Format>& pre
     tiles<Format::TILE>(walk.d.count(walk.i), Body<Format>{{walk, prefetcher, k, pair_index, begin}});
 }
 
-// Sixteen numbers of a token from column k on, zero past the end.
-static inline F load_activations(const ExpertsArgs& c, size_t token, int k) {
-  size_t at = token * c.hidden + k;
-  int count = min_int(LANES, c.hidden - k);
-  if (c.x_is_bf16) {
-    const uint16_t* from = static_cast<const uint16_t*>(c.x) + at;
-    if (count == LANES) return widen(load<HalfVector>(from));
-    HalfVector values = {};
-    for (int i = 0; i < count; i++) values[i] = from[i];
-    return widen(values);
+// Tokens as float or bf16 rows of `width` numbers.
+struct ActivationRows {
+  const void* x;
+  int width, is_bf16;
+
+  // Encodes a token for a weight format, in groups of A.
+  template <class Format, int A>
+  void encode(int token, uint8_t* row) const {
+    for (int k = 0; k < padded(width, Format::ROW); k += A) {
+      F part[A / LANES];
+      for (int i = 0; i < A / LANES; i++) part[i] = load_from(size_t(token), k + i * LANES);
+      Format::template encode<A>(part, k, row);
+    }
   }
-  const float* from = static_cast<const float*>(c.x) + at;
-  if (count == LANES) return load<F>(from);
-  F values = {};
-  for (int i = 0; i < count; i++) values[i] = from[i];
-  return values;
-}
+
+ private:
+  // Sixteen numbers from column k on, zero past the end.
+  F load_from(size_t token, int k) const {
+    size_t at = token * width + k;
+    int count = min_int(LANES, width - k);
+    if (is_bf16) {
+      const uint16_t* from = static_cast<const uint16_t*>(x) + at;
+      if (count == LANES) return widen(load<HalfVector>(from));
+      HalfVector values = {};
+      for (int i = 0; i < count; i++) values[i] = from[i];
+      return widen(values);
+    }
+    const float* from = static_cast<const float*>(x) + at;
+    if (count == LANES) return load<F>(from);
+    F values = {};
+    for (int i = 0; i < count; i++) values[i] = from[i];
+    return values;
+  }
+};
 
 // Encodes this thread's share of the tokens for the weight format, and zeroes its share of the
 // output.
 template <class Format>
 static void encode_tokens(const ExpertsArgs& c, const Workspace<Format>& d) {
-  constexpr int A = Format::OF_X;
+  ActivationRows source{c.x, c.hidden, c.x_is_bf16};
   ThreadRange part(c.tokens);
   for (int t = part.first; t < part.last; t++) {
     memset(c.out + size_t(t) * c.hidden, 0, size_t(c.hidden) * 4);
-    for (int k = 0; k < padded(c.hidden, Format::ROW); k += A) {
-      F x[A / LANES];
-      for (int i = 0; i < A / LANES; i++) x[i] = load_activations(c, t, k + i * LANES);
-      Format::template encode<A>(x, k, d.x + t * d.x_row);
-    }
+    source.encode<Format, Format::OF_X>(t, d.x + t * d.x_row);
   }
   if (padded(c.width, LANES) == padded(c.width, Format::ROW)) return;
   ThreadRange pairs(d.begin[c.slots]);  // zero the padding of h that no column fills

@@ -25,7 +25,7 @@ from coterie.errors import ConfigError
 from coterie.ops.cpu.build import LIBRARY_PATH
 from coterie.ops.packed_layout import LAYOUT_VERSION
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 FORMAT_IDS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
 ACTIVATIONS = ("silu", "gelu-tanh")  # in the order of their ids
 ISA_VARIABLE = "COTERIE_ISA"
@@ -75,7 +75,7 @@ class PackArgs(Structure):
 
 
 class PackMatrixArgs(Structure):
-    _fields_ = _fields(pointers="rows panels", ints="count k threads format")
+    _fields_ = _fields(pointers="rows scales panels", ints="count k threads format")
 
 
 class MatmulArgs(Structure):

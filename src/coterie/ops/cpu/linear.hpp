@@ -147,6 +147,20 @@ struct RowTile {
 #endif
 };
 
+// Rounds and stores sixteen columns of a token.
+static inline void write(const MatmulArgs& p, F sum, int token, int at) {
+  int columns = min_int(LANES, p.rows - at);
+  if (columns <= 0) return;
+  size_t offset = size_t(token) * p.rows + at;
+  if (p.residual) sum += load_some<F>(p.residual + offset, columns);
+  if (p.out_is_bf16) {
+    HalfVector half = narrow(sum);
+    memcpy(static_cast<uint16_t*>(p.out) + offset, &half, size_t(columns) * 2);
+  } else {
+    memcpy(static_cast<float*>(p.out) + offset, &sum, size_t(columns) * 4);
+  }
+}
+
 // Multiplies a tile of tokens with a panel pair. With many tokens arithmetic takes longer than
 // reading, so each tile prefetches its share of the next panel pair to L2, and the weights needed
 // soon from L2 to L1.
@@ -178,27 +192,37 @@ struct MatmulTile {
       }
       UNROLL
       for (int i = 0; i < N * M; i++)
-        write(sum[i / M][i % M], first + i % M, column + (first_panel + i / M) * LANES);
+        write(p, sum[i / M][i % M], first + i % M, column + (first_panel + i / M) * LANES);
     }
   }
 
-  void write(F sum, int token, int at) const {
-    int columns = min_int(LANES, p.rows - at);
-    if (columns <= 0) return;
-    size_t offset = size_t(token) * p.rows + at;
-    if (p.residual) sum += load_some<F>(p.residual + offset, columns);
-    if (p.out_is_bf16) {
-      HalfVector half = narrow(sum);
-      memcpy(static_cast<uint16_t*>(p.out) + offset, &half, size_t(columns) * 2);
-    } else {
-      memcpy(static_cast<float*>(p.out) + offset, &sum, size_t(columns) * 4);
-    }
+};
+
+// Multiplies a tile of encoded tokens with a panel pair of integers, and prefetches its share of the
+// next pair.
+struct IntMatmulTile {
+  const MatmulArgs& p;
+  const uint8_t *w, *x, *next;
+  int column;
+
+  template <int M>
+  void run(int first) const {
+    size_t row_bytes = Int8::row_bytes<Int8::OF_X>(p.k), pair_bytes = Int8::panel_bytes(p.k);
+    const uint8_t* rows[M];
+    for (int m = 0; m < M; m++) rows[m] = x + size_t(first + m) * row_bytes;
+    size_t steps = size_t(Int8::steps(p.k)) * (2 / panels_of(M, Int8::WEIGHTS));
+    size_t share = pair_bytes * M / size_t(p.tokens);
+    const uint8_t *from = next + pair_bytes * size_t(first) / size_t(p.tokens), *end = from + share;
+    F sum[2][M];
+    Int8::dot<Int8::OF_X>(w, rows, p.k, {from, end, end, (share + steps - 1) / steps}, sum);
+    for (int i = 0; i < 2 * M; i++) write(p, sum[i / M][i % M], first + i % M, column + i / M * LANES);
   }
 };
 
 // Scratch bytes of one thread. Each thread reorders the tokens itself: that is faster than reading
 // cache lines that another thread wrote.
 static size_t scratch_bytes(const MatmulArgs& p) {
+  if (p.format == INT8) return size_t(p.tokens) * Int8::row_bytes<Int8::OF_X>(p.k);
   bool is_fp32 = p.format == FP32;
   int steps = is_fp32 ? p.k : padded(p.k, Bf16Matrix::PER_STEP) / Bf16Matrix::PER_STEP;
   return (is_fp32 ? tile_offset<Fp32Matrix>(p.tokens, steps) : tile_offset<Bf16Matrix>(p.tokens, steps)) + 64;
@@ -219,8 +243,24 @@ static void multiply(const MatmulArgs& p, uint8_t* x) {
   }
 }
 
+// The same for integers, whose activations are integers too.
+static void multiply_integers(const MatmulArgs& p, uint8_t* x) {
+  size_t pair_bytes = Int8::panel_bytes(p.k);
+  ThreadRange part(padded(p.rows, PAIR_COLUMNS) / PAIR_COLUMNS);
+  if (part.first == part.last) return;
+  ActivationRows source{p.x, p.k, p.x_is_bf16};
+  for (int t = 0; t < p.tokens; t++)
+    source.encode<Int8, Int8::OF_X>(t, x + size_t(t) * Int8::row_bytes<Int8::OF_X>(p.k));
+  for (int c = part.first; c < part.last; c++) {
+    const uint8_t* w = p.panels + c * pair_bytes;
+    const uint8_t* next = c + 1 < part.last ? w + pair_bytes : w;
+    tiles<Int8::TILE>(p.tokens, IntMatmulTile{p, w, x, next, c * PAIR_COLUMNS});
+  }
+}
+
 // Computes this thread's share of the output columns.
 static void multiply(const MatmulArgs& p, uint8_t* scratch) {
+  if (p.format == INT8) return multiply_integers(p, scratch);
   p.format == FP32 ? multiply<Fp32Matrix>(p, scratch) : multiply<Bf16Matrix>(p, scratch);
 }
 

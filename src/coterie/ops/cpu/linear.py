@@ -12,31 +12,40 @@ from coterie.checks import address, describe
 from coterie.ops.cpu.experts import allocate, release_pages
 from coterie.ops.cpu.library import MatmulArgs, PackMatrixArgs, SiluMulArgs, require_library
 from coterie.ops.cpu.op_chain import run_ops
+from coterie.quantization import FORMATS, QTensor
 from coterie.values import PackedMatrix
 
-_FORMAT_IDS: Mapping[torch.dtype, int] = {torch.bfloat16: 0, torch.float32: 3}
+_FLOATS = (torch.bfloat16, torch.float32)
+_FORMAT_IDS: Mapping[torch.dtype, int] = {torch.bfloat16: 0, torch.int8: 1, torch.float32: 3}
 """See ``api.hpp``."""
 
 PACK_CHUNK_ROWS = 1 << 12  # rows packed at once; a multiple of a panel pair's rows
 
 
-def can_pack_matrix(weight: Tensor) -> bool:
+def can_pack_matrix(weight: Tensor | QTensor) -> bool:
     """Whether ``pack_matrix`` supports this matrix."""
-    return weight.device.type == "cpu" and weight.dim() == 2 and weight.dtype in _FORMAT_IDS
+    if weight.device.type != "cpu" or len(weight.shape) != 2:
+        return False
+    if isinstance(weight, QTensor):
+        return weight.format == FORMATS["int8"]
+    return weight.dtype in _FLOATS
 
 
-def pack_matrix(weight: Tensor, *, release_source: bool = False) -> PackedMatrix:
-    """A matrix [rows, k] in bf16 or fp32 in the packed layout, in new memory.
+def pack_matrix(weight: Tensor | QTensor, *, release_source: bool = False) -> PackedMatrix:
+    """A matrix [rows, k] in bf16, fp32 or int8 in the packed layout, in new memory.
 
     With ``release_source`` the source pages are returned to the system during packing.
     """
     rows, k = weight.shape
-    weight = weight.detach().contiguous()
+    quantized = isinstance(weight, QTensor)
+    values = (weight.q if quantized else weight).detach().contiguous()
+    scales = weight.scales.contiguous() if quantized else values.new_empty(rows, 0)
     packed = allocate(1, _matrix_bytes(weight.dtype, rows, k))[0]
     for first in range(0, rows, PACK_CHUNK_ROWS):
-        chunk = weight[first : first + PACK_CHUNK_ROWS]
+        chunk = values[first : first + PACK_CHUNK_ROWS]
         args = PackMatrixArgs(
             rows=chunk.data_ptr(),
+            scales=scales[first:].data_ptr(),
             panels=packed.data_ptr() + _matrix_bytes(weight.dtype, first, k),
             count=len(chunk),
             k=k,
@@ -51,8 +60,8 @@ def pack_matrix(weight: Tensor, *, release_source: bool = False) -> PackedMatrix
 
 def linear(x: Tensor, weight: PackedMatrix, dtype: torch.dtype) -> Tensor:
     """See ``ops.linear``. The result is bit-identical for any number of threads."""
-    x = (x if x.dtype in _FORMAT_IDS else x.float()).detach().contiguous()
-    out = empty_product(x, weight, dtype if dtype in _FORMAT_IDS else torch.float32)
+    x = (x if x.dtype in _FLOATS else x.float()).detach().contiguous()
+    out = empty_product(x, weight, dtype if dtype in _FLOATS else torch.float32)
     run_ops(matmul_args(x, weight, out))
     return out.to(dtype)
 
@@ -86,7 +95,7 @@ def matmul_args(x: Tensor, weight: PackedMatrix, out: Tensor) -> MatmulArgs:
     rows, k = weight.shape
     if x.shape[-1] != k:
         raise ValueError(f"tokens have {x.shape[-1]} features, the matrix {k} columns")
-    if x.dtype not in _FORMAT_IDS:
+    if x.dtype not in _FLOATS:
         raise ValueError(f"tokens are {describe(x)}; use bf16 or fp32")
     return MatmulArgs(
         x=address(x, x.dtype, x.shape, "tokens"),

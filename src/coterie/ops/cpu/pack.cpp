@@ -18,6 +18,7 @@ struct Bf16Rows {
 
   static size_t step_at(int step) { return size_t(step) * STEP; }
   static int steps(int k) { return padded(k, 2) / 2; }
+  static size_t pair_bytes(int k) { return Format::panel_bytes(k); }
   static uint32_t zero_word() { return 0; }
   Bf16Rows at(int64_t n) const { return {row + n * k, k}; }
   uint32_t word(int step) const {
@@ -27,12 +28,14 @@ struct Bf16Rows {
 };
 
 struct Fp32Rows {
+  static constexpr bool SCALED = false;
   static constexpr int STEPS = 32;
   const float* row;
   int k;
 
   static size_t step_at(int step) { return size_t(step) * STEP; }
   static int steps(int k) { return k; }
+  static size_t pair_bytes(int k) { return size_t(k) * STEP; }
   static uint32_t zero_word() { return 0; }
   Fp32Rows at(int64_t n) const { return {row + n * k, k}; }
   uint32_t word(int step) const { return load<uint32_t>(row + step); }
@@ -50,6 +53,7 @@ struct IntRows {
     return size_t(step / STEPS) * IntFormat::PANEL_GROUP + IntFormat::SCALES + size_t(step % STEPS) * STEP;
   }
   static int steps(int k) { return padded(k, IntFormat::GROUP) / IntFormat::GROUP * STEPS; }
+  static size_t pair_bytes(int k) { return Format::panel_bytes(k); }
   static uint32_t zero_word() { return IntFormat::ZERO * 0x01010101u * (BITS == 4 ? 17 : 1); }
   IntRows at(int64_t n) const { return {row + n * k, k}; }
   uint32_t word(int step) const {
@@ -127,11 +131,15 @@ template <class Rows>
 void pack_matrix(const PackMatrixArgs& p) {
   int pairs = padded(p.count, 2 * LANES) / (2 * LANES);
   Rows rows{static_cast<decltype(Rows::row)>(p.rows), p.k};
-  size_t bytes = size_t(Rows::steps(p.k)) * STEP;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int c = 0; c < pairs; c++) {
-    pack_panel(rows, 2 * LANES * c, p.count, p.panels + c * bytes);
-    pack_panel(rows, 2 * LANES * c + LANES, p.count, p.panels + c * bytes + 64);
+  for (int c = 0; c < 2 * pairs; c++) {
+    uint8_t* pair = p.panels + size_t(c / 2) * Rows::pair_bytes(p.k);
+    pack_panel(rows, LANES * c, p.count, pair + c % 2 * 64);
+    if constexpr (Rows::SCALED) {
+      using Format = typename Rows::Format;
+      int groups = padded(p.k, Format::GROUP) / Format::GROUP;
+      pack_scales<Format>(p.scales, groups, LANES * c, p.count, pair + c % 2 * 2 * LANES);
+    }
   }
 }
 
@@ -161,12 +169,14 @@ void coterie_pack(const PackArgs* p) {
 }
 
 size_t coterie_matrix_bytes(int32_t format, int32_t rows, int32_t k) {
-  size_t steps = size_t(format == FP32 ? Fp32Rows::steps(k) : Bf16Rows::steps(k));
-  return size_t(padded(rows, 2 * LANES) / (2 * LANES)) * steps * STEP;
+  size_t pairs = size_t(padded(rows, 2 * LANES) / (2 * LANES));
+  if (format == FP32) return pairs * Fp32Rows::pair_bytes(k);
+  return pairs * (format == INT8 ? Int8::panel_bytes(k) : Bf16::panel_bytes(k));
 }
 
 void coterie_pack_matrix(const PackMatrixArgs* p) {
   if (p->format == FP32) return pack_matrix<Fp32Rows>(*p);
+  if (p->format == INT8) return pack_matrix<IntRows<Int8, 8>>(*p);
   pack_matrix<Bf16Rows>(*p);
 }
 
