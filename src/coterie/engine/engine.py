@@ -129,6 +129,7 @@ class Engine:
     ) -> list[Result]:
         waiting, results = deque(enumerate(prompts)), dict[int, Result]()
         indices: dict[int, int] = {}  # of the prompt, by request
+        self._kv_pool.reserve(min(batch_size, len(prompts)))
         try:
             while len(results) < len(prompts):
                 while waiting and len(indices) - len(results) < batch_size:
@@ -142,6 +143,7 @@ class Engine:
             for number in indices.keys() & self._active.keys():
                 self.cancel(number)
             self._events = [event for event in self._events if event.row not in indices]
+            self._kv_pool.reserve(1)
         return [results[index] for index in range(len(prompts))]
 
     def stream(

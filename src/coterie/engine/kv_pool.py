@@ -9,7 +9,7 @@ import torch
 from coterie.model.cache import KVCache
 from coterie.model.spec import ModelSpec
 
-SPARE_POSITIONS = 256  # a GPU cache grows in multiples of this
+SPARE_POSITIONS = 256  # a cache grows in multiples of this
 
 
 class KVCachePool:
@@ -24,6 +24,12 @@ class KVCachePool:
         self._cache: KVCache | None = None
         self._free_rows: list[int] = []
         self._num_rows = 0
+        self._reserved = 1
+        self._written: set[int] = set()  # rows of earlier requests, to be cleared
+
+    def reserve(self, rows: int) -> None:
+        """The next growth makes room for so many rows, which saves copies of a growing cache."""
+        self._reserved = rows
 
     def allocate(self, length: int, prefix: Sequence[KVCache] = ()) -> int:
         """The index of a row with at least ``length`` positions, empty after the keys of
@@ -32,8 +38,9 @@ class KVCachePool:
         if old is None or not self._free_rows or old.length < length:
             self._grow(length)
         row = self._free_rows.pop(0)
-        if old is not None:  # else the memory is new
+        if row in self._written:
             self.full_cache().clear([row])
+        self._written.add(row)
         start = 0
         for span in prefix:
             self.full_cache().paste(row, start, span)
@@ -44,6 +51,7 @@ class KVCachePool:
         self._free_rows = sorted((*self._free_rows, row))
         if self._device.type == "cpu" and len(self._free_rows) == self._num_rows:
             self._cache, self._free_rows, self._num_rows = None, [], 0
+            self._written.clear()
 
     def rows(self, indices: Sequence[int]) -> KVCache:
         return self.full_cache().select_rows(indices)
@@ -56,10 +64,10 @@ class KVCachePool:
 
     def _grow(self, length: int) -> None:
         old = self._cache
-        count = self._num_rows if self._free_rows else max(1, 2 * self._num_rows)
+        count = self._num_rows if self._free_rows else 2 * self._num_rows
+        count = max(count, self._reserved)
         length = max(length, old.length if old else 0)
-        if self._device.type != "cpu":
-            length = -(-length // SPARE_POSITIONS) * SPARE_POSITIONS
+        length = -(-length // SPARE_POSITIONS) * SPARE_POSITIONS
         new = KVCache.allocate(self._spec, count, length, dtype=self._dtype, device=self._device)
         if old is not None:
             for before, after in zip(old.keys + old.values, new.keys + new.values, strict=True):

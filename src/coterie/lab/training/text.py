@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from coterie.errors import ConfigError
-from coterie.files import atomic_write
+from coterie.files import atomic_write, read_text
 from coterie.lab.training.checkpoint import TrainingRun
 from coterie.lab.training.data import IGNORE_INDEX, block_visibility
 from coterie.lab.training.feed import TrainingBatch
@@ -36,6 +36,7 @@ from coterie.lab.training.vocabulary import (
 )
 
 DEFAULT_STEPS = 20_000
+MAX_TEXT_BYTES = 1 << 28  # of one file
 SHAPE = NetworkShape(vocab_size=4096, layers=4, experts=256)
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"  # a completion
 ROWS, BLOCKS = 4, 16  # of a batch; of a row's text
@@ -220,7 +221,7 @@ def read_texts(folder: Path) -> Iterator[str]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     if not paths:
         raise ConfigError(f"{folder}: no text files; a corpus has them in `train` and `held-out`")
-    return (path.read_text(errors="replace") for path in paths)
+    return (read_text(path, MAX_TEXT_BYTES) for path in paths)
 
 
 def _cached_tokenizer(folder: Path, cache: Path, vocabulary_size: int) -> Tokenizer:
