@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coterie.cli.app import app
+from coterie.cli.entry import root_command
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -34,9 +34,7 @@ def test_symbols_exist(module: str, name: str) -> None:
 
 
 def test_commands_exist() -> None:
-    known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
-    known |= {group.name for group in app.registered_groups}
-    assert {command for (command,) in pointers(COMMAND)} <= known
+    assert {command for (command,) in pointers(COMMAND)} <= set(root_command().commands)
 
 
 @pytest.mark.parametrize("place", [place for (place,) in pointers(PLACE)])

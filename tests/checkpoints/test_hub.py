@@ -36,7 +36,7 @@ def test_a_request_without_an_answer_ends(
     monkeypatch.setattr(hub, "_print_note", lambda text: (print_note(text), note.set()))
     monkeypatch.setattr(hub, "REQUEST_SECONDS", 0.1)
     monkeypatch.setattr(hub, "NOTE_SECONDS", 0.0)
-    monkeypatch.setattr("coterie.checkpoints.source.snapshot_download", ask)
+    monkeypatch.setattr("coterie.checkpoints.hub.snapshot_download", ask)
     with pytest.raises(CheckpointError, match=r"download from the hub failed .*Timeout"):
         find_folder("owner/model")
     assert capsys.readouterr().err == "coterie: asking the hub for owner/model ...\n"

@@ -17,7 +17,7 @@ from coterie.lab.planner.request import DEFAULT_STEPS
 from coterie.lab.study.study import EXPERIMENTS
 
 OWN = ("lm-eval", "")  # the root and this command describe their options themselves
-LISTS = {key: ", ".join(names) for key, names in o.NAMES.items()}
+LISTS = {key: o.NameLists()[key] for key in o.NAME_LISTS}
 
 
 def described() -> Iterator[tuple[str, Any]]:

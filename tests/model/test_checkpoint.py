@@ -462,7 +462,7 @@ def test_a_hub_that_does_not_answer_is_one_clear_line(monkeypatch: pytest.Monkey
     def silent(*_args: object, **_kwargs: object) -> str:
         raise OSError("We could not connect\nto the hub")
 
-    monkeypatch.setattr("coterie.checkpoints.source.snapshot_download", silent)
+    monkeypatch.setattr("coterie.checkpoints.hub.snapshot_download", silent)
     with pytest.raises(CoterieError) as raised:
         find_folder("inclusionAI/LLaDA2.0-mini")
     assert str(raised.value) == (
@@ -480,7 +480,7 @@ def test_only_weights_and_texts_are_downloaded(
         arguments.extend([repository, revision, allow_patterns])
         return str(tmp_path)
 
-    monkeypatch.setattr("coterie.checkpoints.source.snapshot_download", deliver)
+    monkeypatch.setattr("coterie.checkpoints.hub.snapshot_download", deliver)
     assert find_folder("inclusionAI/LLaDA2.0-mini@v1") == tmp_path
     assert arguments == ["inclusionAI/LLaDA2.0-mini", "v1", list(MODEL_FILES)]
 

@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from threading import Timer
 from typing import Any
 
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.utils import get_session
+
+__all__ = ["hf_hub_download", "hub_requests", "snapshot_download"]
 
 NOTE_SECONDS, REQUEST_SECONDS = 2.0, 30.0
 

@@ -6,9 +6,6 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
-from coterie.checkpoints.hub import hub_requests
 from coterie.checkpoints.journal import JOURNAL
 from coterie.errors import CheckpointError
 
@@ -66,10 +63,12 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _download(name: str, patterns: tuple[str, ...]) -> Path:
+    from coterie.checkpoints import hub  # slow to import, and rarely needed
+
     repository, _, revision = name.partition("@")
     try:
-        with hub_requests(name):
-            folder = snapshot_download(
+        with hub.hub_requests(name):
+            folder = hub.snapshot_download(
                 repository, revision=revision or None, allow_patterns=list(patterns)
             )
     # The hub's library raises its own errors, those of the network library and of the system.

@@ -1,51 +1,74 @@
 """The application: its help, and the table of its commands."""
 
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 import coterie
 from coterie.cli import options as o
-from coterie.cli.bench import bench
-from coterie.cli.calibrate import calibrate_command
-from coterie.cli.chat import chat
-from coterie.cli.compare import compare
-from coterie.cli.doctor import doctor_command
-from coterie.cli.eval import evaluate
-from coterie.cli.generate import generate
-from coterie.cli.grade import grade
-from coterie.cli.inspect import inspect
-from coterie.cli.plan import plan_command
-from coterie.cli.policies import policies
-from coterie.cli.quantize import quantize
-from coterie.cli.replay import replay_command
-from coterie.cli.serve import serve
-from coterie.cli.study import study
-from coterie.cli.trace import trace
-from coterie.cli.train import train
 from coterie.errors import ConfigError
 from coterie.routing import import_policies, load_installed_policies
 
+# Name: "module.function" of this package, imported when the command is asked for.
 COMMANDS = {
-    "generate": generate, "chat": chat, "serve": serve, "compare": compare, "inspect": inspect,
-    "policies": policies,
-    "eval": evaluate, "grade": grade, "calibrate": calibrate_command, "quantize": quantize,
-    "train": train, "study": study, "trace": trace, "replay": replay_command,
-    "plan": plan_command, "doctor": doctor_command,
+    "generate": "generate.generate", "chat": "chat.chat", "serve": "serve.serve",
+    "compare": "compare.compare", "inspect": "inspect.inspect", "policies": "policies.policies",
+    "eval": "eval.evaluate", "grade": "grade.grade", "calibrate": "calibrate.calibrate_command",
+    "quantize": "quantize.quantize", "train": "train.train", "study": "study.study",
+    "trace": "trace.trace", "replay": "replay.replay_command", "plan": "plan.plan_command",
+    "doctor": "doctor.doctor_command", "bench": "bench.bench",
 }  # fmt: skip
 
 IMPORT_HELP = "Python file that registers routing policies (docs/adding.md); for any command."
 PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
 
+
+class LazyCommands(Mapping[str, TyperCommand | TyperGroup]):
+    """Commands by name: those of ``COMMANDS``, and others that are made already."""
+
+    def __init__(self, made: Mapping[str, TyperCommand | TyperGroup]) -> None:
+        self._made = dict(made)
+
+    def __getitem__(self, name: str) -> TyperCommand | TyperGroup:
+        if name not in self._made:
+            self._made[name] = _make_command(name)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS | self._made)
+
+    def __len__(self) -> int:
+        return len(COMMANDS | self._made)
+
+
+def _make_command(name: str) -> Any:
+    module, function = COMMANDS[name].split(".")
+    command = getattr(import_module(f"coterie.cli.{module}"), function)
+    if isinstance(command, typer.Typer):
+        return typer.main.get_command(command)
+    alone = typer.Typer(add_completion=False)
+    o.add_command(alone, name, command)
+    return typer.main.get_command(alone)
+
+
+class LazyGroup(TyperGroup):
+    """Imports a command when it is asked for."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = LazyCommands(self.commands)
+
+
 app = typer.Typer(
+    cls=LazyGroup,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings=o.HELP_NAMES,
 )
-for name, command in COMMANDS.items():
-    o.add_command(app, name, command)
-app.add_typer(bench, name="bench")
 
 
 @app.callback(invoke_without_command=True)

@@ -28,7 +28,7 @@ from coterie.model.weights import weight_bytes
 NO_BASELINE = "none"
 DEFAULT_TOKENS = 32  # tokens of a block, which the titles of records leave out
 
-bench = typer.Typer(rich_markup_mode="rich", context_settings=o.HELP_NAMES)
+bench = typer.Typer(name="bench", add_completion=False, context_settings=o.HELP_NAMES)
 
 
 @bench.callback(invoke_without_command=True)

@@ -9,6 +9,7 @@ from rich.table import Table
 from coterie.cli import options as o
 from coterie.cli import output
 from coterie.cli.engine_options import DecodeOptions, EngineOptions, check_engine
+from coterie.cli.prompt_options import PromptOptions
 from coterie.files import atomic_write_json
 from coterie.lab import calibration as lab
 from coterie.lab.calibration.calibration import check_target
@@ -22,7 +23,7 @@ DEFAULT_PROBLEMS = 40  # of each task
 
 def calibrate_command(
     family: str, *, target: str, confident: bool = False, per_layer: bool = False,
-    prompts: o.PromptOptions, decode: DecodeOptions, engine_options: EngineOptions,
+    prompts: PromptOptions, decode: DecodeOptions, engine_options: EngineOptions,
     batch_size: int | None = None, trust_code: bool = False, out: Path | None = None,
     json: bool = False,
 ) -> None:  # fmt: skip

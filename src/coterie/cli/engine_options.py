@@ -1,4 +1,7 @@
-"""From the options of a command to an engine and its generation settings."""
+"""From the options of a command to an engine and its generation settings.
+
+What only a few options need is imported where it is used: every command imports this module.
+"""
 
 import os
 import sys
@@ -6,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
@@ -22,15 +25,14 @@ from coterie.decoding.kv_schemes import (
 from coterie.decoding.refinements import parse_unmask
 from coterie.engine.engine import Engine, load
 from coterie.errors import ConfigError
-from coterie.lab.calibration import read_calibrated_policy
-from coterie.lab.planner.request import PlanRequest, first_choice
-from coterie.lab.replay.cache_simulation import TraceVotes
-from coterie.lab.replay.trace_file import is_trace, read_trace
 from coterie.loading.expert_memory import ExpertMemoryConfig
 from coterie.loading.load import choose_device
 from coterie.loading.low_precision import LowPrecisionExperts
 from coterie.loading.saved_votes import SavedVotes, read_votes
 from coterie.routing import check_coreset_reuse, format_policy, parse_policy
+
+if TYPE_CHECKING:
+    from coterie.lab.calibration import CalibratedPolicy
 
 PROGRESS_BYTES = 256 << 20  # bytes of weights from which loading shows a bar
 FILE_PREFIX = "@"
@@ -127,6 +129,8 @@ def planned_options(options: EngineOptions, policy: str) -> EngineOptions:
 
     A note says what was chosen, and its prediction. The policy stays as it is.
     """
+    from coterie.lab.planner.request import PlanRequest, first_choice
+
     given = ("expert_memory", "simulate_expert_memory", "host_memory", "fallback_model", "dtype")
     for name in given:
         if getattr(options, name) is not None:
@@ -183,6 +187,9 @@ class SamplingOptions:
 
 def load_votes(path: Path) -> SavedVotes:
     """The votes of a file of votes, or the mean votes of a trace."""
+    from coterie.lab.replay.cache_simulation import TraceVotes
+    from coterie.lab.replay.trace_file import is_trace, read_trace
+
     if not is_trace(path):
         return read_votes(path)
     trace = read_trace(path)
@@ -202,10 +209,16 @@ def read_prompt(source: str) -> str:
 def canonical_policy(spec: str) -> str:
     """The policy in its canonical form; for ``@file``, the calibrated policy of that file."""
     if spec.startswith(FILE_PREFIX):
-        return read_calibrated_policy(spec.removeprefix(FILE_PREFIX)).policy
+        return _calibrated(spec).policy
     if os.path.isfile(spec):  # False for a name that is too long
         raise ConfigError(f"policy {spec!r} is a file; {FILE_PREFIX}{spec} reads it")
     return format_policy(parse_policy(spec))
+
+
+def _calibrated(spec: str) -> "CalibratedPolicy":
+    from coterie.lab.calibration import read_calibrated_policy
+
+    return read_calibrated_policy(spec.removeprefix(FILE_PREFIX))
 
 
 def distinct_policies(specs: Sequence[str]) -> list[str]:
@@ -253,8 +266,7 @@ def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOption
     for spec in specs:
         _note_oversize(engine, spec)
         if spec.startswith(FILE_PREFIX):
-            calibrated = read_calibrated_policy(spec.removeprefix(FILE_PREFIX))
-            for note in calibrated.check_model(engine.model, generation):
+            for note in _calibrated(spec).check_model(engine.model, generation):
                 print_note(note)
 
 

@@ -15,6 +15,7 @@ from coterie.cli import options as o
 from coterie.cli import output
 from coterie.cli.eval_output import EvalProgress, accuracy_document, accuracy_tables, live_progress
 from coterie.cli.output import print_note
+from coterie.cli.prompt_options import task_names
 from coterie.engine.engine import Engine
 from coterie.errors import ConfigError, CoterieError
 from coterie.files import atomic_write
@@ -45,7 +46,7 @@ class ItemOptions:
 
     def open(self, model: str | None, *, trust_code: bool) -> list[Task]:
         """The tasks; raises ConfigError for options without effect."""
-        names = o.task_names(self.task, model, self.data, self.num_problems)
+        names = task_names(self.task, model, self.data, self.num_problems)
         if self.samples is not None and choices.NAME not in names:
             raise ConfigError("--samples has no effect on tasks that generate answers")
         family, count = inspect(model).family.name, self.num_problems or o.DEFAULT_PROBLEMS

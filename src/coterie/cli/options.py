@@ -7,32 +7,12 @@ import functools
 import inspect
 import tomllib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
-
-from coterie.checkpoints import model_info
-from coterie.checkpoints.source import EMBEDDED
-from coterie.cli.output import print_note
-from coterie.decoding.kv_schemes import KV_SCHEMES
-from coterie.decoding.refinements import ALL_RULES
-from coterie.errors import ConfigError
-from coterie.lab.bench.baselines import BASELINES
-from coterie.lab.bench.shapes import SHAPES
-from coterie.lab.calibration import (
-    PromptSet,
-    prompts_from_file,
-    prompts_from_tasks,
-    prompts_from_texts,
-)
-from coterie.lab.evals.task import TaskOptions
-from coterie.lab.evals.tasks import TASKS, check_task_name
-from coterie.lab.problems import PROBLEM_MAKERS
-from coterie.lab.replay.replay import EVICTION_NAMES
-from coterie.loading.low_precision import PRECISION_POLICIES
-from coterie.offload.eviction import EVICTIONS
 
 DEFAULT_PROBLEMS = 50  # problems that `coterie eval` draws of each task of the package
 DEFAULT_BATCH_SIZE = 16
@@ -44,19 +24,29 @@ SHARED_TEXTS = {"comparison", "summary"}  # all others are each of one experimen
 EXPERIMENTS = sorted({path.stem for path in TEXTS.glob("*.toml")} - SHARED_TEXTS)
 
 
-# Lists of names that texts of the table show.
-NAMES = {
-    "baselines": BASELINES,
-    "evictions": EVICTIONS,
-    "experiments": EXPERIMENTS,
-    "kv_caches": KV_SCHEMES,
-    "precision_policies": PRECISION_POLICIES,
-    "problems": PROBLEM_MAKERS,
-    "replay_evictions": EVICTION_NAMES,
-    "rules": ALL_RULES,
-    "shapes": SHAPES,
-    "tasks": TASKS,
+# Lists of names that texts of the table show, each by its place.
+NAME_LISTS = {
+    "baselines": "coterie.lab.bench.baselines.BASELINES",
+    "evictions": "coterie.offload.eviction.EVICTIONS",
+    "experiments": "coterie.cli.options.EXPERIMENTS",
+    "kv_caches": "coterie.decoding.kv_schemes.KV_SCHEMES",
+    "precision_policies": "coterie.loading.low_precision.PRECISION_POLICIES",
+    "problems": "coterie.lab.problems.PROBLEM_MAKERS",
+    "replay_evictions": "coterie.lab.replay.replay.EVICTION_NAMES",
+    "rules": "coterie.decoding.refinements.ALL_RULES",
+    "shapes": "coterie.lab.bench.shapes.SHAPES",
+    "tasks": "coterie.lab.evals.tasks.TASKS",
 }
+
+
+class NameLists(dict[str, str]):
+    """The lists as text, each imported when a text has it."""
+
+    def __missing__(self, key: str) -> str:
+        module, _, name = NAME_LISTS[key].rpartition(".")
+        return ", ".join(getattr(import_module(module), name))
+
+
 TABLE = tomllib.loads(Path(__file__).with_name("options.toml").read_text("utf-8"))
 ARGUMENTS, NO_PANEL = "Arguments", "Options"  # panels of the table
 
@@ -103,65 +93,10 @@ def _description(sections: Sequence[str], name: str, hint: object, *, is_argumen
         if name in entries and (panel == ARGUMENTS) == is_argument
     )
     settings: dict[str, Any] = {"help": entry} if isinstance(entry, str) else dict(entry)
-    names = {key: ", ".join(names) for key, names in NAMES.items()}
-    settings["help"] = settings["help"].format_map(names)
+    settings["help"] = settings["help"].format_map(NameLists())
     if is_argument:
         return typer.Argument(**settings)
     flags = settings.pop("flags", [])
     if not any(flag.startswith("--") for flag in flags):
         flags = [f"--{name.replace('_', '-')}", *flags]
     return typer.Option(*flags, rich_help_panel=None if panel == NO_PANEL else panel, **settings)
-
-
-@dataclass(frozen=True)
-class PromptOptions:
-    """The prompts of a calibration or a trace."""
-
-    task: list[str] | None = None
-    prompt_file: Path | None = None
-    num_problems: int | None = None
-    seed: int = 1
-    data: Path | None = None
-    shots: int | None = None
-
-    def load(self, model: str | None, *, default_count: int, trust_code: bool = False) -> PromptSet:
-        """The prompts; a note says where a benchmark would ask the same ones."""
-        if self.task and self.prompt_file:
-            raise ConfigError("--prompt-file replaces --task; give one of them")
-        count = self.num_problems or default_count
-        family = model_info.inspect(model).family.name
-        options = TaskOptions(family, self.data, self.shots, count, self.seed, trust_code)
-        if self.prompt_file is not None:
-            return prompts_from_file(self.prompt_file)
-        if self.task == [TEXT_TASK] and self.data is not None:
-            return prompts_from_texts(self.data)
-        names = task_names(self.task, model, self.data, flags="--task or --prompt-file")
-        prompts = prompts_from_tasks(names, count, options)
-        if prompts.includes_test_items:
-            print_note(
-                "these are a benchmark's own items: an evaluation on them is no longer held out; "
-                "--data or --prompt-file takes others"
-            )
-        return prompts
-
-
-def task_names(
-    requested: Sequence[str] | None,
-    model: str | None,
-    data: Path | None,
-    count: int | None = None,
-    *,
-    flags: str = "--task",
-) -> list[str]:
-    """The tasks, by default those of the package; raises for an option that none of them uses."""
-    if not requested and model not in (None, EMBEDDED):
-        raise ConfigError(f"{flags} is needed with a model; tasks: {', '.join(TASKS)}")
-    names = list(dict.fromkeys(requested or PROBLEM_MAKERS))
-    for name in names:
-        check_task_name(name)
-    generated, text = [name for name in names if name in PROBLEM_MAKERS], ", ".join(names)
-    if count is not None and not generated:
-        raise ConfigError(f"--num-problems has no effect on {text}; --limit takes fewer items")
-    if data is not None and len(generated) == len(names):
-        raise ConfigError(f"--data has no effect on {text}: their problems are drawn")
-    return names

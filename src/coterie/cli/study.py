@@ -11,9 +11,9 @@ from rich.progress import Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from coterie.checkpoints.model_info import inspect
-from coterie.cli import options as o
 from coterie.cli import output
 from coterie.cli.engine_options import EngineOptions
+from coterie.cli.prompt_options import task_names
 from coterie.lab.evals.task import TaskOptions
 from coterie.lab.evals.tasks import open_tasks
 
@@ -50,7 +50,7 @@ def study(
         prompts=num_prompts or (QUICK_PROMPTS if quick else lab.StudyConfig.prompts),
         seed=seed,
     )
-    names = o.task_names(task, model, data)
+    names = task_names(task, model, data)
     per_task, family = -(-config.items // len(names)), inspect(model).family.name
     task_options = TaskOptions(family, data, count=per_task, seed=seed, trust=trust_code)
     tasks = open_tasks(names, task_options)  # raises before weights are loaded

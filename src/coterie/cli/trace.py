@@ -8,8 +8,8 @@ from typing import Any
 from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 
 from coterie.cli import engine_options as engines
-from coterie.cli import options as o
 from coterie.cli import output
+from coterie.cli.prompt_options import PromptOptions
 from coterie.lab.records import git_commit
 from coterie.lab.replay.cache_simulation import TraceVotes
 from coterie.lab.replay.recorder import bias_of, record_trace, trace_header
@@ -25,7 +25,7 @@ DEFAULT_PROBLEMS = 20  # of each task
 
 
 def trace(
-    *, out: Path, prompts: o.PromptOptions, policy: str = engines.VANILLA,
+    *, out: Path, prompts: PromptOptions, policy: str = engines.VANILLA,
     max_forwards: int | None = None, decode: engines.DecodeOptions,
     engine_options: engines.EngineOptions, coreset_reuse: float | None = None,
     batch_size: int | None = None, save_votes: Path | None = None, overwrite: bool = False,

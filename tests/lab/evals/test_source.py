@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 from benchmark_files import ROWS, write_benchmark, write_rows
 
+from coterie.checkpoints import hub
 from coterie.errors import CoterieError
 from coterie.lab.evals.task import TaskOptions
 from coterie.lab.evals.tasks import gsm8k, open_tasks, source
@@ -93,7 +94,7 @@ def test_without_data_the_published_file_is_downloaded(tmp_path, monkeypatch):
         return str(write_rows(tmp_path / "hub.jsonl", [row]))
 
     monkeypatch.delenv(source.DATA_ENV_VAR, raising=False)
-    monkeypatch.setattr(source, "hf_hub_download", deliver)
+    monkeypatch.setattr(hub, "hf_hub_download", deliver)
     [task] = open_tasks(["math500"], TaskOptions("llada2"))
     assert downloads == [("HuggingFaceH4/MATH-500", "test.jsonl", "dataset")]
     assert task.settings()["data"] == "HuggingFaceH4/MATH-500"
@@ -105,7 +106,7 @@ def test_a_failed_download_is_one_line_with_a_solution(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.delenv(source.DATA_ENV_VAR, raising=False)
-    monkeypatch.setattr(source, "hf_hub_download", fail)
+    monkeypatch.setattr(hub, "hf_hub_download", fail)
     with pytest.raises(CoterieError, match=r"no route.*`data`.*gsm8k/test.jsonl"):
         source.read_benchmark(gsm8k.TEST, None)
 

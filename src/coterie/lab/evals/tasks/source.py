@@ -15,9 +15,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-
-from coterie.checkpoints.hub import hub_requests
 from coterie.errors import TaskError
 from coterie.files import read_file
 from coterie.strict_json import describe_json_error
@@ -114,9 +111,11 @@ def _find_below(folder: Path, benchmark: BenchmarkFile) -> Path:
 
 
 def _download(benchmark: BenchmarkFile, file: str) -> Path:
+    from coterie.checkpoints import hub  # slow to import, and rarely needed
+
     try:
-        with hub_requests(benchmark.repository):
-            return Path(hf_hub_download(benchmark.repository, file, repo_type="dataset"))
+        with hub.hub_requests(benchmark.repository):
+            return Path(hub.hf_hub_download(benchmark.repository, file, repo_type="dataset"))
     # The library raises its own errors, the network library's and the system's.
     except Exception as error:
         reason = " ".join(str(error).split("\n")[0].split()).split(". ")[0][:120]
