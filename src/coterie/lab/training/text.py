@@ -28,6 +28,7 @@ from coterie.lab.training.data import IGNORE_INDEX, block_visibility
 from coterie.lab.training.feed import TrainingBatch
 from coterie.lab.training.loop import TrainingConfig
 from coterie.lab.training.network import NetworkShape, TrainingNetwork, attention_groups
+from coterie.lab.training.optim import OptimizerOptions
 from coterie.lab.training.vocabulary import (
     END_OF_TEXT,
     MASK_TOKEN,
@@ -38,6 +39,8 @@ from coterie.lab.training.vocabulary import (
 DEFAULT_STEPS = 20_000
 MAX_TEXT_BYTES = 1 << 28  # of one file
 SHAPE = NetworkShape(vocab_size=4096, layers=4, experts=256)
+# Half of the embedded model's: a batch has 2,048 targets, and their noise bounds the rates.
+RATES = OptimizerOptions(matrix=0.01, embedding=0.005, head=0.0015, router=0.001, norm=0.0015)
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"  # a completion
 ROWS, BLOCKS = 4, 16  # of a batch; of a row's text
 SUFFIX_SHARE = 0.25  # blocks that are masked from some position on, as after a prompt
@@ -57,6 +60,8 @@ def make_config(
         precision="fp32",
         save_every=save_every,
         shape=SHAPE,
+        optimizer=RATES,
+        decay_fraction=0.6,
     )
 
 
