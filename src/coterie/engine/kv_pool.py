@@ -10,13 +10,14 @@ from coterie.model.cache import KVCache
 from coterie.model.spec import ModelSpec
 
 SPARE_POSITIONS = 256  # a cache grows in multiples of this
+IDLE_BYTES = 256 << 20  # a larger cache on a CPU is freed when no request is active
 
 
 class KVCachePool:
     """One KV cache for all requests; it is copied into a larger one if rows or positions run out.
 
     On a GPU the cache is kept between requests, since captured CUDA graphs hold its addresses. On
-    a CPU it is freed when no request is active.
+    a CPU only a small one is.
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
@@ -49,7 +50,8 @@ class KVCachePool:
 
     def free(self, row: int) -> None:
         self._free_rows = sorted((*self._free_rows, row))
-        if self._device.type == "cpu" and len(self._free_rows) == self._num_rows:
+        is_idle = len(self._free_rows) == self._num_rows
+        if is_idle and self._device.type == "cpu" and self.full_cache().nbytes > IDLE_BYTES:
             self._cache, self._free_rows, self._num_rows = None, [], 0
             self._written.clear()
 

@@ -46,6 +46,10 @@ class KVCache:
     def length(self) -> int:
         return self.keys[0].shape[2]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.keys + self.values)
+
     def select_rows(self, indices: Sequence[int]) -> KVCache:
         """A view of these rows in this order; consecutive rows are a slice."""
         if self.row_indices is not None:
