@@ -45,7 +45,9 @@ def canvas(
         step = model(input_ids=torch.tensor([prompt]), decoder_input_ids=first)
         conditioning = step.logits / temperature
         next_step = model(
-            cache=step.cache, decoder_input_ids=second, self_conditioning_logits=conditioning
+            past_key_values=step.past_key_values,
+            decoder_input_ids=second,
+            self_conditioning_logits=conditioning,
         )
     steps = [output.logits[0].tolist() for output in (step, next_step)]
     return {"logits": steps, "margin": min(margin)}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from peer_process import PeerProcess
+from peer_process import SEEDS, PeerProcess, fresh
 from torch import Tensor
 
 from coterie.decoding import DecodeRequest, SequenceState
@@ -23,23 +22,8 @@ from coterie.values import NO_MASK
 
 pytestmark = pytest.mark.peers
 
-WORKER = Path(__file__).parent / "huggingface_worker.py"
-FRESH = settings(
-    max_examples=60,
-    derandomize=False,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-SEEDS = st.integers(0, 2**32 - 1)
 VOCABULARY, MASK, EOS = 24, 23, 22
 MIN_MARGIN = 1e-6  # probabilities may differ by less than this between two programs
-
-
-@pytest.fixture(scope="module")
-def peer() -> Iterator[PeerProcess]:
-    process = PeerProcess("transformers", WORKER)
-    yield process
-    process.close()
 
 
 def random_logits(*shape: int, seed: int, heat: float) -> Tensor:
@@ -68,9 +52,9 @@ def pipeline_options(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(pipeline_options(), st.integers(1, 12), SEEDS, st.sampled_from((1.0, 3.0, 6.0)))
-@FRESH
+@fresh(60)
 def test_every_forward_of_llada2_writes_the_tokens_of_diffusers(
-    peer: PeerProcess, options: dict[str, Any], length: int, seed: int, heat: float
+    huggingface: PeerProcess, options: dict[str, Any], length: int, seed: int, heat: float
 ) -> None:
     """Whole answers; the model's logits are random numbers of the forward.
 
@@ -80,7 +64,9 @@ def test_every_forward_of_llada2_writes_the_tokens_of_diffusers(
     blocks = (length + options["gen_length"]) // width + 1
     logits = random_logits(blocks, width + 5, width, seed=seed, heat=heat)
     prompt = torch.randint(EOS, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    reply = peer.call("llada2_pipeline", prompt=prompt, logits=logits.tolist(), options=options)
+    reply = huggingface.call(
+        "llada2_pipeline", prompt=prompt, logits=logits.tolist(), options=options
+    )
     assume(reply["margin"] > MIN_MARGIN)
     theirs = reply["blocks"] if options["editing_threshold"] else needed_forwards(reply["blocks"])
     sequence = SequenceState(request_of(prompt, options))
@@ -130,14 +116,16 @@ def blocks_after_forwards(sequence: SequenceState, logits: Tensor) -> list[list[
 
 
 @given(SEEDS, st.integers(1, 20), st.floats(0.5, 8), st.data())
-@FRESH
+@fresh(60)
 def test_a_step_keeps_the_tokens_of_the_entropy_bound(
-    peer: PeerProcess, seed: int, width: int, heat: float, data: st.DataObject
+    huggingface: PeerProcess, seed: int, width: int, heat: float, data: st.DataObject
 ) -> None:
     bound, steps = data.draw(st.floats(0, 9)), data.draw(st.integers(1, 9))
     step = data.draw(st.integers(0, steps - 1))
     logits = random_logits(width, seed=seed, heat=heat)
-    kept = peer.call("entropy_bound", logits=logits.tolist(), step=step, steps=steps, bound=bound)
+    kept = huggingface.call(
+        "entropy_bound", logits=logits.tolist(), step=step, steps=steps, bound=bound
+    )
     rule = RenoiseRule(bound=bound, steps=steps)
     proposal = proposal_of(logits / rule.temperature(step))
     everywhere = torch.ones(width, dtype=torch.bool)
@@ -151,14 +139,18 @@ def test_a_step_keeps_the_tokens_of_the_entropy_bound(
     st.integers(0, 3),
     st.sampled_from((0.005, 0.2, 2.0)),
 )
-@FRESH
+@fresh(60)
 def test_a_canvas_is_final_in_the_step_of_transformers(
-    peer: PeerProcess, seed: int, steps: list[tuple[bool, float]], stable: int, certain: float
+    huggingface: PeerProcess,
+    seed: int,
+    steps: list[tuple[bool, float]],
+    stable: int,
+    certain: float,
 ) -> None:
     """Each step has the most probable tokens of one of two canvases, more or less certain."""
     canvases = random_logits(2, 5, seed=seed, heat=1.0)
     logits = torch.stack([canvases[int(second)] * heat for second, heat in steps])
-    expected = peer.call(
+    expected = huggingface.call(
         "stable_and_confident", logits=logits.tolist(), stability=stable, confidence=certain
     )
     rule = RenoiseRule(steps=len(steps) + 1, stable=stable, certain=certain)

@@ -1,7 +1,4 @@
-"""Other engines, each in a process under the Python of an environment of its own.
-
-``scripts/peers NAME`` makes the environment ``NAME`` in ``$COTERIE_PEERS``, else in ``.peers``.
-"""
+"""Other engines, each in a process under the Python of an environment of its own."""
 
 from __future__ import annotations
 
@@ -11,13 +8,19 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from shared_data import peer_folder
 
-ENVIRONMENTS = Path(os.environ.get("COTERIE_PEERS") or Path(__file__).parents[2] / ".peers")
+SEEDS = st.integers(0, 2**32 - 1)
 
 
-def peer_python(name: str) -> Path:
-    return ENVIRONMENTS / name / "bin" / "python"
+def fresh(examples: int) -> settings:
+    """So many examples that are new in each run; a failing one is printed and tried again."""
+    slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    return settings(
+        max_examples=examples, derandomize=False, print_blob=True, suppress_health_check=slow
+    )
 
 
 class PeerProcess:
@@ -28,9 +31,7 @@ class PeerProcess:
     """
 
     def __init__(self, name: str, script: Path) -> None:
-        python = peer_python(name)
-        if not python.exists():
-            pytest.skip(f"{python} is absent: scripts/peers {name}")
+        python = peer_folder(name) / "bin" / "python"
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self._process = subprocess.Popen(
