@@ -1,6 +1,6 @@
 """References outside the repository: golden vectors, published benchmark files, other engines.
 
-The files are looked for in ``$COTERIE_SHARED``, else in the folder ``shared`` beside the repository.
+Files are looked for in ``$COTERIE_SHARED``, else in the folder ``shared`` beside the repository.
 ``scripts/peers`` installs the engines in ``$COTERIE_PEERS``, else in ``.peers``.
 A test that needs them calls ``golden(...)`` or ``benchmark(...)`` and is skipped where they are
 absent; the header and the summary of the run then say so.
