@@ -23,7 +23,7 @@ from coterie.testing import random_tensors, tiny_config, write_checkpoint
 pytestmark = pytest.mark.peers
 
 TOLERANCE = 4e-6  # of the largest logit
-GEMMA_TOLERANCE = 2e-5  # its attention has no scale: scores are larger, and so is what rounds
+GEMMA_TOLERANCE = 5e-5  # its attention has no scale: errors of rounding grow with the scores
 MIN_MARGIN = 1e-5  # scores of experts may differ by less than this between two programs
 
 Checkpoint = tuple[dict[str, Any], dict[str, Tensor]]  # config and weights
