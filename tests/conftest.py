@@ -27,10 +27,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(import_module("process_setup"))
 
 
-def pytest_report_header() -> list[str]:
-    return missing()
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return missing(config.getoption("markexpr"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for line in missing():
+    for line in missing(terminalreporter.config.getoption("markexpr")):
         terminalreporter.write_sep("!", line, yellow=True, bold=True)

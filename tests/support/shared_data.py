@@ -1,6 +1,7 @@
-"""Reference data that lie outside the repository: golden vectors and published benchmark files.
+"""References outside the repository: golden vectors, published benchmark files, other engines.
 
-They are looked for in ``$COTERIE_SHARED``, else in the folder ``shared`` beside the repository.
+Files are looked for in ``$COTERIE_SHARED``, else in the folder ``shared`` beside the repository.
+``scripts/peers`` installs the engines in ``$COTERIE_PEERS``, else in ``.peers``.
 A test that needs them calls ``golden(...)`` or ``benchmark(...)`` and is skipped where they are
 absent; the header and the summary of the run then say so.
 """
@@ -16,6 +17,8 @@ import pytest
 
 CHROMIUM = Path(os.environ.get("COTERIE_CHROMIUM", "/usr/bin/chromium"))
 SHARED = Path(os.environ.get("COTERIE_SHARED") or Path(__file__).parents[3] / "shared")
+
+PEERS = Path(os.environ.get("COTERIE_PEERS") or Path(__file__).parents[2] / ".peers")
 
 
 def golden(*parts: str) -> Path:
@@ -54,8 +57,15 @@ def benchmark(*parts: str) -> Path:
     return _present("data", *parts)
 
 
-def missing() -> list[str]:
-    """What the run cannot check, one line each."""
+def peer_folder(name: str) -> Path:
+    """``peer_folder("transformers")``: the virtual environment of another engine."""
+    if not _is_installed(name):
+        pytest.skip(f"{PEERS / name} is absent")
+    return PEERS / name
+
+
+def missing(marks: str) -> list[str]:
+    """What a run of the tests with these ``marks`` (pytest's ``-m``) cannot check, a line each."""
     wanted = {"golden": "parity with the golden vectors", "data": "the published benchmark files"}
     wanted |= {"cases": "files as they are in the field"}
     absent = [
@@ -69,7 +79,13 @@ def missing() -> list[str]:
         absent.append("NOT TESTED: kernels for a GPU (triton is not installed)")
     if find_spec("playwright") is None or not CHROMIUM.exists():
         absent.append(f"NOT TESTED: the page (no {CHROMIUM}, or no playwright; COTERIE_CHROMIUM)")
+    if marks == "peers" and not _is_installed("transformers"):
+        absent.append(f"NOT TESTED: against transformers and diffusers (no {PEERS}/transformers)")
     return absent
+
+
+def _is_installed(peer: str) -> bool:
+    return (PEERS / peer / ".made").exists()
 
 
 def _present(*parts: str) -> Path:
