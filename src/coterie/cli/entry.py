@@ -14,8 +14,8 @@ from typer.core import TyperGroup, TyperOption
 from coterie.cli.app import COMMANDS, app
 from coterie.cli.interrupts import INTERRUPTED, install_handler, interrupt
 from coterie.cli.old_names import with_new_names
-from coterie.cli.output import OLD_NAMES, print_note
-from coterie.errors import ConfigError
+from coterie.cli.output import OLD_NAMES, print_note, stdout_errors
+from coterie.errors import WORD_CHARACTERS, ConfigError, clip, shorten
 from coterie.loading.memory_errors import is_out_of_memory, out_of_memory_message
 
 BAD_INPUT, BROKEN_PIPE = 2, 1
@@ -23,6 +23,11 @@ RESUMES = "stopped; the same command continues from what it has kept"
 STOP_NOTES = {"study": RESUMES, "quantize": RESUMES} | dict.fromkeys(
     ("generate", "compare", "grade", "replay", "inspect"), "stopped"
 )  # others say themselves what they have kept
+NUMBER_ERRORS = {
+    "Unable to parse input string as an integer, exceeded maximum size": "it has too many digits",
+    "Input should be a valid integer, unable to parse string as an integer": "not a whole number",
+    "Input should be a valid number, unable to parse string as a number": "not a number",
+}
 FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
 
@@ -58,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
         print_note("stopped")
         return INTERRUPTED
     except typer.TyperException as error:
-        return _print_error(error.format_message())
+        return _print_error(_usage_message(error))
     # The library raises a ValueError for wrong arguments; COTERIE_DEBUG shows its traceback.
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         is_expected = isinstance(error, ValueError | OSError) or is_out_of_memory(error)
@@ -152,13 +157,22 @@ def _error_message(error: Exception) -> str:
     """The error as a line; an error of the system without its number: ``runs: Not a directory``."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
+    name = clip(str(error.filename), WORD_CHARACTERS)
     if isinstance(error, FileExistsError):  # from a folder that is to be made
-        return f"{error.filename}: exists, and is no folder"
-    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        return f"{name}: exists, and is no folder"
+    return error.strerror if error.filename is None else f"{name}: {error.strerror}"
+
+
+def _usage_message(error: typer.TyperException) -> str:
+    """The error of a command line, in our words where the library's are those of a program."""
+    message = error.format_message()
+    for words, problem in NUMBER_ERRORS.items():
+        message = message.replace(words, problem)
+    return message
 
 
 def _print_error(message: str) -> int:
-    line = " ".join(message.split())
+    line = shorten(" ".join(message.split()))
     # Where stderr cannot be written to, the exit status still reports the error.
     with suppress(OSError):
         print_note(line)
@@ -170,7 +184,8 @@ def _flush() -> OSError | None:
     if sys.stdout is None:
         return None
     try:
-        sys.stdout.flush()
+        with stdout_errors():
+            sys.stdout.flush()
     except OSError as error:
         # The interpreter flushes once more when it ends: send that to the null device.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
