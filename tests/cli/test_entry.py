@@ -18,6 +18,7 @@ from coterie.engine.events import Event
 from coterie.testing import write_checkpoint
 
 FULL_DISK = "coterie: standard output: No space left on device\n"
+LIBRARY_WORDS = ("parse", "Input", "sys.set_int")
 
 Capture = pytest.CaptureFixture[str]
 
@@ -141,4 +142,12 @@ def test_an_endless_value_ends_in_a_short_line(flag: str, value: str, capsys: Ca
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert len(line) < 1000
-    assert not any(word in line for word in ("parse", "Input", "sys.set_int"))
+    assert not any(word in line for word in LIBRARY_WORDS)
+
+
+@pytest.mark.parametrize("value", ["1.5", "x", "-1", ""])
+def test_a_bad_number_is_told_in_our_words(value: str, capsys: Capture) -> None:
+    assert run(["generate", "5", "-n", value]) == 2
+    line = capsys.readouterr().err
+    assert "must be" in line
+    assert not any(word in line for word in LIBRARY_WORDS)

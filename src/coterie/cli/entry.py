@@ -23,10 +23,9 @@ RESUMES = "stopped; the same command continues from what it has kept"
 STOP_NOTES = {"study": RESUMES, "quantize": RESUMES} | dict.fromkeys(
     ("generate", "compare", "grade", "replay", "inspect"), "stopped"
 )  # others say themselves what they have kept
-NUMBER_ERRORS = {
-    "Unable to parse input string as an integer, exceeded maximum size": "it has too many digits",
-    "Input should be a valid integer, unable to parse string as an integer": "not a whole number",
-    "Input should be a valid number, unable to parse string as a number": "not a number",
+VALUE_ERRORS = {  # of the library that reads the values
+    r"Unable to parse input string as an integer, exceeded maximum size": "must have fewer digits",
+    r"Input should be (.*?)(, unable to parse .*)?$": r"must be \1",
 }
 FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
@@ -166,8 +165,8 @@ def _error_message(error: Exception) -> str:
 def _usage_message(error: typer.TyperException) -> str:
     """The error of a command line, in our words where the library's are those of a program."""
     message = error.format_message()
-    for words, problem in NUMBER_ERRORS.items():
-        message = message.replace(words, problem)
+    for pattern, problem in VALUE_ERRORS.items():
+        message = re.sub(pattern, problem, message)
     return message
 
 
