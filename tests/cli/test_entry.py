@@ -12,12 +12,14 @@ from typing import TextIO
 import pytest
 
 from coterie.cli import entry
+from coterie.cli.engine_options import EngineOptions
 from coterie.cli.entry import run
 from coterie.engine.engine import Engine
 from coterie.engine.events import Event
 from coterie.testing import write_checkpoint
 
 FULL_DISK = "coterie: standard output: No space left on device\n"
+TARGET = ("--target", "experts=20")
 LIBRARY_WORDS = ("parse", "Input", "sys.set_int")
 
 Capture = pytest.CaptureFixture[str]
@@ -151,3 +153,19 @@ def test_a_bad_number_is_told_in_our_words(value: str, capsys: Capture) -> None:
     line = capsys.readouterr().err
     assert "must be" in line
     assert not any(word in line for word in LIBRARY_WORDS)
+
+
+@pytest.mark.parametrize(
+    "words", [["generate", "5"], ["eval"], ["trace", "-o", "t"], ["calibrate", "topk", *TARGET]]
+)
+def test_an_interrupt_before_anything_is_kept_is_one_line(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(EngineOptions, "open", interrupt)
+    assert run(words) == 130
+    assert tuple(capsys.readouterr()) == ("", "coterie: stopped\n")
+    assert not any(tmp_path.iterdir())

@@ -20,9 +20,7 @@ from coterie.loading.memory_errors import is_out_of_memory, out_of_memory_messag
 
 BAD_INPUT, BROKEN_PIPE = 2, 1
 RESUMES = "stopped; the same command continues from what it has kept"
-STOP_NOTES = {"study": RESUMES, "quantize": RESUMES} | dict.fromkeys(
-    ("generate", "compare", "grade", "replay", "inspect"), "stopped"
-)  # others say themselves what they have kept
+STOP_NOTES = {"study": RESUMES, "quantize": RESUMES}  # others say themselves what they have kept
 VALUE_ERRORS = {  # of the library that reads the values
     r"Unable to parse input string as an integer, exceeded maximum size": "must have fewer digits",
     r"Input should be (.*?)(, unable to parse .*)?$": r"must be \1",
@@ -55,8 +53,8 @@ def run(arguments: Sequence[str]) -> int:
         check_repeats(arguments)
         status = root_command()(arguments, prog_name="coterie", standalone_mode=False)
         command = next((each for each in arguments if each in COMMANDS), "")
-        if status == INTERRUPTED and command in STOP_NOTES:
-            print_note(STOP_NOTES[command])
+        if status == INTERRUPTED:
+            print_note(STOP_NOTES.get(command, "stopped"))
         return status if isinstance(status, int) else 0
     except KeyboardInterrupt:  # before the command ran
         print_note("stopped")
