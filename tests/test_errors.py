@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coterie.errors import CLIP_CHARACTERS, CoterieError, clip, printable, quote
+from coterie.errors import CLIP_CHARACTERS, CoterieError, clip, printable, quote, shorten
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -44,3 +44,25 @@ def test_a_value_nested_without_end_is_short() -> None:
 
 def test_a_message_is_never_longer_than_a_screen() -> None:
     assert len(str(CoterieError("x" * 10**7))) <= 4000
+
+
+@given(
+    text=st.text(st.characters(categories=["L", "Zs"]), min_size=CLIP_CHARACTERS),
+    before=st.sampled_from(["", "the model's ", "'a' and "]),
+)
+def test_a_message_does_not_repeat_a_long_quotation(text: str, before: str) -> None:
+    message = shorten(f"{before}name {text!r}: unknown; use 'b'")
+    assert message.startswith(f"{before}name '{text[:20]}")
+    assert message.endswith("': unknown; use 'b'")
+    assert len(message) <= CLIP_CHARACTERS + 40
+
+
+@given(text=st.text(st.characters(categories=["L", "Zs"]), max_size=CLIP_CHARACTERS))
+def test_a_short_quotation_stays(text: str) -> None:
+    message = f"the models' own {text!r} is no {text!r}, as 'a' says"
+    assert shorten(message) == message
+
+
+def test_a_value_has_the_words_of_json() -> None:
+    values = {"null": None, "true": True, "[null, false]": [None, False]}
+    assert [quote(value) for value in values.values()] == list(values)

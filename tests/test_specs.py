@@ -138,3 +138,11 @@ def test_equal_specs_have_one_hash():
     )
     assert len({first, second}) == 1
     assert format_spec(first, TABLE) == "budget:beta=1/0.5"
+
+
+@given(digits=st.integers(101, 6000), sign=st.sampled_from([1, -1]))
+def test_a_number_without_end_is_refused(digits: int, sign: int) -> None:
+    with pytest.raises(SpecError, match="digits"):
+        Budget(0.5, m=sign * 10**digits)
+    with pytest.raises(SpecError, match="digits"):
+        Budget(sign * 10**digits)

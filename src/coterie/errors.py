@@ -6,13 +6,28 @@ of a forward, an ``OSError`` included, says nothing about the requests, and they
 
 from __future__ import annotations
 
+import json
 import re
 import reprlib
 
-CLIP_CHARACTERS, MESSAGE_CHARACTERS = 80, 4000
+CLIP_CHARACTERS, WORD_CHARACTERS, MESSAGE_CHARACTERS = 80, 320, 4000
 # Everything that a terminal could obey or that reorders text, except newline and tab.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_REPR = reprlib.Repr()
+# A quoted text, between quotation marks that are no apostrophes, or a word without a space.
+QUOTED_OR_WORD = re.compile(r"""(?<!\w)(['"])((?:(?!\1(?!\w)).)*)\1(?!\w)|\S+""", re.DOTALL)
+
+
+class JsonRepr(reprlib.Repr):
+    """Short representations with the names that JSON has for None, True and False."""
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return json.dumps(value)
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return json.dumps(value)
+
+
+_REPR = JsonRepr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 3, CLIP_CHARACTERS, CLIP_CHARACTERS
 
 
@@ -20,7 +35,7 @@ class CoterieError(ValueError):
     """Base of all errors that a caller can fix: bad input or an unmet condition, in one line."""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(printable(clip(message, MESSAGE_CHARACTERS)))
+        super().__init__(printable(shorten(message)))
 
 
 class ConfigError(CoterieError):
@@ -75,6 +90,16 @@ def printable(text: str) -> str:
     return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def shorten(message: str) -> str:
+    """The message without the middle of quotations, words and texts that are too long to read."""
+
+    def clipped(match: re.Match[str]) -> str:
+        mark, quotation = match.groups()
+        return clip(match[0], WORD_CHARACTERS) if mark is None else f"{mark}{clip(quotation)}{mark}"
+
+    return QUOTED_OR_WORD.sub(clipped, clip(message, MESSAGE_CHARACTERS))
+
+
 def clip(text: str, length: int = CLIP_CHARACTERS) -> str:
     """The text, or its start and its end around "..." if it is longer than ``length``."""
     if len(text) <= length:
@@ -83,5 +108,5 @@ def clip(text: str, length: int = CLIP_CHARACTERS) -> str:
 
 
 def quote(value: object) -> str:
-    """The ``repr`` of a value from a file, shortened to fit into a message."""
+    """The ``repr`` of a value from a JSON file, shortened to fit into a message; None is null."""
     return clip(_REPR.repr(value))

@@ -23,6 +23,7 @@ from typing import Annotated, Literal, TypeVar, Union, get_args, get_origin, get
 
 from coterie.errors import CoterieError, SpecError
 from coterie.keys import Key
+from coterie.strict_json import MAX_BITS
 
 ScalarValue = str | int | float
 OptionValue = ScalarValue | tuple[ScalarValue, ...] | None
@@ -40,7 +41,7 @@ class Bounds:
     lt: float = math.inf
 
     def __contains__(self, value: float) -> bool:
-        return self.ge <= value <= self.le and self.gt < value < self.lt and math.isfinite(value)
+        return self.ge <= value <= self.le and self.gt < value < self.lt and abs(value) < math.inf
 
     def __str__(self) -> str:
         bounds = {"above": self.gt, "at least": self.ge, "at most": self.le, "below": self.lt}
@@ -152,6 +153,8 @@ class Option:
     def _check_scalar(self, value: OptionValue, label: str) -> None:
         if value in self.words:
             return
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise SpecError(f"{label} must have at most 100 digits")
         if self.words and self.value_type is str:
             raise SpecError(f"{label} must be one of {', '.join(self.words)}, not {value!r}")
         accepted = (int, float) if self.value_type is float else self.value_type

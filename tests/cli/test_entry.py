@@ -12,10 +12,15 @@ from typing import TextIO
 import pytest
 
 from coterie.cli import entry
+from coterie.cli.engine_options import EngineOptions
 from coterie.cli.entry import run
 from coterie.engine.engine import Engine
 from coterie.engine.events import Event
 from coterie.testing import write_checkpoint
+
+FULL_DISK = "coterie: standard output: No space left on device\n"
+TARGET = ("--target", "experts=20")
+LIBRARY_WORDS = ("parse", "Input", "sys.set_int")
 
 Capture = pytest.CaptureFixture[str]
 
@@ -51,12 +56,13 @@ def exit_status(stdout: TextIO, monkeypatch: pytest.MonkeyPatch, *words: str) ->
     return ended.value.code
 
 
+@pytest.mark.parametrize("words", [["inspect"], ["inspect", "--json"], ["generate", "5", "-m"]])
 def test_a_full_disk_is_one_line(
-    capsys: Capture, model: str, monkeypatch: pytest.MonkeyPatch
+    capsys: Capture, model: str, words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Path("/dev/full").open("w") as full:
-        assert exit_status(full, monkeypatch, "inspect", model) == 2
-    assert capsys.readouterr().err == "coterie: No space left on device\n"
+        assert exit_status(full, monkeypatch, *words, model) == 2
+    assert capsys.readouterr().err == FULL_DISK
 
 
 @pytest.mark.slow
@@ -66,7 +72,7 @@ def test_a_full_disk_is_one_line_of_a_process(
 ) -> None:
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     with Path("/dev/full").open("w") as full, command("inspect", model, stdout=full) as process:
-        assert process.communicate(timeout=300)[1] == "coterie: No space left on device\n"
+        assert process.communicate(timeout=300)[1] == FULL_DISK
     assert process.returncode == 2
 
 
@@ -129,3 +135,37 @@ def test_an_interrupt_before_the_command_runs_is_one_line(
     monkeypatch.setattr(entry, "check_repeats", interrupt)
     assert entry.run(["policies"]) == 130
     assert capsys.readouterr().err == "coterie: stopped\n"
+
+
+@pytest.mark.parametrize("flag", ["--seed", "-n", "--temperature", "-p", "-m", "--expert-memory"])
+@pytest.mark.parametrize("value", ["9" * 400, "9" * 5000, "x" * 5000, "word " * 1000])
+def test_an_endless_value_ends_in_a_short_line(flag: str, value: str, capsys: Capture) -> None:
+    assert run(["generate", "5", flag, value]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert len(line) < 1000
+    assert not any(word in line for word in LIBRARY_WORDS)
+
+
+@pytest.mark.parametrize("value", ["1.5", "x", "-1", ""])
+def test_a_bad_number_is_told_in_our_words(value: str, capsys: Capture) -> None:
+    assert run(["generate", "5", "-n", value]) == 2
+    line = capsys.readouterr().err
+    assert "must be" in line
+    assert not any(word in line for word in LIBRARY_WORDS)
+
+
+@pytest.mark.parametrize(
+    "words", [["generate", "5"], ["eval"], ["trace", "-o", "t"], ["calibrate", "topk", *TARGET]]
+)
+def test_an_interrupt_before_anything_is_kept_is_one_line(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(EngineOptions, "open", interrupt)
+    assert run(words) == 130
+    assert tuple(capsys.readouterr()) == ("", "coterie: stopped\n")
+    assert not any(tmp_path.iterdir())

@@ -189,7 +189,7 @@ def test_an_interrupt_keeps_answers_and_names_the_folder(capsys: Capture, tmp_pa
     assert (status, out) == (130, "")
     hint = re.fullmatch(
         rf"coterie: (\d+) of 200 answers are in {tmp_path}; the same command continues from "
-        r"there\n",
+        r"there\ncoterie: stopped\n",
         err,
     )
     assert hint is not None, err

@@ -194,8 +194,13 @@ def test_sizes_and_numbers_must_be_what_they_are(family: str, key: str, value: o
     ("family", "keys", "said"),
     [
         ("llada2", {"rotary_dim": 6}, "rotary_dim is 6, but partial_rotary_factor 0.5 of 8 is 4"),
-        ("llada2", {"partial_rotary_factor": 1.5}, "rotates 12 of 8"),
+        (
+            "llada2",
+            {"partial_rotary_factor": 1.5},
+            "partial_rotary_factor is 1.5; it must be above 0 and at most 1",
+        ),
         ("llada2", {"partial_rotary_factor": 0.4}, "rotates 3 of 8"),
+        ("llada2", {"model_type": None}, "model_type is null, but"),
         ("llada2", {"n_group": 3}, "n_group is 3, no divisor of num_experts 16"),
         ("llada2", {"topk_group": 5}, "topk_group is 5, more than n_group 4"),
         ("llada2", {"n_group": 16, "topk_group": 8}, "a group's score needs two"),

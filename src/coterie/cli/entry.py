@@ -14,15 +14,17 @@ from typer.core import TyperGroup, TyperOption
 from coterie.cli.app import COMMANDS, app
 from coterie.cli.interrupts import INTERRUPTED, install_handler, interrupt
 from coterie.cli.old_names import with_new_names
-from coterie.cli.output import OLD_NAMES, print_note
-from coterie.errors import ConfigError
+from coterie.cli.output import OLD_NAMES, print_note, stdout_errors
+from coterie.errors import WORD_CHARACTERS, ConfigError, clip, shorten
 from coterie.loading.memory_errors import is_out_of_memory, out_of_memory_message
 
 BAD_INPUT, BROKEN_PIPE = 2, 1
 RESUMES = "stopped; the same command continues from what it has kept"
-STOP_NOTES = {"study": RESUMES, "quantize": RESUMES} | dict.fromkeys(
-    ("generate", "compare", "grade", "replay", "inspect"), "stopped"
-)  # others say themselves what they have kept
+STOP_NOTES = {"study": RESUMES, "quantize": RESUMES}  # others say themselves what they have kept
+VALUE_ERRORS = {  # of the library that reads the values
+    r"Unable to parse input string as an integer, exceeded maximum size": "must have fewer digits",
+    r"Input should be (.*?)(, unable to parse .*)?$": r"must be \1",
+}
 FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
 
 
@@ -51,14 +53,14 @@ def run(arguments: Sequence[str]) -> int:
         check_repeats(arguments)
         status = root_command()(arguments, prog_name="coterie", standalone_mode=False)
         command = next((each for each in arguments if each in COMMANDS), "")
-        if status == INTERRUPTED and command in STOP_NOTES:
-            print_note(STOP_NOTES[command])
+        if status == INTERRUPTED:
+            print_note(STOP_NOTES.get(command, "stopped"))
         return status if isinstance(status, int) else 0
     except KeyboardInterrupt:  # before the command ran
         print_note("stopped")
         return INTERRUPTED
     except typer.TyperException as error:
-        return _print_error(error.format_message())
+        return _print_error(_usage_message(error))
     # The library raises a ValueError for wrong arguments; COTERIE_DEBUG shows its traceback.
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         is_expected = isinstance(error, ValueError | OSError) or is_out_of_memory(error)
@@ -152,13 +154,22 @@ def _error_message(error: Exception) -> str:
     """The error as a line; an error of the system without its number: ``runs: Not a directory``."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
+    name = clip(str(error.filename), WORD_CHARACTERS)
     if isinstance(error, FileExistsError):  # from a folder that is to be made
-        return f"{error.filename}: exists, and is no folder"
-    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+        return f"{name}: exists, and is no folder"
+    return error.strerror if error.filename is None else f"{name}: {error.strerror}"
+
+
+def _usage_message(error: typer.TyperException) -> str:
+    """The error of a command line, in our words where the library's are those of a program."""
+    message = error.format_message()
+    for pattern, problem in VALUE_ERRORS.items():
+        message = re.sub(pattern, problem, message)
+    return message
 
 
 def _print_error(message: str) -> int:
-    line = " ".join(message.split())
+    line = shorten(" ".join(message.split()))
     # Where stderr cannot be written to, the exit status still reports the error.
     with suppress(OSError):
         print_note(line)
@@ -170,7 +181,8 @@ def _flush() -> OSError | None:
     if sys.stdout is None:
         return None
     try:
-        sys.stdout.flush()
+        with stdout_errors():
+            sys.stdout.flush()
     except OSError as error:
         # The interpreter flushes once more when it ends: send that to the null device.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

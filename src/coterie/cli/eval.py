@@ -1,6 +1,5 @@
 """``coterie eval``: benchmark accuracy under several policies."""
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -161,11 +160,10 @@ def print_results(
     if json:
         output.print_document(document)
     elif csv:
-        sys.stdout.write(table)
+        output.print_text(table, end="")
     else:
-        terminal = output.console()
-        for number, accuracy_table in enumerate(accuracy_tables(summaries, terminal)):
-            terminal.print(*([""] if number else []), accuracy_table, sep="\n")
+        for number, accuracy_table in enumerate(accuracy_tables(summaries, output.console())):
+            output.print_parts(*([""] if number else []), accuracy_table)
         if len(summaries) > 1:
             n = summaries[0].accuracy.n
             print_note(f"on {n} items a change below {unchanged_bound(n):.1%} may be chance")

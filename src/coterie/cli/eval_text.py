@@ -1,6 +1,5 @@
 """``coterie eval --task text``: the likelihood of given text under several policies."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -69,7 +68,7 @@ def evaluate_text(
         atomic_write(path.with_suffix(".csv"), rows.encode())
         output.print_note(f"{path}, {path.stem}.csv")
     if csv:
-        sys.stdout.write(rows)
+        output.print_text(rows, end="")
     else:
         output.print_result(document, text_table(summaries), json=json)
 

@@ -73,7 +73,23 @@ def print_text(text: str, end: str = "\n") -> None:
 
     A terminal gets no control characters: they are a model's, or a file's.
     """
-    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
+    with stdout_errors():
+        print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+def print_parts(*parts: RenderableType) -> None:
+    """Tables and lines on standard output, one below the other."""
+    with stdout_errors():
+        console().print(*parts, sep="\n")
+
+
+@contextmanager
+def stdout_errors() -> Iterator[None]:
+    """Errors of writing to standard output name it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def print_note(note: str) -> None:
@@ -95,7 +111,7 @@ def print_result(document: Document | Sequence[object], *parts: RenderableType, 
     if json:
         print_document(document)
     else:
-        console().print(*parts, sep="\n")
+        print_parts(*parts)
 
 
 def with_new_keys(value: object) -> object:

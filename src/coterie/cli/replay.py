@@ -1,6 +1,5 @@
 """``coterie replay``: predicts traffic and time with a small expert memory, from a trace."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +92,7 @@ def replay_command(
     content = results.to_dict(trace, path)
     table = output.format_csv([point.to_dict() for point in results.points])
     if csv:
-        sys.stdout.write(table)
+        output.print_text(table, end="")
     else:
         tables = (results_table(results.points), "", overlap_table(results.overlaps))
         output.print_result(content, *tables, json=json)

@@ -62,7 +62,7 @@ def study(
             engine, tasks, out, config=config, observer=observer, names=experiment or (),
             rerun=rerun or (), command=output.command_line(),
         )  # fmt: skip
-    output.console().print(findings_table(sections))
+    output.print_parts(findings_table(sections))
     output.print_text(str(out / lab.REPORT))
     return EXIT_FAILED if any(section.failure for section in sections) else 0
 

@@ -45,9 +45,8 @@ def detect_family(config: ModelConfig) -> Family:
         or len(architectures) != 1
         or not isinstance(architectures[0], str)
     ):
-        raise config.error(
-            "architectures", f"is {quote(architectures)}; known: {', '.join(FAMILIES)}"
-        )
+        stated = "missing or null" if architectures is None else quote(architectures)
+        raise config.error("architectures", f"is {stated}; known: {', '.join(FAMILIES)}")
     name = architectures[0]
     if name in DENSE_ARCHITECTURES:
         raise config.error("architectures", f"names {name}, a dense model: there are no experts")

@@ -213,7 +213,7 @@ def rotary_dim(config: ModelConfig, dim: int, *, default: float | None) -> int:
     if configured is not None and config.get("partial_rotary_factor") is None:
         rotated = configured
     else:
-        rotated = int(dim * config.number("partial_rotary_factor", default))
+        rotated = int(dim * config.number("partial_rotary_factor", default, maximum=1))
     if configured not in (None, rotated):
         factor = config.values["partial_rotary_factor"]
         raise config.error(
@@ -222,7 +222,8 @@ def rotary_dim(config: ModelConfig, dim: int, *, default: float | None) -> int:
         )
     if not 0 < rotated <= dim or rotated % 2:
         name = "partial_rotary_factor" if configured is None else "rotary_dim"
-        raise config.error(name, f"rotates {rotated} of {dim} features; the number must be even")
+        problem = f"rotates {rotated} of {dim} features; an even number from 2 to {dim} is possible"
+        raise config.error(name, problem)
     return rotated
 
 

@@ -105,7 +105,7 @@ class ModelConfig:
         value = self.get(key)
         return None if value is None else self._checked_int(key, value, minimum, MAX_SIZE)
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def number(self, key: str, default: float | None = None, maximum: float = math.inf) -> float:
         """A finite positive number; required unless it has a default."""
         value = self.get(key)
         if value is None:
@@ -116,6 +116,8 @@ class ModelConfig:
             raise self.error(key, f"is {quote(value)}, not a number")
         if not 0 < value < math.inf:
             raise self.error(key, f"is {quote(value)}; it must be finite and positive")
+        if value > maximum:
+            raise self.error(key, f"is {quote(value)}; it must be above 0 and at most {maximum:g}")
         if value > sys.float_info.max:
             raise self.error(key, "is a number too large to calculate with")
         return float(value)
