@@ -156,6 +156,7 @@ class DecodeOptions:
     threshold: float | None = None
     commit_routing: o.RoutingMode | None = None
     prefill_routing: o.RoutingMode | None = None
+    skip_settled: int | None = None
 
     def to_fields(self) -> GenerationOptions:
         """Fields of a GenerationConfig; raises ConfigError for options that exclude each other."""

@@ -55,7 +55,8 @@ class ExpertUsage:
 class Result:
     """The result of a request.
 
-    ``forwards`` counts denoising forwards. ``prefills`` and ``commits`` only write keys and values.
+    ``forwards`` counts denoising forwards, and ``computed_positions`` what they computed together.
+    ``prefills`` and ``commits`` only write keys and values.
     ``cached_tokens`` is how many tokens of the prompt had their keys in the prefix cache.
     """
 
@@ -86,6 +87,7 @@ class Result:
     # Of all requests, while this one was active; None if all experts are resident.
     traffic: Traffic | None = None
     cached_tokens: int = 0
+    computed_positions: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -105,6 +107,7 @@ class Result:
             "prefills": self.prefills,
             "commits": self.commits,
             "blocks": self.blocks,
+            "computed_positions": self.computed_positions,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
             "policy": self.policy,

@@ -74,6 +74,8 @@ def observe_forwards(
 
     recorder = _ObservationRecorder(on_layer, start_and_kind, _routing_layers(engine.model, layers))
     generation = _with_separate_commits(engine.generation.replace(**options))
+    if generation.skip_settled is not None:
+        raise ConfigError("`skip_settled`: observed forwards compute whole blocks; leave it out")
     observer = Engine(
         engine.model, policy=policy, generation=generation, recorder=recorder, record_all=record_all
     )

@@ -20,7 +20,7 @@ from coterie.strict_json import read_object
 
 TITLE = "Calibrated policy"
 # Keys of ``GenerationConfig`` that affect routing.
-DECODING_FIELDS = ("block", "plan", "unmask", "commit", "prefill", "drift")
+DECODING_FIELDS = ("block", "plan", "unmask", "commit", "prefill", "drift", "skip_settled")
 
 
 @dataclass(frozen=True)
