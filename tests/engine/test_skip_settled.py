@@ -274,4 +274,4 @@ def test_the_command_reports_the_positions(capsys: pytest.CaptureFixture[str]) -
     assert off["computed_positions"] == 32 * off["forwards"]
     assert on["computed_positions"] < 32 * on["forwards"]
     assert command([*words, "--skip-settled", "1", "--kv-cache", "uncached"]) == 2
-    assert "skip_settled" in capsys.readouterr().err
+    assert "--skip-settled" in capsys.readouterr().err

@@ -52,7 +52,7 @@ MAX_GRADERS = 8
 NO_OPTIONS: Mapping[str, object] = {}
 RESULT_FIELDS = (
     *("finish_reason", "new_tokens", "forwards", "blocks", "prefills", "commits"),
-    *("expert_bytes", "vote_mass_kept"),
+    *("expert_bytes", "vote_mass_kept", "computed_positions"),
 )  # fields that an answer takes from its result
 
 AnswerCallback = Callable[[Answer], None]
