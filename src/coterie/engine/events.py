@@ -88,6 +88,7 @@ class Result:
     traffic: Traffic | None = None
     cached_tokens: int = 0
     computed_positions: int = 0
+    skip_settled: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -98,6 +99,8 @@ class Result:
 
         Experts and bytes are per layer and decode forward.
         """
+        names = ("skip_settled", "computed_positions")
+        skipping = {} if self.skip_settled is None else {n: getattr(self, n) for n in names}
         return {
             "text": self.text,
             "finish_reason": self.finish_reason,
@@ -107,7 +110,6 @@ class Result:
             "prefills": self.prefills,
             "commits": self.commits,
             "blocks": self.blocks,
-            "computed_positions": self.computed_positions,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
             "policy": self.policy,
@@ -125,6 +127,7 @@ class Result:
             "vote_mass_kept": self.vote_mass_kept,
             "coresets_kept": self.coreset_reuse_rate,
             "drift": self.reuse_vote_loss,
+            **skipping,
         }
 
 

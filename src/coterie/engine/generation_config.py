@@ -105,8 +105,11 @@ class GenerationConfig:
         return replace(self, max_new_tokens=count) if count else None
 
     def document(self) -> dict[str, Any]:
-        """All options by their keys on disk; ``replace`` accepts them."""
-        return to_json(self)
+        """The options by their keys on disk; ``replace`` accepts them."""
+        document = to_json(self)
+        if self.skip_settled is None:  # omitted, so that runs of earlier versions stay the same
+            del document["skip_settled"]
+        return document
 
     @staticmethod
     def for_family(defaults: FamilyDefaults) -> GenerationConfig:

@@ -73,9 +73,7 @@ def observe_forwards(
         return sequence.next_pass.start - sequence.canvas.prompt_length, sequence.next_pass.kind
 
     recorder = _ObservationRecorder(on_layer, start_and_kind, _routing_layers(engine.model, layers))
-    generation = _with_separate_commits(engine.generation.replace(**options))
-    if generation.skip_settled is not None:
-        raise ConfigError("`skip_settled`: observed forwards compute whole blocks; leave it out")
+    generation = _observable(engine.generation.replace(**options))
     observer = Engine(
         engine.model, policy=policy, generation=generation, recorder=recorder, record_all=record_all
     )
@@ -183,7 +181,10 @@ class _ObservationRecorder(Recorder):
         self.on_layer(LayerObservation(layer, self._rows, starts, x, scores, routing, kinds[0]))
 
 
-def _with_separate_commits(generation: GenerationConfig) -> GenerationConfig:
+def _observable(generation: GenerationConfig) -> GenerationConfig:
+    """The options with separate commits; ConfigError if forwards do not compute whole blocks."""
+    if generation.skip_settled is not None:
+        raise ConfigError("`skip_settled`: observed forwards compute whole blocks; leave it out")
     separate = parse_kv_scheme(generation.kv_cache).with_separate_commits()
     return generation.replace(kv_cache=str(separate))
 

@@ -70,9 +70,9 @@ class CalibratedPolicy:
             )
         current = generation.document()
         changes = [
-            f"{key}={value} (now {current[key]})"
+            f"{key}={value} (now {current.get(key)})"
             for key in DECODING_FIELDS
-            if (value := self.generation.get(key, current[key])) != current[key]
+            if (value := self.generation.get(key, current.get(key))) != current.get(key)
         ]
         differences = []
         if stored.fingerprint != actual.fingerprint:

@@ -96,7 +96,6 @@ class Answer:
     expert_forwards: Annotated[int, Key("expert_forwards")] = 0  # forwards in the means
     expert_bytes: Annotated[float, Key("expert_bytes")] = 0.0
     vote_mass_kept: Annotated[float, Key("vote_mass_kept")] = 0.0
-    computed_positions: Annotated[int, Key("positions")] = 0  # by denoising forwards
     seconds: Annotated[float, Key("seconds")] = 0.0
     error: Annotated[str | None, Key("error")] = None
     traffic: Annotated[AnswerTraffic | None, Key("served")] = None  # None: experts are in memory
@@ -197,7 +196,7 @@ def answer_from_dict(values: Mapping[str, Any]) -> Answer:
 
     Raises TypeError for missing or unknown keys, and for values of other types.
     """
-    values = {"served": None, "positions": 0, **values}  # earlier versions wrote neither
+    values = {"served": None, **values}
     if set(values) != set(names_of(Answer)) or not all(map(_has_type, values, values.values())):
         raise TypeError("not the values of an answer")
     values["arm"] = update_policy_text(values["arm"])

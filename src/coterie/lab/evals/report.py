@@ -18,7 +18,7 @@ from coterie.lab.evals.stats import (
 
 RUN_FIGURES = (
     *("experts", "expert_bytes", "vote_mass_kept", "forwards_per_block"),
-    *("positions_per_forward", "new_tokens", "tokens_per_second", "seconds"),
+    *("new_tokens", "tokens_per_second", "seconds"),
 )  # counts, means and times of an ``EvalResult``
 
 

@@ -108,11 +108,6 @@ class EvalResult:
         return self._total("forwards") / max(1, self._total("blocks"))
 
     @property
-    def positions_per_forward(self) -> float:
-        """Mean positions that a denoising forward computes; answers of earlier versions have 0."""
-        return self._total("computed_positions") / max(1, self._total("forwards"))
-
-    @property
     def new_tokens(self) -> float:
         """Mean new tokens per item."""
         return fmean(answer.new_tokens for answer in self.answers)

@@ -52,7 +52,7 @@ MAX_GRADERS = 8
 NO_OPTIONS: Mapping[str, object] = {}
 RESULT_FIELDS = (
     *("finish_reason", "new_tokens", "forwards", "blocks", "prefills", "commits"),
-    *("expert_bytes", "vote_mass_kept", "computed_positions"),
+    *("expert_bytes", "vote_mass_kept"),
 )  # fields that an answer takes from its result
 
 AnswerCallback = Callable[[Answer], None]
@@ -333,7 +333,7 @@ def _check_lengths(
                 )
             # Validates the policy and the options.
             prompt = [next(id for id in range(2) if id != model.mask_id)]
-            engine.cancel(engine.submit(prompt, policy=variant.policy, **most.document()))
+            engine.cancel(engine.submit(prompt, policy=variant.policy, **vars(most)))
         generation = task_requests[0].generation
         fits = [generation.fit(length, model.spec.max_length) for length in lengths]
         if cut := sum(fit != generation for fit in fits):
