@@ -3,7 +3,7 @@
     python -m experiments settled-tokens --num-problems 125
 
 The embedded model answers its own problems under every policy and limit, paired by problem. It
-finishes most blocks in one forward; a second setting has eight forwards a block.
+finishes most blocks in one forward; the second rule takes eight forwards a block.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import coterie
-from coterie.lab.evals.report import PolicySummary, summarize
-from coterie.lab.evals.results import Variant
-from coterie.lab.evals.run import run_eval, run_identity
+from coterie.lab.evals.generation import EvalRequest, generate_outcomes
+from coterie.lab.evals.report import summarize
+from coterie.lab.evals.results import EvalResult, Variant
+from coterie.lab.evals.run import make_answer, run_identity
 from coterie.lab.evals.task import TaskOptions
 from coterie.lab.evals.tasks import open_tasks
 from coterie.lab.problems import PROBLEM_MAKERS
@@ -22,7 +23,6 @@ from experiments.records import new_parser, save_record
 POLICIES = ("vanilla", "des-vote:beta=0.3")
 LIMITS = (None, 1, 2, 4)
 RULES = ("threshold:p=0.9", "fixed:steps=8")
-COLUMNS = ("experts", "forwards_per_block", "positions_per_forward")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,36 +30,47 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--num-problems", type=int, default=125, help="problems of each task")
     parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args(argv)
-    engine = coterie.load()
-    options = TaskOptions(engine.model.family.name, None, None, args.num_problems, seed=1)
-    tasks = open_tasks(list(PROBLEM_MAKERS), options)
-    facts: dict[str, object] = {"model": engine.model.name, "rows": args.batch_size}
+    engine, names = coterie.load(), list(PROBLEM_MAKERS)
+    options = TaskOptions(engine.model.family.name, count=args.num_problems)
+    tasks, facts = open_tasks(names, options), {"model": engine.model.name, "rows": args.batch_size}
     for rule in RULES:
-        settings = {"options": {"unmask": rule}}
-        compared = [
-            summary
-            for policy in POLICIES
-            for summary in summarize(
-                run_eval(
-                    engine, tasks, variants(policy), None, batch_size=args.batch_size, **settings
-                ),
-                [task.name for task in tasks],
-            )
+        generation = engine.generation.replace(unmask=rule)
+        requests = [
+            EvalRequest(task, item, generation.replace(**task.generation()))
+            for task in tasks
+            for item in task.items()
         ]
-        print(rule, *map(line, compared), sep="\n", flush=True)
-        facts[rule] = {
-            "run": run_identity(engine, tasks, **settings),
-            "policies": [summary.to_dict() for summary in compared],
-        }
+        policies: list[dict[str, object]] = []
+        for policy in POLICIES:
+            runs = [
+                answer_all(engine, requests, variant, args.batch_size)
+                for variant in limited(policy)
+            ]
+            summaries = summarize([result for result, _ in runs], names)
+            for summary, (_, positions) in zip(summaries, runs, strict=True):
+                policies.append({**summary.to_dict(), "positions_per_forward": positions})
+                print(rule, summary.result.policy, summary.accuracy.value, positions, flush=True)
+        identity = run_identity(engine, tasks, options={"unmask": rule})
+        facts[rule] = {"run": identity, "policies": policies}
     print(save_record(args.out, "Settled tokens", ["settled-tokens", *argv], facts=facts))
     return 0
 
 
-def variants(policy: str) -> list[Variant]:
-    """The policy with every limit; the first has none, and the others are compared with it."""
+def limited(policy: str) -> list[Variant]:
+    """The policy without a limit, with which the others are compared, and with each limit."""
     return [Variant(policy, {} if n is None else {"skip_settled": n}) for n in LIMITS]
 
 
-def line(summary: PolicySummary) -> str:
-    figures = [f"{getattr(summary.result, name):.2f} {name}" for name in COLUMNS]
-    return f"{summary.result.policy}: {summary.accuracy.value:.1%}, {', '.join(figures)}"
+def answer_all(
+    engine: coterie.Engine, requests: Sequence[EvalRequest], variant: Variant, batch_size: int
+) -> tuple[EvalResult, float]:
+    """The answers in the order of the requests, and the mean positions of a denoising forward."""
+    own = [request.replace(variant.generation) for request in requests]
+    steps = generate_outcomes(engine, own, variant.policy, batch_size=batch_size)
+    outcomes = [outcome for step in steps for outcome in step]
+    results = [outcome.result for outcome in outcomes if outcome.result is not None]
+    answers = {each.key[1:]: each for each in (make_answer(variant.name, o) for o in outcomes)}
+    ordered = tuple(answers[request.task.name, request.item.id] for request in requests)
+    positions = sum(result.computed_positions for result in results)
+    forwards = sum(result.forwards for result in results)
+    return EvalResult(variant, ordered), positions / forwards
