@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -263,6 +264,15 @@ def test_a_model_that_routes_by_whole_blocks_is_refused() -> None:
 def test_observed_forwards_are_whole() -> None:
     with pytest.raises(ConfigError, match="`skip_settled`"):
         observe_forwards(engine(skip_settled=1), [[5]], lambda _: None)
+
+
+def test_a_trace_that_cannot_be_recorded_leaves_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["trace", "-o", str(tmp_path / "t.trace"), "--num-problems", "1"]
+    assert command([*words, "--skip-settled", "1"]) == 2
+    assert "--skip-settled" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_reports_the_positions(capsys: pytest.CaptureFixture[str]) -> None:

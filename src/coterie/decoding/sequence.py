@@ -88,7 +88,7 @@ class SequenceState:
             while not self._is_block_done():
                 num_masked = int(self.canvas.is_masked(block.start, block.stop).sum())
                 for _ in range(kv_scheme.steps_until_check(block, length, self.steps, num_masked)):
-                    yield self._without_settled(kv_scheme.next_pass(block, length, self.steps))
+                    yield self.without_settled(kv_scheme.next_pass(block, length, self.steps))
                     if self.stopped_early:
                         return
             if block is self.blocks[-1] or (
@@ -97,7 +97,7 @@ class SequenceState:
                 return
             yield from kv_scheme.commit_passes(block)
 
-    def _without_settled(self, window: ForwardPass) -> ForwardPass:
+    def without_settled(self, window: ForwardPass) -> ForwardPass:
         """The pass without the tokens that ``skip_settled`` forwards of the block have computed.
 
         Their keys are in the cache. A block without masks is computed whole.

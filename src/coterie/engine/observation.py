@@ -100,6 +100,12 @@ def observe_forwards(
                 observer.cancel(event.row)
 
 
+def check_observable(generation: GenerationConfig) -> None:
+    """Raises ConfigError if forwards do not compute whole blocks."""
+    if generation.skip_settled is not None:
+        raise ConfigError("`skip_settled`: observed forwards compute whole blocks; leave it out")
+
+
 def collect_observations(
     engine: Engine, prompts: Sequence[Prompt], **options: Any
 ) -> list[LayerObservation]:
@@ -182,9 +188,8 @@ class _ObservationRecorder(Recorder):
 
 
 def _observable(generation: GenerationConfig) -> GenerationConfig:
-    """The options with separate commits; ConfigError if forwards do not compute whole blocks."""
-    if generation.skip_settled is not None:
-        raise ConfigError("`skip_settled`: observed forwards compute whole blocks; leave it out")
+    """The options with separate commits; raises as ``check_observable`` does."""
+    check_observable(generation)
     separate = parse_kv_scheme(generation.kv_cache).with_separate_commits()
     return generation.replace(kv_cache=str(separate))
 
