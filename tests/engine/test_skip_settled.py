@@ -23,6 +23,7 @@ from coterie.engine.engine import Engine
 from coterie.engine.generation_config import GenerationConfig
 from coterie.engine.observation import observe_forwards
 from coterie.errors import ConfigError, SpecError
+from coterie.lab.likelihood.estimator import LikelihoodEstimator
 from coterie.loading.load import Model
 from coterie.model.cache import KVCache
 from coterie.model.forward_context import ForwardContext
@@ -261,9 +262,12 @@ def test_a_model_that_routes_by_whole_blocks_is_refused() -> None:
         host.generate([5], skip_settled=1)
 
 
-def test_observed_forwards_are_whole() -> None:
+def test_observed_and_scored_forwards_are_whole() -> None:
+    host = engine(skip_settled=1)
     with pytest.raises(ConfigError, match="`skip_settled`"):
-        observe_forwards(engine(skip_settled=1), [[5]], lambda _: None)
+        observe_forwards(host, [[5]], lambda _: None)
+    with pytest.raises(ConfigError, match="`skip_settled`"):
+        LikelihoodEstimator(host).score([], ["vanilla"])
 
 
 def test_a_trace_that_cannot_be_recorded_leaves_no_file(

@@ -7,6 +7,7 @@ forward follows from the block and the number of forwards so far (``StepCounter`
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -45,7 +46,7 @@ class ForwardPass:
         """How many positions it computes."""
         return self.stop - self.start - len(self.skipped)
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         """The positions [width] that it computes, in order."""
         window = torch.arange(self.start, self.stop)

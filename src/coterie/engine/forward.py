@@ -60,10 +60,10 @@ def run_forward(
 
 
 def _can_replay(transformer: Transformer, graphs: CudaGraphs, batch: ForwardBatch) -> bool:
-    own_input = batch.context.embeddings is not None or transformer.self_conditioning is not None
-    own_input = own_input or batch.context.window.positions is not None
-    is_plain = bool(batch.decode_rows) and not own_input and not batch.context.committed
-    return is_plain and graphs.can_run(batch.context)
+    context = batch.context
+    own_input = context.embeddings is not None or transformer.self_conditioning is not None
+    is_block = not context.committed and context.window.positions is None
+    return bool(batch.decode_rows) and is_block and not own_input and graphs.can_run(context)
 
 
 def _replay(
@@ -126,8 +126,7 @@ def _advance_sequence(
     if sequence.request.unmask.smooth is None or active.embeddings is None:
         return sequence.receive(logits, summary, positions - sequence.block.start)
     step, block = sequence.steps.total, sequence.block
-    in_block = block.contains(positions)
-    own = in_block.nonzero()[:, 0]
+    own = block.contains(positions).nonzero()[:, 0]
     update = sequence.receive(
         logits[own.to(logits.device)], summary[own], positions[own] - block.start
     )

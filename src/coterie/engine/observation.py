@@ -100,10 +100,10 @@ def observe_forwards(
                 observer.cancel(event.row)
 
 
-def check_observable(generation: GenerationConfig) -> None:
+def check_whole_blocks(generation: GenerationConfig) -> None:
     """Raises ConfigError if forwards do not compute whole blocks."""
     if generation.skip_settled is not None:
-        raise ConfigError("`skip_settled`: observed forwards compute whole blocks; leave it out")
+        raise ConfigError("`skip_settled`: observed and scored forwards have whole blocks")
 
 
 def collect_observations(
@@ -188,8 +188,8 @@ class _ObservationRecorder(Recorder):
 
 
 def _observable(generation: GenerationConfig) -> GenerationConfig:
-    """The options with separate commits; raises as ``check_observable`` does."""
-    check_observable(generation)
+    """The options with separate commits; raises as ``check_whole_blocks`` does."""
+    check_whole_blocks(generation)
     separate = parse_kv_scheme(generation.kv_cache).with_separate_commits()
     return generation.replace(kv_cache=str(separate))
 

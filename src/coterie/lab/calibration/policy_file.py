@@ -68,11 +68,12 @@ class CalibratedPolicy:
                 f"experts ({stored.name}), but {model.name} has {actual.layers} of "
                 f"{actual.experts}; calibrate again, or give the policy: {self.policy}"
             )
-        current = generation.document()
+        current = {"skip_settled": None, **generation.document()}
+        earlier = {**current, "skip_settled": None, **self.generation}
         changes = [
-            f"{key}={value} (now {current.get(key)})"
+            f"{key}={earlier[key]} (now {current[key]})"
             for key in DECODING_FIELDS
-            if (value := self.generation.get(key, current.get(key))) != current.get(key)
+            if earlier[key] != current[key]
         ]
         differences = []
         if stored.fingerprint != actual.fingerprint:

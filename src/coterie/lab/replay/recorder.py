@@ -14,7 +14,7 @@ from torch import Tensor
 from coterie.engine.engine import Engine, Prompt
 from coterie.engine.events import Result
 from coterie.engine.generation_config import GenerationConfig
-from coterie.engine.observation import LayerObservation, check_observable, observe_forwards
+from coterie.engine.observation import LayerObservation, check_whole_blocks, observe_forwards
 from coterie.lab.replay.trace import (
     SCORED_KINDS,
     Floats,
@@ -94,7 +94,7 @@ def trace_header(
     provenance: Mapping[str, object],
 ) -> TraceHeader:
     """The header of a trace of this engine; ConfigError if ``generation`` cannot be traced."""
-    check_observable(generation)
+    check_whole_blocks(generation)
     model, spec, router = engine.model, engine.model.spec, engine.model.spec.router
     return TraceHeader(
         *(model.name, policy, generation.kv_cache, generation.unmask),
