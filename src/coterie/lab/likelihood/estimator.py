@@ -90,8 +90,8 @@ class LikelihoodEstimator:
         """The scores of each policy, in the order of the passages, which share forwards.
 
         Raises NonFiniteLogitsError, TaskError for a passage that cannot be scored, and ConfigError
-        for an engine whose blocks are not computed whole. With a cache
-        of experts each policy starts with the cache's first state.
+        for an engine that skips settled tokens. With a cache of experts each policy starts with the
+        cache's first state.
         """
         check_whole_blocks(self.engine.generation)
         if self.engine.model.store.traffic_log is not None:
