@@ -9,6 +9,7 @@ EXPERIMENTS = {
     "demo": "experiments.demo",
     "gpu": "experiments.gpu.suite",
     "offload": "experiments.offload",
+    "settled-tokens": "experiments.settled_tokens",
     "soak": "experiments.soak",
     "text-corpus": "experiments.text_corpus",
     "text-model": "experiments.text_model",

@@ -61,13 +61,15 @@ class Window:
 
     Row b computes positions ``start[b] .. start[b] + width`` and attends to keys at positions
     ``0 .. visible[b]``. With ``block`` > 0 the window is block-causal inside: a query at position p
-    attends only to keys before ``(p // block + 1) * block``.
+    attends only to keys before ``(p // block + 1) * block``. ``positions`` are those of a window
+    with gaps.
     """
 
     start: Tensor  # [B] int64
     width: int
     visible: Tensor  # [B] int64
     block: int = 0
+    positions: Tensor | None = None  # [B, width] int64, in order
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class LogitsSummary:
         probabilities = (logits.gather(-1, ids) - logsumexp[:, None]).exp()
         return LogitsSummary(argmax, unmasked_argmax, logsumexp, probabilities)
 
-    def __getitem__(self, rows: slice) -> LogitsSummary:
+    def __getitem__(self, rows: slice | Tensor) -> LogitsSummary:
         return LogitsSummary(
             self.argmax[rows],
             self.unmasked_argmax[rows],

@@ -122,6 +122,8 @@ def test_the_policy_is_for_python_too(kept: Path, model: str) -> None:
     record = read_calibrated_policy(kept)
     engine = coterie.load(model, max_new_tokens=8, block=8, unmask="fixed:steps=3")
     assert record.check_model(engine.model, engine.generation) == []
+    [note] = record.check_model(engine.model, engine.generation.replace(skip_settled=2))
+    assert "skip_settled=None (now 2)" in note
     assert engine.generate("5 17 33", policy=record.policy).policy == record.policy
 
 

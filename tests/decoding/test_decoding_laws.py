@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from coterie.decoding import DecodeRequest, Sampling, SequenceState, parse_kv_scheme, parse_unmask
 from coterie.decoding.canvas import split_into_blocks
-from coterie.decoding.kv_schemes import KV_SCHEMES, StepCounter
+from coterie.decoding.kv_schemes import KV_SCHEMES, ForwardPass, StepCounter
 from coterie.decoding.sampling import propose
 from coterie.decoding.unmask import RULES, BlockState
 from coterie.values import LogitsSummary
@@ -137,7 +138,8 @@ def test_needed_logits_decide_like_those_of_the_whole_block(
         if not whole.next_pass.is_denoising:
             assert whole.receive(None) == part.receive(None)
             continue
-        logits, indices = noise(whole, seed), part.logits_indices()
+        block, logits = part.block, noise(whole, seed)
+        indices = part.logits_positions(torch.arange(block.start, block.stop)) - block.start
         total = logits[indices].logsumexp(dim=-1)
         rest = logits[indices].index_fill(1, torch.tensor([MASK]), -torch.inf)
         summary = LogitsSummary.from_logits(
@@ -260,3 +262,73 @@ def test_there_is_a_forward_until_each_check(text: str, masked: int, new: int) -
         )
         assert forwards >= 1
         assert kv_scheme.unroll is not None or forwards == 1
+
+
+# Tokens that were computed often enough leave the passes of their block, and only those.
+
+limits = st.sampled_from([1, 2, 4])
+
+
+@st.composite
+def skipping(draw: st.DrawFn) -> DecodeRequest:
+    fits = requests().filter(lambda each: each.kv_scheme.caches_blocks and not each.unmask.edits)
+    return replace(draw(fits), skip_settled=draw(limits))
+
+
+def passes(sequence: SequenceState, seed: int) -> list[tuple[int, ForwardPass]]:
+    """The passes of a sequence, each with the index of its block."""
+    seen = []
+    while (window := sequence.next_pass) is not None:
+        seen.append((sequence.block.index, window))
+        if not window.is_denoising:
+            sequence.receive(None)
+            continue
+        block = sequence.block
+        positions = window.positions[block.contains(window.positions)]
+        indices = sequence.logits_positions(positions) - block.start
+        sequence.receive(noise(sequence, seed)[indices], None, indices)
+    return seen
+
+
+@given(skipping(), st.integers(0, 99))
+def test_skipped_tokens_were_computed_often_enough(request: DecodeRequest, seed: int) -> None:
+    sequence, computed = SequenceState(request), torch.zeros(400, dtype=torch.int64)
+    block = None
+    while (window := sequence.next_pass) is not None:
+        if sequence.block is not block:
+            block, computed = sequence.block, torch.zeros_like(computed)
+        tokens, cached = sequence.canvas.tokens, window.kind == "decode" and window.use_cache
+        assert request.skip_settled is not None
+        settled = (computed >= request.skip_settled).nonzero()[:, 0].tolist()
+        if cached and bool((tokens[block.start : block.stop] == MASK).any()):
+            assert list(window.skipped) == settled
+        else:
+            assert window.skipped == ()
+        assert window.width == len(window.positions) > 0
+        assert not bool((tokens[list(window.skipped)] == MASK).any())
+        held = window.positions[block.contains(window.positions)]
+        if window.is_denoising:
+            computed[held[tokens[held] != MASK]] += 1
+            indices = held - block.start
+            sequence.receive(noise(sequence, seed)[indices], None, indices)
+        else:
+            sequence.receive(None)
+
+
+@given(skipping(), st.integers(0, 99))
+def test_passes_of_a_block_never_grow(request: DecodeRequest, seed: int) -> None:
+    request = replace(request, kv_scheme=replace(request.kv_scheme, unroll=None))
+    widths: dict[int, list[int]] = {}
+    for block, window in passes(SequenceState(request), seed):
+        if window.kind == "decode" and window.use_cache:
+            widths.setdefault(block, []).append(window.width)
+    for each in widths.values():
+        assert each == sorted(each, reverse=True)
+
+
+@given(skipping(), st.integers(0, 99))
+def test_a_limit_above_all_steps_skips_nothing(request: DecodeRequest, seed: int) -> None:
+    plain = SequenceState(replace(request, skip_settled=None))
+    late = SequenceState(replace(request, skip_settled=1000))
+    assert passes(plain, seed) == passes(late, seed)
+    assert torch.equal(plain.canvas.tokens, late.canvas.tokens)

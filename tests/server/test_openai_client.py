@@ -217,6 +217,7 @@ UNSUPPORTED = {
     "unmask": "threshold:q=1",
     "block": -1,
     "reuse_tolerance": 2,
+    "skip_settled": 0,
     "stop": [""],
 }
 

@@ -16,12 +16,7 @@ from rich.progress import DownloadColumn, TransferSpeedColumn
 from coterie.checkpoints.source import EMBEDDED, TEXT
 from coterie.cli import options as o
 from coterie.cli.output import print_note, progress_bar
-from coterie.decoding.kv_schemes import (
-    BlockCausalCache,
-    BlockCausalNoCache,
-    NoCache,
-    parse_kv_scheme,
-)
+from coterie.decoding.kv_schemes import BlockCausalCache, BlockCausalNoCache, parse_kv_scheme
 from coterie.decoding.refinements import parse_unmask
 from coterie.engine.engine import Engine, load
 from coterie.errors import ConfigError
@@ -160,6 +155,7 @@ class DecodeOptions:
     threshold: float | None = None
     commit_routing: o.RoutingMode | None = None
     prefill_routing: o.RoutingMode | None = None
+    skip_settled: int | None = None
 
     def to_fields(self) -> GenerationOptions:
         """Fields of a GenerationConfig; raises ConfigError for options that exclude each other."""
@@ -246,11 +242,11 @@ def check_reuse(specs: Sequence[str]) -> None:
 def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOptions) -> None:
     """Raises for options without effect, and for an ``@file`` of a model with other sizes."""
     kv_cache = str(options.get("kv_cache", engine.generation.kv_cache))
-    scheme = parse_kv_scheme(kv_cache).base
+    scheme = parse_kv_scheme(kv_cache)
     ignored = f"has no effect with --kv-cache {kv_cache}"
-    if "commit_routing" in options and not scheme.writes_kv:
+    if "commit_routing" in options and not scheme.base.writes_kv:
         raise ConfigError(f"--commit-routing {ignored}: it commits no blocks")
-    if "prefill_routing" in options and isinstance(scheme, NoCache | BlockCausalNoCache):
+    if "prefill_routing" in options and not scheme.caches_blocks:
         raise ConfigError(f"--prefill-routing {ignored}: every forward decodes")
     generation = engine.generation.replace(**options)
     if not generation.temperature and not parse_unmask(generation.unmask).renoises:
@@ -258,7 +254,7 @@ def check_engine(engine: Engine, specs: Sequence[str], options: GenerationOption
             if name in options:
                 raise ConfigError(f"`{name}` needs `temperature` above 0: greedy takes the best")
     trained = (
-        isinstance(scheme, BlockCausalCache | BlockCausalNoCache)
+        isinstance(scheme.base, BlockCausalCache | BlockCausalNoCache)
         and "edit" not in generation.unmask
     )
     if engine.model.name in (EMBEDDED, TEXT) and not trained:

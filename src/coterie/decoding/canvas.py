@@ -22,6 +22,10 @@ class Block:
     def width(self) -> int:
         return self.stop - self.start
 
+    def contains(self, positions: Tensor) -> Tensor:
+        """Which of the positions [n] are in the block, bool [n]."""
+        return (positions >= self.start) & (positions < self.stop)
+
 
 class Canvas:
     """The tokens of one row, on the host. Mutable: decoding fills it."""

@@ -7,7 +7,11 @@ forward follows from the block and the number of forwards so far (``StepCounter`
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
 
 from coterie.decoding.canvas import Block, split_into_blocks
 from coterie.errors import SpecError
@@ -23,7 +27,8 @@ class ForwardPass:
     Positions ``voters[0] .. voters[1]`` vote on experts. ``causal_block`` > 0 makes attention
     block-causal inside the window. Without ``use_cache`` it attends only to the window, and its
     keys are not stored. The first ``committed`` positions are the previous block; a denoising pass
-    writes its final keys on the way.
+    writes its final keys on the way. ``skipped`` positions of the window are not computed: the pass
+    attends to their cached keys.
     """
 
     start: int
@@ -34,10 +39,20 @@ class ForwardPass:
     causal_block: int = 0
     use_cache: bool = True
     committed: int = 0
+    skipped: tuple[int, ...] = ()
 
     @property
     def width(self) -> int:
-        return self.stop - self.start
+        """How many positions it computes."""
+        return self.stop - self.start - len(self.skipped)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """The positions [width] that it computes, in order."""
+        window = torch.arange(self.start, self.stop)
+        if not self.skipped:
+            return window
+        return window[~torch.isin(window, torch.tensor(self.skipped))]
 
     @property
     def is_denoising(self) -> bool:
@@ -293,6 +308,11 @@ class KVScheme:
             projected = StepCounter(steps.total + forwards, steps.in_block + forwards)
             forwards += 2 if self.next_pass(block, length, projected).kind == "refresh" else 1
         return forwards
+
+    @property
+    def caches_blocks(self) -> bool:
+        """Whether a block's forwards find the keys of earlier ones in the cache."""
+        return not isinstance(self.base, NoCache | BlockCausalNoCache)
 
     def with_separate_commits(self) -> KVScheme:
         """The same KV scheme, in which every denoising forward computes one block."""

@@ -37,6 +37,7 @@ class DecodeRequest:
     vocabulary: int = 0  # for rules that draw random tokens
     edit_ids: tuple[int, int] | None = None  # DELETE and SPLIT, for a rule that edits blocks
     prefill: Prefill = WHOLE_PROMPT
+    skip_settled: int | None = None  # forwards that compute a token before it is skipped
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class SequenceState:
             while not self._is_block_done():
                 num_masked = int(self.canvas.is_masked(block.start, block.stop).sum())
                 for _ in range(kv_scheme.steps_until_check(block, length, self.steps, num_masked)):
-                    yield kv_scheme.next_pass(block, length, self.steps)
+                    yield self.without_settled(kv_scheme.next_pass(block, length, self.steps))
                     if self.stopped_early:
                         return
             if block is self.blocks[-1] or (
@@ -96,23 +97,32 @@ class SequenceState:
                 return
             yield from kv_scheme.commit_passes(block)
 
-    def logits_indices(self) -> Tensor:
-        """Positions [n] of the block that need logits, int64.
+    def without_settled(self, window: ForwardPass) -> ForwardPass:
+        """The pass without the tokens that ``skip_settled`` forwards of the block have computed.
+
+        Their keys are in the cache. A block without masks is computed whole.
+        """
+        block, least = self.block, self.request.skip_settled
+        if least is None or window.kind != "decode" or not window.use_cache:
+            return window
+        if self.canvas.is_filled(block.start, block.stop):
+            return window
+        settled = block.start + (self._token_forwards >= least).nonzero()[:, 0]
+        return replace(window, skipped=tuple(settled.tolist()))
+
+    def logits_positions(self, computed: Tensor) -> Tensor:
+        """Those of the ``computed`` positions [n] of the block that need logits.
 
         These are the masked ones, or all of them for editing, credit, smoothing and sampling.
         """
-        unmask, block = self.request.unmask, self.block
-        masked = self.canvas.is_masked(block.start, block.stop)
-        needs_all = (
-            unmask.edits or unmask.credit or unmask.smooth or self.request.sampling.temperature
-        )
-        if needs_all or not bool(masked.any()):
-            return torch.arange(block.width)
-        return masked.nonzero()[:, 0]
+        unmask, sampling = self.request.unmask, self.request.sampling
+        masked = self.canvas.tokens[computed] == self.request.mask_id
+        needs_all = unmask.edits or unmask.credit or unmask.smooth or sampling.temperature
+        return computed if needs_all or not bool(masked.any()) else computed[masked]
 
     def input_tokens(self, window: ForwardPass) -> Tensor:
         """The tokens [width] that a pass computes: noise in place of masks if the rule renoises."""
-        tokens = self.canvas.tokens[window.start : window.stop]
+        tokens = self.canvas.tokens[window.positions]
         if self._noise is None or not window.is_denoising:
             return tokens
         return self._noise.where(tokens == self.request.mask_id, tokens)
@@ -150,8 +160,10 @@ class SequenceState:
             return self._renoise(unmask.rule, masked, logits, summary)
         memory = self._credit_memory
         if unmask.credit is not None:
+            if indices is not None:
+                logits = _spread(logits, indices, block.width)
             logits, memory = unmask.credit.add_credit(logits, masked, memory)
-            summary = None
+            summary = indices = None
         needs_entropy = isinstance(unmask.rule, EntropyRule)
         sampling, mask_id = self.request.sampling, self.request.mask_id
         proposal = propose(
@@ -235,6 +247,7 @@ class SequenceState:
         if not bool(state.masked.any()):
             self._edit_forwards += 1
             self._edits_converged = not bool(write_mask.any())
+        self._token_forwards += ~state.masked
         self.steps = StepCounter(self.steps.total + 1, self.steps.in_block + 1)
         self.stopped_early = (
             self.request.early_stop == "token"
@@ -303,6 +316,7 @@ class SequenceState:
         self.block = block
         self.steps = StepCounter(self.steps.total, 0)
         self._initial_masked = int(self.canvas.is_masked(block.start, block.stop).sum())
+        self._token_forwards = torch.zeros(block.width, dtype=torch.int64)  # that computed a token
         self._credit_memory: Tensor | None = None  # of ``credit``
         self._edit_forwards = 0  # forwards that started without a mask
         self._edits_converged = False  # whether the last of them edited nothing
@@ -374,6 +388,14 @@ class SequenceState:
         if self.request.early_stop == "off":
             return None
         return first_index_of(self._new_tokens(), self.request.eos_ids)
+
+
+def _spread(logits: Tensor, indices: Tensor, width: int) -> Tensor:
+    """Logits [width, V] from those [n, V] of positions ``indices``; 0 elsewhere."""
+    if len(indices) == width:
+        return logits
+    zeros = logits.new_zeros(width, logits.shape[-1])
+    return zeros.index_copy(0, indices.to(logits.device), logits)
 
 
 def first_index_of(tokens: Sequence[int], targets: Sequence[int]) -> int | None:

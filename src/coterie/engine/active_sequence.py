@@ -36,6 +36,7 @@ class ActiveSequence:
     shared_keys: int = 0  # those of them that came from the prefix cache or were stored in it
     prefills: int = 0
     commits: int = 0
+    computed_positions: int = 0  # by denoising forwards
     traffic_before: Traffic | None = None  # of all requests, when this one was submitted
     start_time: float = field(default_factory=time.perf_counter)
 
@@ -45,11 +46,6 @@ class ActiveSequence:
         if self.sequence.next_pass is None:
             raise RuntimeError(f"row {self.number} is finished")
         return self.sequence.next_pass
-
-    @property
-    def span(self) -> slice:
-        """The canvas positions that the next forward computes."""
-        return slice(self.next_pass.start, self.next_pass.stop)
 
     def next_text(self, decode: Callable[[Sequence[int]], str]) -> str:
         """The text that has become final since the last call; complete characters only."""

@@ -100,32 +100,38 @@ def with_routing_inputs(context: ForwardContext, tensors: Mapping[str, Tensor]) 
 
 def _logits_positions(active: ActiveSequence, *, skip_unused: bool) -> Tensor:
     """The canvas positions [n] that need logits."""
-    next_pass, block = active.next_pass, active.sequence.block
+    next_pass, sequence = active.next_pass, active.sequence
     if not next_pass.is_denoising:
         return torch.arange(0)
+    computed = next_pass.positions
     # Smoothed masks mix the expected embedding of every position of the window.
     if active.embeddings is not None:
-        return torch.arange(next_pass.start, next_pass.stop)
-    if skip_unused:
-        return block.start + active.sequence.logits_indices()
-    return torch.arange(block.start, block.stop)
+        return computed
+    in_block = computed[sequence.block.contains(computed)]
+    return sequence.logits_positions(in_block) if skip_unused else in_block
 
 
 def _logits_indices(group: Sequence[ActiveSequence], positions: Sequence[Tensor]) -> Tensor:
     """The same positions as indices [P] int64 into the flattened B*W."""
-    offsets = (
-        b * active.next_pass.width - active.next_pass.start for b, active in enumerate(group)
+    passes = [active.next_pass for active in group]
+    parts = zip(passes, positions, strict=True)
+    return torch.cat(
+        [
+            row * each.width + torch.searchsorted(each.positions, part)
+            for row, (each, part) in enumerate(parts)
+        ]
     )
-    return torch.cat([part + offset for part, offset in zip(positions, offsets, strict=True)])
 
 
 def _window(group: Sequence[ActiveSequence]) -> Window:
     passes = [active.next_pass for active in group]
+    skips = any(next_pass.skipped for next_pass in passes)
     return Window(
         start=torch.tensor([next_pass.start for next_pass in passes]),
         width=passes[0].width,
         visible=torch.tensor([next_pass.visible for next_pass in passes]),
         block=passes[0].causal_block,
+        positions=torch.stack([each.positions for each in passes]) if skips else None,
     )
 
 
@@ -136,7 +142,7 @@ def _voters(group: Sequence[ActiveSequence]) -> Tensor | None:
         return None
     masks = []
     for next_pass in passes:
-        position = torch.arange(next_pass.start, next_pass.stop)
+        position = next_pass.positions
         first, last = next_pass.voters
         masks.append((position >= first) & (position < last))
     return torch.stack(masks).float()
@@ -145,13 +151,13 @@ def _voters(group: Sequence[ActiveSequence]) -> Tensor | None:
 def _progress(group: Sequence[ActiveSequence]) -> DecodeProgress:
     masked, after_eos, uncertainty = [], [], []
     for active in group:
-        canvas, span = active.sequence.canvas, active.span
-        masked.append(canvas.tokens[span] == canvas.mask_id)
+        canvas, positions = active.sequence.canvas, active.next_pass.positions
+        masked.append(canvas.tokens[positions] == canvas.mask_id)
         answer = canvas.tokens[canvas.prompt_length :].tolist()
         end = first_index_of(answer, active.sequence.request.eos_ids)
         last = canvas.length if end is None else canvas.prompt_length + end
-        after_eos.append(torch.arange(span.start, span.stop) > last)
-        uncertainty.append(1.0 - canvas.confidence[span])
+        after_eos.append(positions > last)
+        uncertainty.append(1.0 - canvas.confidence[positions])
     return DecodeProgress(*(torch.stack(part) for part in (masked, after_eos, uncertainty)))
 
 
@@ -180,6 +186,8 @@ def _expected(group: Sequence[ActiveSequence]) -> Tensor | None:
 
 def _embeddings(group: Sequence[ActiveSequence]) -> Tensor | None:
     embeddings = [
-        active.embeddings[active.span] for active in group if active.embeddings is not None
+        active.embeddings[active.next_pass.positions.to(active.embeddings.device)]
+        for active in group
+        if active.embeddings is not None
     ]
     return torch.stack(embeddings) if embeddings else None

@@ -309,6 +309,8 @@ class Engine:
             prefills=active.prefills,
             commits=active.commits,
             blocks=sequence.block.index + 1,
+            computed_positions=active.computed_positions,
+            skip_settled=sequence.request.skip_settled,
             seconds=time.perf_counter() - active.start_time,
             policy=_policy_name(active.policy),
             kv_cache=str(sequence.request.kv_scheme),

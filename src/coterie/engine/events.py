@@ -55,7 +55,8 @@ class ExpertUsage:
 class Result:
     """The result of a request.
 
-    ``forwards`` counts denoising forwards. ``prefills`` and ``commits`` only write keys and values.
+    ``forwards`` counts denoising forwards, and ``computed_positions`` what they computed together.
+    ``prefills`` and ``commits`` only write keys and values.
     ``cached_tokens`` is how many tokens of the prompt had their keys in the prefix cache.
     """
 
@@ -86,6 +87,8 @@ class Result:
     # Of all requests, while this one was active; None if all experts are resident.
     traffic: Traffic | None = None
     cached_tokens: int = 0
+    computed_positions: int = 0
+    skip_settled: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -96,6 +99,8 @@ class Result:
 
         Experts and bytes are per layer and decode forward.
         """
+        names = ("skip_settled", "computed_positions")
+        skipping = {} if self.skip_settled is None else {n: getattr(self, n) for n in names}
         return {
             "text": self.text,
             "finish_reason": self.finish_reason,
@@ -122,6 +127,7 @@ class Result:
             "vote_mass_kept": self.vote_mass_kept,
             "coresets_kept": self.coreset_reuse_rate,
             "drift": self.reuse_vote_loss,
+            **skipping,
         }
 
 

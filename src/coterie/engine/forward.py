@@ -60,9 +60,10 @@ def run_forward(
 
 
 def _can_replay(transformer: Transformer, graphs: CudaGraphs, batch: ForwardBatch) -> bool:
-    own_input = batch.context.embeddings is not None or transformer.self_conditioning is not None
-    is_plain = bool(batch.decode_rows) and not own_input and not batch.context.committed
-    return is_plain and graphs.can_run(batch.context)
+    context = batch.context
+    own_input = context.embeddings is not None or transformer.self_conditioning is not None
+    is_block = not context.committed and context.window.positions is None
+    return bool(batch.decode_rows) and is_block and not own_input and graphs.can_run(context)
 
 
 def _replay(
@@ -116,6 +117,7 @@ def _advance_sequence(
         active.prefills += next_pass.kind == "prefill"
         active.commits += next_pass.kind == "commit"
         return sequence.receive(None)
+    active.computed_positions += next_pass.width
     if transformer.self_conditioning is not None:
         logits_at_temperature = logits / (sequence.temperature or 1.0)
         block, update = sequence.block.index, sequence.receive(logits, summary)
@@ -123,24 +125,26 @@ def _advance_sequence(
         return update
     if sequence.request.unmask.smooth is None or active.embeddings is None:
         return sequence.receive(logits, summary, positions - sequence.block.start)
-    step, block, span = sequence.steps.total, sequence.block, active.span
-    in_block = slice(block.start - span.start, block.stop - span.start)
-    update = sequence.receive(logits[in_block], summary[in_block])
-    _smooth_embeddings(transformer, active, span, logits, step)
+    step, block = sequence.steps.total, sequence.block
+    own = block.contains(positions).nonzero()[:, 0]
+    update = sequence.receive(
+        logits[own.to(logits.device)], summary[own], positions[own] - block.start
+    )
+    _smooth_embeddings(transformer, active, positions, logits, step)
     return update
 
 
 def _smooth_embeddings(
-    transformer: Transformer, active: ActiveSequence, span: slice, logits: Tensor, step: int
+    transformer: Transformer, active: ActiveSequence, positions: Tensor, logits: Tensor, step: int
 ) -> None:
-    """Mix the expected embedding into the masked positions of the window, for the next forward."""
+    """Mix the expected embedding into the masked ``positions``, for the next forward."""
     request, embeddings = active.sequence.request, active.embeddings
     assert request.unmask.smooth is not None
     assert embeddings is not None
-    tokens = active.sequence.canvas.tokens[span]
+    tokens = active.sequence.canvas.tokens[positions]
     embedded = transformer.embed(tokens.to(logits.device)[None])[0]
     expected = transformer.expected_embedding(logits)
-    embeddings[span] = request.unmask.smooth.mix_embeddings(
+    embeddings[positions.to(embeddings.device)] = request.unmask.smooth.mix_embeddings(
         embedded, expected, tokens == request.mask_id, step
     )
 

@@ -48,6 +48,9 @@ class GenerationConfig:
     tokens before the end-of-text are filled ("token"), or never ("off"). ``reuse_tolerance``
     reuses a block's coreset in the next step unless it loses more than this share of the votes of
     a newly elected one. None elects a coreset in every step.
+
+    ``skip_settled`` leaves a token of the current block out of the block's next forwards after so
+    many have computed it. They attend to its cached keys. None computes all tokens in every step.
     """
 
     max_new_tokens: Annotated[PositiveInt, Key("max_new_tokens")] = 256
@@ -62,14 +65,16 @@ class GenerationConfig:
     commit_routing: Annotated[RoutingMode, Key("commit")] = "vanilla"
     prefill_routing: Annotated[RoutingMode, Key("prefill")] = "vanilla"
     reuse_tolerance: Annotated[ReuseTolerance | None, Key("drift")] = None
+    skip_settled: Annotated[PositiveInt | None, Key("skip_settled")] = None
 
     def __post_init__(self) -> None:
         for option in spec_options(GenerationConfig).values():
             # Some keys are older names: errors name the field.
             label = option.name if option.name == option.attribute else f"`{option.attribute}`"
             replace(option, name=label).check(option.value_of(self))
-        parse_kv_scheme(self.kv_cache)
-        parse_unmask(self.unmask)
+        kv_scheme, unmask = parse_kv_scheme(self.kv_cache), parse_unmask(self.unmask)
+        if self.skip_settled is not None:
+            _check_skipping(kv_scheme, unmask)
 
     @property
     def sampling(self) -> Sampling:
@@ -100,8 +105,11 @@ class GenerationConfig:
         return replace(self, max_new_tokens=count) if count else None
 
     def document(self) -> dict[str, Any]:
-        """All options by their keys on disk; ``replace`` accepts them."""
-        return to_json(self)
+        """The options by their keys on disk; ``replace`` accepts them."""
+        document = to_json(self)
+        if self.skip_settled is None:  # omitted, so that runs of earlier versions stay the same
+            del document["skip_settled"]
+        return document
 
     @staticmethod
     def for_family(defaults: FamilyDefaults) -> GenerationConfig:
@@ -131,6 +139,11 @@ def make_request(
     _check_denoising(kv_scheme, unmask, mask_id)
     if edit_ids is None and isinstance(unmask.rule, BlockEditRule):
         raise ConfigError(f"{unmask} needs DELETE and SPLIT tokens, and this model has none")
+    if edit_ids is not None and config.skip_settled is not None:
+        raise ConfigError(
+            "`skip_settled` leaves tokens of a block out, and this model routes by all of them; "
+            "leave it out"
+        )
     length = len(prompt) + config.max_new_tokens
     # A larger request is refused below; its list of blocks could exceed memory.
     if length <= max_length:
@@ -153,7 +166,20 @@ def make_request(
         mask_id=mask_id,
         vocabulary=vocabulary,
         edit_ids=edit_ids,
+        skip_settled=config.skip_settled,
     )
+
+
+def _check_skipping(kv_scheme: KVScheme, unmask: UnmaskStrategy) -> None:
+    """Raises ConfigError where a block has no cached keys, or where its tokens may change."""
+    if not kv_scheme.caches_blocks:
+        raise ConfigError(
+            f"`skip_settled` reads cached keys of the block, and `kv_cache` {kv_scheme} has none"
+        )
+    if unmask.edits or unmask.renoises:
+        raise ConfigError(
+            f"`skip_settled` takes tokens as final, and `unmask` {unmask} may change them"
+        )
 
 
 def _check_denoising(kv_scheme: KVScheme, unmask: UnmaskStrategy, mask_id: int) -> None:

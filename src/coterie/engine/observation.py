@@ -73,7 +73,7 @@ def observe_forwards(
         return sequence.next_pass.start - sequence.canvas.prompt_length, sequence.next_pass.kind
 
     recorder = _ObservationRecorder(on_layer, start_and_kind, _routing_layers(engine.model, layers))
-    generation = _with_separate_commits(engine.generation.replace(**options))
+    generation = _observable(engine.generation.replace(**options))
     observer = Engine(
         engine.model, policy=policy, generation=generation, recorder=recorder, record_all=record_all
     )
@@ -98,6 +98,12 @@ def observe_forwards(
             ):
                 results[event.row] = observer.result(event.row)
                 observer.cancel(event.row)
+
+
+def check_whole_blocks(generation: GenerationConfig) -> None:
+    """Raises ConfigError if forwards do not compute whole blocks."""
+    if generation.skip_settled is not None:
+        raise ConfigError("`skip_settled`: observed and scored forwards have whole blocks")
 
 
 def collect_observations(
@@ -181,7 +187,9 @@ class _ObservationRecorder(Recorder):
         self.on_layer(LayerObservation(layer, self._rows, starts, x, scores, routing, kinds[0]))
 
 
-def _with_separate_commits(generation: GenerationConfig) -> GenerationConfig:
+def _observable(generation: GenerationConfig) -> GenerationConfig:
+    """The options with separate commits; raises as ``check_whole_blocks`` does."""
+    check_whole_blocks(generation)
     separate = parse_kv_scheme(generation.kv_cache).with_separate_commits()
     return generation.replace(kv_cache=str(separate))
 

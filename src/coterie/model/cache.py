@@ -114,5 +114,7 @@ class KVCache:
 
 def window_positions(window: Window, device: torch.device | str) -> Tensor:
     """Absolute positions of the window's tokens, [B, W]."""
+    if window.positions is not None:
+        return window.positions.to(device, non_blocking=True)
     start = window.start.to(device, non_blocking=True)
     return start[:, None] + torch.arange(window.width, device=device)

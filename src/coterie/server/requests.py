@@ -126,6 +126,7 @@ class GenerationFields(ApiModel):
     commit_routing: Literal["vanilla", "policy"] | None = None
     prefill_routing: Literal["vanilla", "policy"] | None = None
     reuse_tolerance: Annotated[Number, Field(ge=0, lt=1)] | None = None
+    skip_settled: PositiveInt | None = None
 
     @field_validator("stream_options")
     @classmethod

@@ -16,6 +16,7 @@ RESTRICTED_OPTIONS = (
     "commit_routing",
     "prefill_routing",
     "reuse_tolerance",
+    "skip_settled",
 )
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

@@ -20,7 +20,7 @@ from coterie.strict_json import read_object
 
 TITLE = "Calibrated policy"
 # Keys of ``GenerationConfig`` that affect routing.
-DECODING_FIELDS = ("block", "plan", "unmask", "commit", "prefill", "drift")
+DECODING_FIELDS = ("block", "plan", "unmask", "commit", "prefill", "drift", "skip_settled")
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,12 @@ class CalibratedPolicy:
                 f"experts ({stored.name}), but {model.name} has {actual.layers} of "
                 f"{actual.experts}; calibrate again, or give the policy: {self.policy}"
             )
-        current = generation.document()
+        current = {"skip_settled": None, **generation.document()}
+        earlier = {**current, "skip_settled": None, **self.generation}
         changes = [
-            f"{key}={value} (now {current[key]})"
+            f"{key}={earlier[key]} (now {current[key]})"
             for key in DECODING_FIELDS
-            if (value := self.generation.get(key, current[key])) != current[key]
+            if earlier[key] != current[key]
         ]
         differences = []
         if stored.fingerprint != actual.fingerprint:

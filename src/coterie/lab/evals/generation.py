@@ -97,7 +97,7 @@ def _submit(engine: Engine, request: EvalRequest, policy: str | Policy) -> int |
     generation = request.generation.fit(len(ids), engine.model.spec.max_length)
     if generation is None:
         return GenerationOutcome(request, None, None)
-    return engine.submit(ids, policy=policy, **generation.document())
+    return engine.submit(ids, policy=policy, **vars(generation))
 
 
 def _step(

@@ -333,7 +333,7 @@ def _check_lengths(
                 )
             # Validates the policy and the options.
             prompt = [next(id for id in range(2) if id != model.mask_id)]
-            engine.cancel(engine.submit(prompt, policy=variant.policy, **most.document()))
+            engine.cancel(engine.submit(prompt, policy=variant.policy, **vars(most)))
         generation = task_requests[0].generation
         fits = [generation.fit(length, model.spec.max_length) for length in lengths]
         if cut := sum(fit != generation for fit in fits):

@@ -25,6 +25,7 @@ from coterie.decoding.kv_schemes import DualCache, NoCache, PrefixCache, parse_k
 from coterie.engine.active_sequence import VANILLA
 from coterie.engine.batch import to_device
 from coterie.engine.engine import Engine
+from coterie.engine.observation import check_whole_blocks
 from coterie.errors import NonFiniteLogitsError, TaskError
 from coterie.keys import Key
 from coterie.lab.likelihood.corruption import Corruption, MaskedTokens, NoisyTokens
@@ -88,9 +89,11 @@ class LikelihoodEstimator:
     ) -> list[list[PassageScore]]:
         """The scores of each policy, in the order of the passages, which share forwards.
 
-        Raises NonFiniteLogitsError, and TaskError for a passage that cannot be scored. With a cache
-        of experts each policy starts with the cache's first state.
+        Raises NonFiniteLogitsError, TaskError for a passage that cannot be scored, and ConfigError
+        for an engine that skips settled tokens. With a cache of experts each policy starts with the
+        cache's first state.
         """
+        check_whole_blocks(self.engine.generation)
         if self.engine.model.store.traffic_log is not None:
             if len(policies) > 1:
                 return [self.score(passages, [policy])[0] for policy in policies]

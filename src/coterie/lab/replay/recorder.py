@@ -14,7 +14,7 @@ from torch import Tensor
 from coterie.engine.engine import Engine, Prompt
 from coterie.engine.events import Result
 from coterie.engine.generation_config import GenerationConfig
-from coterie.engine.observation import LayerObservation, observe_forwards
+from coterie.engine.observation import LayerObservation, check_whole_blocks, observe_forwards
 from coterie.lab.replay.trace import (
     SCORED_KINDS,
     Floats,
@@ -93,7 +93,8 @@ def trace_header(
     prompts: Mapping[str, object],
     provenance: Mapping[str, object],
 ) -> TraceHeader:
-    """The header of a trace of this engine."""
+    """The header of a trace of this engine; ConfigError if ``generation`` cannot be traced."""
+    check_whole_blocks(generation)
     model, spec, router = engine.model, engine.model.spec, engine.model.spec.router
     return TraceHeader(
         *(model.name, policy, generation.kv_cache, generation.unmask),
