@@ -1,5 +1,6 @@
 """The program: runs a command line; bad input ends in one line on stderr and status 2."""
 
+import io
 import os
 import re
 import signal
@@ -31,6 +32,9 @@ FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
 def main() -> None:
     """Runs the command line of this process; never returns."""
     install_handler()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Without a byte order mark; what is not UTF-8 is reported where it is used.
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
     status = run(sys.argv[1:])
     failure = _flush()
     if status == 0 and failure is not None:
