@@ -22,8 +22,9 @@ from coterie.loading.memory_errors import is_out_of_memory, out_of_memory_messag
 BAD_INPUT, BROKEN_PIPE = 2, 1
 RESUMES = "stopped; the same command continues from what it has kept"
 STOP_NOTES = {"study": RESUMES, "quantize": RESUMES}  # others say themselves what they have kept
-VALUE_ERRORS = {  # of the library that reads the values
+USAGE_ERRORS = {  # of the library that reads the command line
     r"Unable to parse input string as an integer, exceeded maximum size": "must have fewer digits",
+    r"(No such command .*)\.": r"\1; `coterie --help` lists them",
     r"Input should be (.*?)(, unable to parse .*)?$": r"must be \1",
 }
 FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
@@ -167,7 +168,7 @@ def _error_message(error: Exception) -> str:
 def _usage_message(error: typer.TyperException) -> str:
     """The error of a command line, in our words where the library's are those of a program."""
     message = error.format_message()
-    for pattern, problem in VALUE_ERRORS.items():
+    for pattern, problem in USAGE_ERRORS.items():
         message = re.sub(pattern, problem, message)
     return message
 
