@@ -174,8 +174,7 @@ def parse_spec(text: str, table: Mapping[str, type[SpecT]], noun: str) -> SpecT:
     """
     name, _, rest = text.strip().partition(":")
     if name not in table:
-        known = f"known: {', '.join(sorted(table))}"
-        raise SpecError(f"unknown {noun} {name!r}; {known}{_suggestion(name, table)}")
+        raise unknown_name(name, table, noun)
     options = spec_options(table[name])
     try:
         values = {option: option.parse(value) for option, value in _parse_pairs(rest, options)}
@@ -191,9 +190,11 @@ def parse_spec(text: str, table: Mapping[str, type[SpecT]], noun: str) -> SpecT:
         raise SpecError(f"{noun} {text!r}: {error}") from None
 
 
-def _suggestion(name: str, table: Iterable[str]) -> str:
+def unknown_name(name: str, table: Iterable[str], noun: str) -> SpecError:
+    """The error for a name that is not in the table: it has the names, and the most similar."""
     similar = get_close_matches(name.lower().replace("_", "-"), table, 1)
-    return f"; did you mean {similar[0]!r}?" if similar else ""
+    suggestion = f"; did you mean {similar[0]!r}?" if similar else ""
+    return SpecError(f"unknown {noun} {name!r}; known: {', '.join(sorted(table))}{suggestion}")
 
 
 def format_spec(spec: object, table: Mapping[str, type[object]]) -> str:

@@ -198,7 +198,8 @@ def test_help_and_version_succeed(capsys: Capture) -> None:
     ("words", "complaint"),
     [
         (["generate"], "Missing argument"),
-        (["bogus"], "No such command 'bogus'"),
+        (["bogus"], "No such command 'bogus'; `coterie --help` lists them"),
+        (["policies", "desvote"], "did you mean 'des-vote'?"),
         (["generate", "5", "--no-such-option"], "No such option"),
         (["generate", ""], "the prompt is empty"),
         (["generate", "5 96"], "token id 96 is outside the vocabulary of 96"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import signal
 import subprocess
@@ -169,3 +171,32 @@ def test_an_interrupt_before_anything_is_kept_is_one_line(
     assert run(words) == 130
     assert tuple(capsys.readouterr()) == ("", "coterie: stopped\n")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_byte_order_mark_on_standard_input_is_no_part_of_the_prompt(
+    encoding: str, model: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
+) -> None:
+    answers = []
+    for mark in (b"", codecs.BOM_UTF8):
+        stdin = io.TextIOWrapper(io.BytesIO(mark + b"5 17 33\n"), encoding=encoding)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with (tmp_path / "answer").open("w") as file:
+            assert exit_status(file, monkeypatch, "generate", "-", "-m", model, "-n", "8") == 0
+        answers.append((tmp_path / "answer").read_text() + capsys.readouterr().err)
+    assert answers[0] == answers[1]
+    assert answers[0]
+
+
+@pytest.mark.parametrize(
+    "words", [["generate", "-"], ["compare", "-"], ["chat"], ["grade", "words", "-"]]
+)
+def test_a_closed_standard_input_is_one_line(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert run(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("coterie: standard input is closed")
+    assert printed.err.count("\n") == 1

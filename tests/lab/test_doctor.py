@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -126,3 +127,10 @@ def test_kernels_that_raise_are_a_check(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_wrong_answer_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "ANSWER", "an answer that it does not give")
     assert answer_check().state == "broken"
+
+
+def test_a_cache_that_cannot_be_examined_stands_for_its_parent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "HF_HUB_CACHE", str(tmp_path / ("x" * 300) / "hub"))
+    assert doctor.cache_folder() == tmp_path

@@ -178,9 +178,10 @@ def test_a_tokenizer_larger_than_the_model_is_an_error(tmp_path: Path) -> None:
         subword_tokenizer(write_tokenizer(tmp_path), vocab_size=200)
 
 
-def test_an_unknown_eos_token_is_an_error(tmp_path: Path) -> None:
-    write_json(write_tokenizer(tmp_path) / "tokenizer_config.json", {"eos_token": "<end>"})
-    with pytest.raises(TokenizerError, match="'<end>' is not in tokenizer"):
+@pytest.mark.parametrize("token", ["<end>", "\ud800", "a\0", ""])
+def test_an_unknown_eos_token_is_an_error(tmp_path: Path, token: str) -> None:
+    write_json(write_tokenizer(tmp_path) / "tokenizer_config.json", {"eos_token": token})
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json: .*token"):
         subword_tokenizer(tmp_path)
 
 

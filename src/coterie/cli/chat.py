@@ -126,11 +126,12 @@ def chat(
     engines.check_engine(engine, [policy], options)
     first = [] if system is None else [{"role": "system", "content": system}]
     conversation = Conversation(engine, spec, options, first)
-    if sys.stdin.isatty() and sys.stdout.isatty():
+    stdin = engines.standard_input()
+    if stdin.isatty() and sys.stdout.isatty():
         output.print_note(f"{engine.model.name} under {spec}; /help lists commands")
         talk_in_terminal(conversation)
         return
-    for line in sys.stdin:
+    for line in stdin:
         if line.strip() == QUIT:
             return
         take_line(conversation, line.strip(), Flag())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
@@ -192,11 +192,16 @@ def load_votes(path: Path) -> SavedVotes:
     return SavedVotes.of(trace.header.model, trace.header.layers, TraceVotes.of(trace).mean_votes)
 
 
+def standard_input() -> TextIO:
+    """Standard input; raises ConfigError where the shell closed it."""
+    if sys.stdin is None:
+        raise ConfigError("standard input is closed, so nothing can be read from it")
+    return sys.stdin
+
+
 def read_prompt(source: str) -> str:
     """The prompt; for "-", standard input without its last line break."""
-    if source == "-" and sys.stdin is None:
-        raise ConfigError("standard input is closed, so no prompt can be read from it")
-    prompt = sys.stdin.read().removesuffix("\n") if source == "-" else source
+    prompt = standard_input().read().removesuffix("\n") if source == "-" else source
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
     return prompt

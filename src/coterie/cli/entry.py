@@ -1,5 +1,6 @@
 """The program: runs a command line; bad input ends in one line on stderr and status 2."""
 
+import io
 import os
 import re
 import signal
@@ -21,8 +22,9 @@ from coterie.loading.memory_errors import is_out_of_memory, out_of_memory_messag
 BAD_INPUT, BROKEN_PIPE = 2, 1
 RESUMES = "stopped; the same command continues from what it has kept"
 STOP_NOTES = {"study": RESUMES, "quantize": RESUMES}  # others say themselves what they have kept
-VALUE_ERRORS = {  # of the library that reads the values
+USAGE_ERRORS = {  # of the library that reads the command line
     r"Unable to parse input string as an integer, exceeded maximum size": "must have fewer digits",
+    r"(No such command .*)\.": r"\1; `coterie --help` lists them",
     r"Input should be (.*?)(, unable to parse .*)?$": r"must be \1",
 }
 FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
@@ -31,6 +33,9 @@ FIELD = re.compile(r"`(\w+)(?:=([^`]*))?`")
 def main() -> None:
     """Runs the command line of this process; never returns."""
     install_handler()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # Without a byte order mark; what is not UTF-8 is reported where it is used.
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
     status = run(sys.argv[1:])
     failure = _flush()
     if status == 0 and failure is not None:
@@ -163,7 +168,7 @@ def _error_message(error: Exception) -> str:
 def _usage_message(error: typer.TyperException) -> str:
     """The error of a command line, in our words where the library's are those of a program."""
     message = error.format_message()
-    for pattern, problem in VALUE_ERRORS.items():
+    for pattern, problem in USAGE_ERRORS.items():
         message = re.sub(pattern, problem, message)
     return message
 

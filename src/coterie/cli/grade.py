@@ -1,12 +1,12 @@
 """``coterie grade``: grades outputs of any program."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 
+from coterie.cli.engine_options import standard_input
 from coterie.cli.output import check_output_file, print_note, print_text, progress_bar
 from coterie.errors import TaskError
 from coterie.files import atomic_write, read_file
@@ -45,7 +45,7 @@ def grade(
     """
     check_task_name(task)
     source = "standard input" if file == "-" else file
-    content = sys.stdin.buffer.read() if file == "-" else read_file(Path(file), MAX_BYTES)
+    content = standard_input().buffer.read() if file == "-" else read_file(Path(file), MAX_BYTES)
     outputs = read_outputs(content, source)
     check_output_file(out)
     if out is not None and file != "-" and out.exists() and out.samefile(file):

@@ -5,10 +5,9 @@ from collections.abc import Iterable
 from rich.table import Table
 
 from coterie.cli.output import plain_table, print_result
-from coterie.errors import ConfigError
 from coterie.routing import POLICIES
 from coterie.routing.descriptions import option_meaning, policy_doc, spec_form, split_source
-from coterie.specs import spec_options
+from coterie.specs import spec_options, unknown_name
 
 
 def policies(name: str | None = None, *, json: bool = False) -> None:
@@ -21,7 +20,7 @@ def policies(name: str | None = None, *, json: bool = False) -> None:
     """
     name = name and name.partition(":")[0]  # also of des-vote:beta=0.3
     if name is not None and name not in POLICIES:
-        raise ConfigError(f"unknown policy {name!r}; known: {', '.join(POLICIES)}")
+        raise unknown_name(name, POLICIES, "policy")
     shown = POLICIES if name is None else {name: POLICIES[name]}
     documents = []
     for policy, cls in shown.items():

@@ -114,8 +114,8 @@ def diagnose(model: str | None, on_progress: Callable[[str], None]) -> Diagnosis
 
 def cache_folder() -> Path:
     """The nearest existing folder of the hub's cache."""
-    cache = Path(HF_HUB_CACHE)
-    return next(folder for folder in (cache, *cache.parents) if folder.is_dir())
+    cache = Path(HF_HUB_CACHE)  # perhaps below a folder of another user
+    return next(folder for folder in (cache, *cache.parents) if os.path.isdir(folder))
 
 
 def processor_check(processor: Processor) -> CheckResult:

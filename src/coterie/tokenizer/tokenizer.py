@@ -236,7 +236,7 @@ def _read_eos_ids(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> tuple[
     config, generation = (folder / f"{name}_config.json" for name in ("tokenizer", "generation"))
     if os.path.lexists(config):
         token = special_tokens(read_object(config)).get("eos_token")
-        token_id = None if token is None else tokenizer.token_to_id(token)
+        token_id = None if token is None else _call(config, lambda: tokenizer.token_to_id(token))
         if token is not None and token_id is None:
             raise TokenizerError(f"{config}: eos_token {quote(token)} is not in tokenizer.json")
         eos_ids |= set() if token_id is None else {token_id}

@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import struct
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from coterie.errors import TaskError
-from coterie.lab.sandbox import backends, require_backend, run_program, runner
+from coterie.lab.sandbox import Limits, backends, require_backend, run_program, runner
+from coterie.lab.sandbox.backends import SupervisorCommand
 from coterie.lab.sandbox.runner import _backend_problem
 from coterie.lab.sandbox.syscalls import (
     BPF_RETURN,
@@ -122,3 +126,37 @@ def test_a_backend_that_breaks_a_promise_is_refused(promise, backend, monkeypatc
     problem = _backend_problem.__wrapped__(backend)
     assert problem is not None
     assert promise in problem
+
+
+@dataclass(frozen=True)
+class Silent:
+    """A backend whose supervisor starts a process and never answers."""
+
+    file: Path
+    name: str = "silent"
+
+    @contextmanager
+    def supervisor_command(self, limits: Limits) -> Iterator[SupervisorCommand]:
+        script = f"sleep 1000 & echo $! > {self.file}; wait"
+        yield SupervisorCommand(["/bin/sh", "-c", script], "/tmp", None)
+
+
+def test_a_sandbox_that_never_answers_ends_with_all_it_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runner, "STARTUP_SECONDS", 1.0)
+    with pytest.raises(TaskError, match="does not answer"):
+        runner._run_in(Silent(tmp_path / "pid"), "x = 1", "", Limits(wall_seconds=1.0))
+    process = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 5
+    while is_running(process) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_running(process)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True

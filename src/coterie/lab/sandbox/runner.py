@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import marshal
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -131,9 +132,10 @@ def _run_supervisor(
             stdin = b"".join(len(each).to_bytes(8, "big") + each for each in messages)
             reply, stderr = process.communicate(stdin, timeout=seconds + STARTUP_SECONDS)
         except subprocess.TimeoutExpired:
-            reply = stderr = b""
+            raise TaskError("the sandbox does not answer") from None
         finally:
-            process.kill()
+            if process.returncode is None:  # it leads a session, with all that it started
+                os.killpg(process.pid, signal.SIGKILL)
     lines = reply.decode("utf-8", "replace").split("\n")
     error_line = stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
     match lines:
