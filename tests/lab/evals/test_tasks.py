@@ -83,6 +83,7 @@ def test_invalid_names_and_options_are_refused(tmp_path):
     for names, options, message in (
         (["gsm"], TaskOptions("llada2"), "unknown task 'gsm'; known: gsm8k, humaneval"),
         (["words"], TaskOptions("llada2", count=0), "0 items"),
+        (["words"], TaskOptions("llada2", count=10**400), "items; at least 1, at most"),
         (["words"], TaskOptions("llada2", shots=2), "zero-shot"),
         (["math500"], TaskOptions("llada2", shots=4), "zero-shot"),
         (

@@ -16,6 +16,8 @@ ANSWER_PATTERNS = {  # the last match in an output is its answer
     "algebra": re.compile(r"\\boxed\{\s*(-?\d+)\s*\}"),
 }
 
+MAX_PROBLEMS = 100_000  # of one kind; all are drawn before the first is asked
+
 
 def open_embedded(name: str, options: TaskOptions) -> Task:
     """``options.count`` held-out problems of one kind, generated from ``options.seed``.
@@ -23,8 +25,8 @@ def open_embedded(name: str, options: TaskOptions) -> Task:
     An id is "words/<seed>/<n>"; a larger count extends the items of a smaller one. The model is
     trained with the engine's defaults. Raises TaskError for options that the task does not have.
     """
-    if options.count < 1:
-        raise TaskError(f"{name}: {options.count} items; at least 1")
+    if not 1 <= options.count <= MAX_PROBLEMS:
+        raise TaskError(f"{name}: {options.count} items; at least 1, at most {MAX_PROBLEMS:,}")
     options.require_zero_shot(name)
     pattern = ANSWER_PATTERNS.get(name)
     if pattern is None:
