@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coterie.routing import Vanilla, route
 from coterie.sglang.live_blocks import LiveBlocks
-from coterie.values import Policy, RouterSpec, Routing, Scores
+from coterie.values import Policy, RouterSpec, Routing, Scores, expert_mask
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LayerRouter:
 class BlockRouting:
     """The experts of all tokens, and the scores and the routing of the rows under the policy."""
 
-    ids: Tensor  # [S * N, k] int32, none is -1
+    ids: Tensor  # [S * N, k] int32; on a GPU -1 is no expert
     weights: Tensor  # [S * N, k] fp32
     scores: Scores
     routing: Routing
@@ -50,6 +50,17 @@ def route_blocks(
     is_routed = blocks.routed.repeat_interleave(blocks.masked.shape[1]).unsqueeze(-1)
     ids = torch.where(is_routed, routing.topk_ids, vanilla.topk_ids)
     weights = torch.where(is_routed, routing.topk_weights, vanilla.topk_weights)
-    # A token with fewer experts repeats its first one with weight 0, which reads no other expert.
-    ids = ids.where(ids >= 0, ids[:, :1])
+    if ids.device.type == "cpu":
+        ids = fill_ids(ids, router.spec.experts)
     return BlockRouting(ids.to(torch.int32), weights, scores, routing)
+
+
+def fill_ids(ids: Tensor, experts: int) -> Tensor:
+    """The ids [T, k], with unused experts of the token in place of -1.
+
+    SGLang's GPU kernels skip -1, but its CPU path computes k different experts for every token.
+    """
+    unused_first = expert_mask(ids, experts).byte().argsort(dim=-1, stable=True)
+    is_none = ids < 0
+    index = (is_none.cumsum(-1) - 1).clamp(min=0)
+    return ids.where(~is_none, unused_first.gather(-1, index))
