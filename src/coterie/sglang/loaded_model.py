@@ -21,6 +21,11 @@ EDITS = {"LowConfidence": False, "JointThreshold": True, "JointThresholdInDel": 
 
 MODELS = ("LLaDA2MoeModelLM", "SDARMoeForCausalLM")
 
+# Options of SGLang's command line.
+ALGORITHM_OPTION = "--dllm-algorithm"
+A2A_OPTION = "--moe-a2a-backend"
+RUNNER_OPTION = "--moe-runner-backend triton"
+
 
 def check_model(hooks: ServerHooks, runner: Any) -> LoadedModel:
     """What the hooks need of the model of a ``ModelRunner``.
@@ -33,7 +38,7 @@ def check_model(hooks: ServerHooks, runner: Any) -> LoadedModel:
     if options.attn_dp_size > 1 or options.moe_a2a_backend != "none":
         raise ConfigError(
             "the tokens of a block must stay together: start without data-parallel attention "
-            "and without --moe-a2a-backend"
+            f"and without {A2A_OPTION}"
         )
     layers = _routing_layers(runner.model)
     check_layers(hooks.settings.policy, len(layers))
@@ -54,7 +59,7 @@ def _block_rules(settings: PluginSettings, options: Any, runner: Any) -> BlockRu
     algorithm = options.dllm_algorithm
     if algorithm not in EDITS:
         raise ConfigError(
-            f"the diffusion algorithm is {algorithm}; start with --dllm-algorithm "
+            f"the diffusion algorithm is {algorithm}; start with {ALGORITHM_OPTION} and one of "
             f"{', '.join(EDITS)}, or unset COTERIE_POLICY"
         )
     if EDITS[algorithm] and settings.commit == "vanilla":
@@ -105,7 +110,7 @@ def _check_calls(
     if missed := sorted(layers.keys() - called):
         raise ConfigError(
             f"layer {missed[0]} chooses its experts inside the MoE runner ({runner_backend}), "
-            "where no policy applies; start with --moe-runner-backend triton"
+            f"where no policy applies; start with {RUNNER_OPTION}"
         )
     if any(block.topk.topk_config.num_shared_topk_slots for block in layers.values()):
         raise ConfigError("shared experts are fused into the routing; no policy applies there")
