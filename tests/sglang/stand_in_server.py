@@ -114,16 +114,20 @@ class LLaDA2MoeSparseMoeBlock(SparseBlock):
         raise ValueError("needs a GPU")
 
 
+def random_logits() -> torch.Tensor:
+    """Of each token, [10, E]."""
+    return torch.randn(10, EXPERTS, generator=torch.Generator().manual_seed(0)) * 3
+
+
 class SDARMoeForCausalLM(nn.Module):
-    """Layers 1 and 3 route; the input ids choose random logits, and the output is what they chose."""
+    """Layers 1 and 3 route; tokens and positions decide the logits. Returns what was chosen."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([nn.Identity(), SparseBlock(1), nn.Identity(), SparseBlock(3)])
-        self.logits = torch.randn(10, EXPERTS, generator=torch.Generator().manual_seed(0)) * 3
 
     def forward(self, input_ids: Any, positions: Any, forward_batch: Any) -> Any:
-        logits = self.logits[input_ids] + positions.unsqueeze(-1).sin()
+        logits = random_logits()[input_ids] + positions.unsqueeze(-1).sin()
         return [block.topk(logits, logits) for block in self.blocks if hasattr(block, "topk")]
 
 
