@@ -69,7 +69,7 @@ def sglang_checkpoint(family: str) -> Path:
             weight[:LAST_TOKEN] *= 8
             weight[LAST_TOKEN:] = 0
         elif ".experts." in name and "down_proj" in name:
-            weight *= 3  # so that another choice of experts changes the answer
+            weight.mul_(3)  # so that another choice of experts changes the answer
     save_file(weights, folder / "model.safetensors")
     return folder
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from enum import Enum
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ class HookType(Enum):
 class HookRegistry:
     """Wraps like SGLang's: a hook around a function gets it, one after it gets its result."""
 
-    hooks: list[tuple[str, Any, HookType]] = []
+    hooks: ClassVar[list[tuple[str, Any, HookType]]] = []
     works = True
 
     @classmethod

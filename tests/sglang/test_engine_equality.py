@@ -75,9 +75,7 @@ def test_a_server_that_cannot_obey_does_not_start(
     assert all(line.startswith("coterie: ") for line in said)
 
 
-def our_results(
-    family: str, policy: str, given: Sequence[list[int]] | None = None
-) -> list[Result]:
+def our_results(family: str, policy: str, given: Sequence[list[int]] | None = None) -> list[Result]:
     given = prompts(family) if given is None else given
     return our_model(family).generate(list(given), policy=policy, batch_size=4)
 

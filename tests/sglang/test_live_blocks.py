@@ -34,7 +34,9 @@ def test_only_current_blocks_of_requests_vote(
     blocks = live_blocks(rows, fixed, rules)
     for row, length in enumerate(fixed):
         generated = [position >= length for position in range(4, 8)]
-        masked = [is_new and token == MASK for is_new, token in zip(generated, rows[row])]
+        masked = [
+            is_new and token == MASK for is_new, token in zip(generated, rows[row], strict=True)
+        ]
         decoded = any(generated) if commits else any(masked)
         assert blocks.masked[row].tolist() == masked
         assert bool(blocks.routed[row]) == (decoded or (prompts and not any(generated)))

@@ -28,7 +28,9 @@ PROMPT = Request([5, 6, 7, 8], 0, [0] * 6)
 def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A function that installs the plug-in with some variables, and returns a model runner."""
 
-    def install(*, load: bool = True, network: Any = None, options: Any = None, **names: str) -> Any:
+    def install(
+        *, load: bool = True, network: Any = None, options: Any = None, **names: str
+    ) -> Any:
         server.install(monkeypatch)
         prepare = names.pop("prepare", None)
         if prepare:
@@ -105,11 +107,8 @@ def test_a_model_whose_blocks_admit_experts_routes_inside_them(installed: Any) -
     runner = installed()
     llada2 = server.module("models.llada2")
     block = llada2.LLaDA2MoeSparseMoeBlock(1)
-    vars(block).update(
-        **{"layer_id": 1, "num_experts": EXPERTS, "top_k": K, "block_size": BLOCK},
-        expert_capacity=8,
-        correction_bias=torch.zeros(EXPERTS),
-    )
+    sizes = {"num_experts": EXPERTS, "top_k": K, "block_size": BLOCK, "expert_capacity": 8}
+    vars(block).update(sizes, layer_id=1, correction_bias=torch.zeros(EXPERTS))
     logits = torch.randn(BLOCK, EXPERTS, generator=torch.Generator().manual_seed(1))
     runner.network.blocks[1] = Caller(lambda: block._block_topk(logits))
     weights, ids = forward(runner, DENOISING)[0]

@@ -51,7 +51,9 @@ class ServerHooks:
         model = self.model
         if model is None or not result.forward_mode.is_dllm_extend():
             return
-        lengths = [len(request.origin_input_ids) + len(request.output_ids) for request in batch.reqs]
+        lengths = [
+            len(request.origin_input_ids) + len(request.output_ids) for request in batch.reqs
+        ]
         lengths += [NO_REQUEST] * (MAX_REQUESTS - len(lengths))
         model.fixed_lengths.copy_(torch.tensor(lengths))
         self.batches += 1
