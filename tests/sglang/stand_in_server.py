@@ -119,6 +119,10 @@ def random_logits() -> torch.Tensor:
     return torch.randn(10, EXPERTS, generator=torch.Generator().manual_seed(0)) * 3
 
 
+def _sparse(blocks: Any) -> list[Any]:
+    return [block for block in blocks if hasattr(block, "topk")]
+
+
 class SDARMoeForCausalLM(nn.Module):
     """Layers 1 and 3 route; tokens and positions decide the logits. Returns what was chosen."""
 
@@ -128,7 +132,7 @@ class SDARMoeForCausalLM(nn.Module):
 
     def forward(self, input_ids: Any, positions: Any, forward_batch: Any) -> Any:
         logits = random_logits()[input_ids] + positions.unsqueeze(-1).sin()
-        return [block.topk(logits, logits) for block in self.blocks if hasattr(block, "topk")]
+        return [block.topk(logits, logits) for block in _sparse(self.blocks)]
 
 
 class LLaDA2MoeModelLM(SDARMoeForCausalLM):
@@ -170,8 +174,8 @@ class ModelRunner:
 
     device, dtype = "cpu", torch.float32
 
-    def __init__(self, network: nn.Module | None = None, **options: Any) -> None:
-        self.network = SDARMoeForCausalLM() if network is None else network
+    def __init__(self, network: nn.Module, **options: Any) -> None:
+        self.network = network
         self.server_args = SimpleNamespace(
             **{
                 "dllm_algorithm": "LowConfidence",

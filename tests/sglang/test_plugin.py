@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,20 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A function that installs the plug-in with some variables, and returns a model runner."""
 
     def install(
-        *, load: bool = True, network: Any = None, options: Any = None, **names: str
+        *,
+        prepare: Callable[[], None] = lambda: None,
+        network: torch.nn.Module | None = None,
+        options: dict[str, Any] | None = None,
+        **variables: str,
     ) -> Any:
         server.install(monkeypatch)
-        prepare = names.pop("prepare", None)
-        if prepare:
-            prepare()
-        variables = {"POLICY": POLICY, **names}
-        for name, value in variables.items():
+        prepare()
+        for name, value in {"POLICY": POLICY, **variables}.items():
             monkeypatch.setenv(f"COTERIE_{name}", value)
         plugin.register()
+        network = network or server.module("models.sdar_moe").SDARMoeForCausalLM()
         runner = server.module("model_executor.model_runner").ModelRunner(network, **options or {})
-        network or setattr(runner, "network", server.module("models.sdar_moe").SDARMoeForCausalLM())
-        if load:
-            runner.load_model()
+        runner.load_model()
         return runner
 
     monkeypatch.setattr(plugin, "version", lambda name: "0.6.0")
