@@ -13,7 +13,7 @@ from coterie.routing import check_layers
 from coterie.sglang.expert_counts import ExpertTotals
 from coterie.sglang.live_blocks import NO_REQUEST, BlockRules
 from coterie.sglang.metrics import CountGauges
-from coterie.sglang.server_hooks import MAX_REQUESTS, LoadedModel, ServerHooks
+from coterie.sglang.server_hooks import MAX_REQUESTS, RoutedModel, ServerHooks
 from coterie.sglang.settings import PluginSettings
 
 EDITS = {"LowConfidence": False, "JointThreshold": True, "JointThresholdInDel": True}
@@ -27,10 +27,10 @@ A2A_OPTION = "--moe-a2a-backend"
 RUNNER_OPTION = "--moe-runner-backend triton"
 
 
-def check_model(hooks: ServerHooks, runner: Any) -> LoadedModel:
+def check_model(hooks: ServerHooks, runner: Any) -> RoutedModel:
     """What the hooks need of the model of a ``ModelRunner``.
 
-    Raises ConfigError for a server that the plug-in cannot route, or whose layers do not call it.
+    Raises ConfigError for a server that the plug-in cannot route, or with layers that do not call it.
     """
     overrides: Any = import_module("sglang.srt.arg_groups.overrides")
     options = overrides.resolving_view(runner.server_args)
@@ -45,7 +45,7 @@ def check_model(hooks: ServerHooks, runner: Any) -> LoadedModel:
     _check_calls(hooks, layers, runner, options.moe_runner_backend)
     context: Any = import_module("sglang.srt.runtime_context")
     reports, indices = context.get_parallel().tp_rank == 0, sorted(layers)
-    return LoadedModel(
+    return RoutedModel(
         rules=rules,
         moe_indices={layer: index for index, layer in enumerate(indices)},
         fixed_lengths=torch.full((MAX_REQUESTS,), NO_REQUEST, device=runner.device),

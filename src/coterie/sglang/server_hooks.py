@@ -24,7 +24,7 @@ MAX_REQUESTS = 4096  # of a forward
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class RoutedModel:
     """What the hooks need of a model that SGLang has loaded."""
 
     rules: BlockRules
@@ -40,7 +40,7 @@ class ServerHooks:
     """The hooks of one process."""
 
     settings: PluginSettings
-    model: LoadedModel | None = None
+    model: RoutedModel | None = None
     blocks: LiveBlocks | None = None  # of the forward that runs now
     probed: set[int] | None = None  # while the hooks are checked: layers that called them
     batches: int = 0
@@ -108,7 +108,7 @@ class ServerHooks:
     def on_block_topk(
         self, original: Callable[..., Any], block: Any, router_logits: Tensor
     ) -> tuple[Tensor, Tensor] | None:
-        """Around the choice of LLaDA2.2, whose blocks admit experts first."""
+        """Around the choice of LLaDA2.2: its blocks admit experts first."""
         if self.probed is not None:
             return self.probed.add(block.layer_id)
         if self.blocks is None:
@@ -151,7 +151,7 @@ class ServerHooks:
         self.model.totals.add(chosen.scores, chosen.routing, self.blocks.routed)
         return chosen.weights, chosen.ids
 
-    def _report(self, model: LoadedModel) -> None:
+    def _report(self, model: RoutedModel) -> None:
         counts = model.totals.read()
         logger.info("coterie: %s: %s", format_policy(self.settings.policy), summarize(counts))
         if model.gauges is not None:
