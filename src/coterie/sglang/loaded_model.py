@@ -30,7 +30,7 @@ RUNNER_OPTION = "--moe-runner-backend triton"
 def check_model(hooks: ServerHooks, runner: Any) -> RoutedModel:
     """What the hooks need of the model of a ``ModelRunner``.
 
-    Raises ConfigError for a server that the plug-in cannot route, or with layers that do not call it.
+    Raises ConfigError for a server that the plug-in cannot route, or if a layer does not call it.
     """
     overrides: Any = import_module("sglang.srt.arg_groups.overrides")
     options = overrides.resolving_view(runner.server_args)
