@@ -309,7 +309,9 @@ def serve_command(
     specs = engines.distinct_policies(policies or answers.SERVED_POLICIES)
     counts = rows or answers.SERVED_ROWS
     torch.set_num_threads(checked_threads(threads))
-    opened = workload.open(engine_options, workload.num_prompts or max(counts))
+    # Answers of a trained model end at different times; further requests keep all rows in use.
+    per_row = 1 if workload.shape else 4
+    opened = workload.open(engine_options, workload.num_prompts or per_row * max(counts))
     title, facts = f"bench serve {opened.title}", opened.facts()
     same = {**facts, **opened.identity(engine_options), "policies": specs, "rows": counts}
     with record.journal(title, same | {"tokens": tokens}) as journal:
