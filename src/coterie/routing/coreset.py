@@ -189,6 +189,7 @@ def elect(scores: Scores, size: CoresetSize | Union, election: Election, k: int)
             protected,
             size,
             k,
+            num_protected=vote_weight.shape[-1] if election.protect == "top1" else 0,
             max_experts=max_experts,
             bonus=residency_bonus(scores, election),
             excluded=excluded,
@@ -239,14 +240,16 @@ def rank_sequentially(
     size: CoresetSize,
     k: int,
     *,
+    num_protected: int,
     max_experts: int | None = None,
     bonus: ResidencyBonus | None = None,
     excluded: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Experts [S, m], the protected ones first, then one at a time, each with new votes; and the
-    gain of each."""
-    max_steps, min_gain = size.search_limits(protected.shape[-1])
-    max_steps = max(max_steps, int(protected.sum(-1).max()))
+    gain of each. ``num_protected`` is the most experts that are protected in a row."""
+    experts = protected.shape[-1]
+    max_steps, min_gain = size.search_limits(experts)
+    max_steps = max(max_steps, min(num_protected, experts))
     max_steps = max_steps if max_experts is None else min(max_steps, max_experts)
     if excluded is not None:
         ballots = ballots.masked_fill(excluded.unsqueeze(1), 0)
