@@ -38,8 +38,11 @@ from coterie.quantization import FORMATS, QTensor, QuantFormat
 
 VoteKind: TypeAlias = Literal["topk-prob", "weight", "count", "full", "margin", "max"]
 VOTE_KINDS: tuple[VoteKind, ...] = get_args(VoteKind)  # in the order of their ids in the kernels
-PackedFormat: TypeAlias = Literal["bf16", "int8", "int4"]
+PackedFormat: TypeAlias = Literal["fp32", "bf16", "int8", "int4"]
 PACKED_FORMATS: tuple[PackedFormat, ...] = get_args(PackedFormat)
+STORAGE_DTYPES: Mapping[PackedFormat, torch.dtype] = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8
+}  # fmt: skip
 
 MAX_EXPERTS = 2**16 - 1
 """The index of an expert is the low 16 bits of a sort key."""
@@ -348,8 +351,7 @@ class PackedExperts:
     @property
     def dtype(self) -> torch.dtype:
         """The storage type."""
-        storage_dtypes = {"bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
-        return storage_dtypes[self.format]
+        return STORAGE_DTYPES[self.format]
 
     @property
     def device(self) -> torch.device:

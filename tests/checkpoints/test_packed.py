@@ -35,12 +35,13 @@ from coterie.ops import cpu
 from coterie.ops.packed_layout import LAYOUT_VERSION, unpack
 from coterie.quantization import FORMATS, QTensor, dequantize, quantize
 from coterie.testing import FAMILY_CONFIGS, write_checkpoint
-from coterie.values import PACKED_FORMATS, PackedExperts, Slab
+from coterie.values import PackedExperts, Slab
 
 FAMILIES = tuple(sorted(FAMILY_CONFIGS.keys() - {"llada2.2"}))  # it has the tensors of llada2
 ODD = {"hidden_size": 33, "moe_intermediate_size": 19}
 LAYER = "packed-experts-of-layer-1.safetensors"
 PACKED = "model.layers.1.mlp.experts.packed"
+KINDS = ("bf16", *FORMATS)  # of experts in a file
 needs_kernels = pytest.mark.skipif(
     not cpu.is_available(), reason="the kernels for CPUs are not built"
 )
@@ -97,7 +98,7 @@ def answer(folder: Path, **options: str) -> tuple[int, ...]:
 @pytest.mark.parametrize(
     ("family", "stacked", "kind"),
     [
-        *(("llada2", stacked, kind) for stacked in (False, True) for kind in PACKED_FORMATS),
+        *(("llada2", stacked, kind) for stacked in (False, True) for kind in KINDS),
         *((family, False, "int8") for family in FAMILIES),
     ],
 )
@@ -110,14 +111,14 @@ def test_packed_checkpoint_equals_packing_at_load(
     assert same(load_model(folder, dtype="bf16"), there)
 
 
-@pytest.mark.parametrize("kind", PACKED_FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_packed_checkpoint_answers_like_packing_at_load(tmp_path: Path, kind: str) -> None:
     folder = packed(tmp_path, kind)
     asked = {} if kind == "bf16" else {"expert_dtype": kind}
     assert answer(folder, dtype="bf16") == answer(tmp_path / "whole", dtype="bf16", **asked)
 
 
-@pytest.mark.parametrize("kind", PACKED_FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [ODD, {"hidden_size": 100, "moe_intermediate_size": 1}])
 def test_odd_sizes_are_packed_and_mapped_too(
     tmp_path: Path, kind: str, sizes: dict[str, int]
@@ -131,7 +132,7 @@ def test_odd_sizes_are_packed_and_mapped_too(
 
 
 @needs_kernels
-@pytest.mark.parametrize("kind", PACKED_FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_conversion_works_without_kernels(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,8 +26,9 @@ from coterie.model.safetensors_file import read_header
 from coterie.model.transformer import Transformer
 from coterie.model.weight_loader import WeightLoader
 from coterie.model.weights import allocate
+from coterie.ops.packed_layout import unpack
 from coterie.testing import FAMILY_CONFIGS, random_tensors, read_spec, tiny_config, write_checkpoint
-from coterie.values import ExpertRequest, Matrix, PackedExperts, PackedMatrix, Slab
+from coterie.values import ExpertRequest, Matrix, PackedMatrix
 
 GATE = "model.layers.1.mlp.gate.weight"
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -74,11 +75,8 @@ def weights(model: Model | Transformer, dtype: torch.dtype | None = None) -> lis
         kept = [t for t in vars(forward).values() if isinstance(t, Tensor | PackedMatrix)]
         found += [held(weight, wide) for weight in kept]
     for slab in transformer.layers[-1].feed_forward.store.slabs.values():  # type: ignore[union-attr]
-        kept = slab
-        if dtype is not None:
-            kept = ops.prepare(Slab(slab.gate_up.to(dtype), slab.down.to(dtype), slab.slot_of))
-        packed = isinstance(kept.gate_up, PackedExperts)
-        found += [kept.gate_up.packed] if packed else [kept.gate_up, kept.down]
+        plain = unpack(slab)
+        found += [t if dtype is None else t.to(dtype) for t in (plain.gate_up, plain.down)]
     return found
 
 
@@ -97,7 +95,7 @@ def test_every_tensor_lands_where_its_name_says(tmp_path: Path) -> None:
     transformer = load_model(one(tmp_path), device="cpu").transformer
     held = random_tensors(tiny_config("llada2"), 1)
     moe = transformer.layers[2].feed_forward
-    slab = next(moe.store.serve(2, ExpertRequest(torch.ones(16))))  # type: ignore[union-attr]
+    slab = unpack(next(moe.store.serve(2, ExpertRequest(torch.ones(16)))))  # type: ignore[union-attr]
     expert = "model.layers.2.mlp.experts.7."
     assert torch.equal(slab.gate_up[7, :16], held[f"{expert}gate_proj.weight"])
     assert torch.equal(slab.gate_up[7, 16:], held[f"{expert}up_proj.weight"])

@@ -24,7 +24,8 @@ from coterie.quantization import FORMATS, QTensor, QuantFormat, dequantize, quan
 from coterie.values import Activation, PackedExperts, Routing, Slab
 
 HERE = Path(__file__).parent
-KINDS = ("bf16", "int8", "int4")
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KINDS = (*FLOATS, "int8", "int4")
 TOGETHER = 32  # activations of a token that share a scale, in int8 and int4
 OF_H = 16  # of those between the two matrices
 CLOSE = 1e-2
@@ -62,7 +63,7 @@ def test_kernels_equal_plain_arithmetic(
     activation: Activation,
 ):
     case = Case(kind, activation, tokens=tokens, hidden=hidden, width=width, seed=seed)
-    rounds = kind != "bf16" or isa == "avx512bf16"
+    rounds = kind not in FLOATS or (kind, isa) == ("bf16", "avx512bf16")
     assert case.error(isa, threads=threads) < (CLOSE if rounds else EXACT)
 
 
@@ -186,7 +187,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_unsupported_slabs_are_not_packed():
-    plain = Slab(torch.zeros(2, 8, 4), torch.zeros(2, 4, 4), torch.arange(2))
+    plain = Slab(torch.zeros(2, 8, 4).half(), torch.zeros(2, 4, 4).half(), torch.arange(2))
     assert ops.prepare(plain) is plain
     odd = quantize(torch.ones(2, 8, 24), QuantFormat(8, 24))
     slab = Slab(odd, quantize(torch.ones(2, 24, 4), QuantFormat(8, 24)), torch.arange(2))
@@ -205,7 +206,7 @@ def test_both_sides_agree_on_the_group_sizes():
 def test_packed_experts_have_no_overhead():
     whole = 3 * 2048 * 512
     sizes = [expert_bytes(kind, hidden=2048, width=512) for kind in KINDS]
-    assert sizes == [whole * 2, whole * 66 // 64, whole * 18 // 32]
+    assert sizes == [whole * 4, whole * 2, whole * 66 // 64, whole * 18 // 32]
 
 
 def test_a_missing_library_is_logged_once(
@@ -328,7 +329,7 @@ class Case:
 
 
 def _kept(weight: Tensor, kind: str) -> Tensor | QTensor:
-    return weight.bfloat16() if kind == "bf16" else quantize(weight, FORMATS[kind])
+    return weight.to(FLOATS[kind]) if kind in FLOATS else quantize(weight, FORMATS[kind])
 
 
 def _whole(weight: Tensor | QTensor | PackedExperts) -> Tensor:
@@ -338,8 +339,8 @@ def _whole(weight: Tensor | QTensor | PackedExperts) -> Tensor:
 
 def _rounded(x: Tensor, kind: str, isa: str, size: int) -> Tensor:
     """Activations as the kernel sees them; ``size`` of them share a scale."""
-    if kind == "bf16":
-        return x.bfloat16().float() if isa == "avx512bf16" else x
+    if kind in FLOATS:
+        return x.bfloat16().float() if (kind, isa) == ("bf16", "avx512bf16") else x
     groups = F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
     scale = groups.abs().amax(dim=-1, keepdim=True) / 127
     whole = (groups / scale.clamp(min=1e-37)).round() * scale

@@ -74,10 +74,10 @@ class KVCache:
 
     def read(self, layer: int, kv_length: int) -> tuple[Tensor, Tensor]:
         """Keys and values before ``kv_length``, each [B, kv_heads, kv_length, head_dim]."""
-        keys, values = self.keys[layer], self.values[layer]
-        if self.row_indices is not None:
-            keys, values = keys[self.row_indices], values[self.row_indices]
-        return keys[:, :, :kv_length], values[:, :, :kv_length]
+        keys, values = (t[layer][:, :, :kv_length] for t in (self.keys, self.values))
+        if self.row_indices is None:
+            return keys, values
+        return keys[self.row_indices], values[self.row_indices]
 
     def copy_span(self, row: int, start: int, stop: int) -> KVCache:
         """A copy of these positions of one row, as a cache of one row."""

@@ -234,8 +234,8 @@ def prepare(slab: Slab, *, release_source: bool = False) -> Slab:
 def pack(slab: Slab) -> Slab:
     """The experts in the packed layout; the same bytes with and without the compiled kernels.
 
-    Raises ValueError for formats that the layout does not support: floats other than bf16, and
-    other group sizes.
+    Raises ValueError for formats that the layout does not support: floats other than fp32 and bf16,
+    and other group sizes.
     """
     if cpu.packed_format(slab) is not None and cpu.is_available():
         return cpu.pack(slab)

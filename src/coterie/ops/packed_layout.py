@@ -2,7 +2,8 @@
 
 A panel is 16 rows; panels are stored in interleaved pairs. A gate panel is paired with the up panel
 of the same rows; a down panel is paired with the next one. A pair stores, step by step along k,
-four bytes of each row: two bf16, four int8, or eight int4 (the later four in the high nibbles).
+four bytes of each row: one fp32, two bf16, four int8, or eight int4 (the later four in the high
+nibbles). Packed fp32 exists in memory only.
 Integers are stored unsigned, with their zero point in the middle of the range; each group is
 preceded by its scales. Rows and columns past the end are zero. An expert is its gate-up pairs, then
 its down pairs.
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from coterie.quantization import FORMATS, QTensor, QuantFormat, pack_values
-from coterie.values import PackedExperts, PackedFormat, Slab
+from coterie.values import STORAGE_DTYPES, PackedExperts, PackedFormat, Slab
 
 LAYOUT_VERSION = 1
 """Incremented whenever the bytes of a packed weight change; ``api.hpp`` has the same number."""
@@ -41,7 +42,9 @@ def packed_format_of(
             (name for name in formats if same_format and FORMATS[name] == gate_up.format), None
         )
     if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-        return "bf16" if gate_up.dtype == down.dtype == torch.bfloat16 else None
+        floats: tuple[PackedFormat, ...] = ("fp32", "bf16")
+        dtypes = (gate_up.dtype, down.dtype)
+        return next((name for name in floats if dtypes == (STORAGE_DTYPES[name],) * 2), None)
     return None
 
 
@@ -97,7 +100,7 @@ def pack_expert(gate_up: UnpackedWeight, down: UnpackedWeight) -> Tensor:
             numbers, scales = pair_rows(weight.int_values()), pair_rows(weight.scales)
             parts.append(_encode_integers(numbers, scales, weight.format))
         else:
-            parts.append(_encode_bf16(pair_rows(weight)))
+            parts.append(_encode_floats(pair_rows(weight)))
     return torch.cat([part.flatten() for part in parts])
 
 
@@ -125,8 +128,8 @@ def _pair_count(rows: int, rows_per_pair: int) -> int:
 
 def _pair_bytes(format_: PackedFormat, k: int) -> int:
     rows = 2 * PANEL_ROWS
-    if format_ == "bf16":
-        return rows * -(-k // 2) * STEP_BYTES
+    if per_step := _float_columns(format_):
+        return rows * -(-k // per_step) * STEP_BYTES
     quant_format = FORMATS[format_]
     return rows * -(-k // quant_format.group) * (2 + quant_format.group * quant_format.bits // 8)
 
@@ -144,9 +147,16 @@ def _pair_consecutive_panels(weight: Tensor) -> Tensor:
     return _pad_to_multiple(weight, -2, 2 * PANEL_ROWS).unflatten(0, (-1, 2, PANEL_ROWS))
 
 
-def _encode_bf16(panel_pairs: Tensor) -> Tensor:
-    """bf16 [c, 2, 16, k] as bytes."""
-    steps = _pad_to_multiple(panel_pairs, -1, 2).unflatten(-1, (-1, 2))
+def _float_columns(format_: PackedFormat) -> int:
+    """Columns of a step; 0 for integers."""
+    dtype = STORAGE_DTYPES[format_]
+    return STEP_BYTES // dtype.itemsize if dtype.is_floating_point else 0
+
+
+def _encode_floats(panel_pairs: Tensor) -> Tensor:
+    """fp32 or bf16 [c, 2, 16, k] as bytes."""
+    per_step = STEP_BYTES // panel_pairs.itemsize
+    steps = _pad_to_multiple(panel_pairs, -1, per_step).unflatten(-1, (-1, per_step))
     return steps.permute(0, 3, 1, 2, 4).contiguous().view(torch.uint8)
 
 
@@ -164,10 +174,11 @@ def _encode_integers(numbers: Tensor, scales: Tensor, quant_format: QuantFormat)
 
 
 def _decode_pairs(panel_pairs: Tensor, format_: PackedFormat, k: int) -> list[Tensor]:
-    """From bytes [c, n]: [bf16 [c, 2, 16, k]], or [int8 values of that shape, their scales]."""
-    if format_ == "bf16":
-        step_pairs = panel_pairs.view(torch.bfloat16).unflatten(-1, (-1, 2, PANEL_ROWS, 2))
-        return [step_pairs.permute(0, 2, 3, 1, 4).flatten(-2)[..., :k]]
+    """From bytes [c, n]: [floats [c, 2, 16, k]], or [int8 values of that shape, their scales]."""
+    if per_step := _float_columns(format_):
+        columns = panel_pairs.view(STORAGE_DTYPES[format_])
+        steps = columns.unflatten(-1, (-1, 2, PANEL_ROWS, per_step))
+        return [steps.permute(0, 2, 3, 1, 4).flatten(-2)[..., :k]]
     quant_format = FORMATS[format_]
     groups = panel_pairs.unflatten(-1, (-(-k // quant_format.group), -1))
     scale_bytes, steps = groups[..., : 2 * 2 * PANEL_ROWS], groups[..., 2 * 2 * PANEL_ROWS :]
@@ -180,7 +191,7 @@ def _decode_pairs(panel_pairs: Tensor, format_: PackedFormat, k: int) -> list[Te
 
 
 def _to_weight(parts: list[Tensor], format_: PackedFormat, k: int) -> UnpackedWeight:
-    if format_ == "bf16":
+    if _float_columns(format_):
         return parts[0].contiguous()
     numbers, scales = parts
     return QTensor(pack_values(numbers, FORMATS[format_]), scales.contiguous(), FORMATS[format_], k)

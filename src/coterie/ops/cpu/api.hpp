@@ -4,7 +4,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define COTERIE_ABI 9
+#define COTERIE_ABI 10
 #define COTERIE_LAYOUT 1  // version of the packed layout; described in `ops/packed_layout.py`
 #define COTERIE_API extern "C" __attribute__((visibility("default")))
 

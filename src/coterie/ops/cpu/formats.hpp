@@ -29,33 +29,26 @@ struct PrefetchCursor {
 
 static inline int padded(int n, int to) { return (n + to - 1) / to * to; }
 
-// bf16 weights, two k per step: [K / 2][2 panels][16 rows][2 k].
-struct Bf16 {
-  static constexpr int GROUP = 2;
+// Weights without scales, GROUP k of each row in a step: [K / GROUP][2 panels][16 rows][GROUP].
+// `Step` adds the products of a step.
+template <class Step>
+struct FloatFormat {
+  static constexpr int GROUP = Step::PER_STEP;
   static constexpr int WEIGHTS = 1;  // vectors of each panel in a step
   static constexpr int TILE = tile_of(2);
   static constexpr int ROW = LANES;                 // activation rows are padded to a multiple of this
-  static constexpr int OF_X = LANES, OF_H = LANES;  // activations per encode call; bf16 has no scales
-#ifdef __AVX512BF16__
-  using Activation = uint16_t;
-#else
-  using Activation = float;
-#endif
-  static int steps(int k) { return padded(k, GROUP) / 2; }
+  static constexpr int OF_X = LANES, OF_H = LANES;  // activations per encode call
+  static int steps(int k) { return padded(k, GROUP) / GROUP; }
   static size_t panel_bytes(int k) { return size_t(steps(k)) * STEP; }
   template <int>
   static size_t row_bytes(int k) {
-    return size_t(padded(k, ROW)) * sizeof(Activation);
+    return size_t(padded(k, ROW)) * Step::X_BYTES;
   }
 
   // Encodes sixteen activations from k on.
   template <int>
   static void encode(const F (&x)[1], int k, uint8_t* row) {
-#ifdef __AVX512BF16__
-    store(row + 2 * k, _mm512_cvtneps_pbh((__m512)x[0]));
-#else
-    store(row + 4 * k, x[0]);
-#endif
+    Step::encode(x[0], row + Step::X_BYTES * k);
   }
 
   template <int, int M>
@@ -69,18 +62,46 @@ struct Bf16 {
       const uint8_t* at = w + 64 * first;
       for (int i = 0; i < steps(k); i++, at += STEP) {
         cursor.advance();
-#ifdef __AVX512BF16__
-        auto x = [=](int m) { return load<int32_t>(rows[m] + 4 * i); };
-#else
-        auto x = [=](int m, int odd) { return load<float>(rows[m] + 8 * i + 4 * odd); };
-#endif
-        add_bf16_products(at, x, sum);
+        Step::add(at, rows, i, sum);
       }
       UNROLL
       for (int i = 0; i < N * M; i++) out[first + i / M][i % M] = sum[i / M][i % M];
     }
   }
 };
+
+struct Bf16Step {
+  static constexpr int PER_STEP = 2;
+#ifdef __AVX512BF16__
+  static constexpr int X_BYTES = 2;  // of an activation
+  static void encode(F x, uint8_t* to) { store(to, _mm512_cvtneps_pbh((__m512)x)); }
+#else
+  static constexpr int X_BYTES = 4;
+  static void encode(F x, uint8_t* to) { store(to, x); }
+#endif
+
+  template <int N, int M>
+  static INLINE void add(const uint8_t* w, const uint8_t* const (&rows)[M], int i, F (&sum)[N][M]) {
+#ifdef __AVX512BF16__
+    add_bf16_products(w, [=](int m) { return load<int32_t>(rows[m] + 4 * i); }, sum);
+#else
+    add_bf16_products(w, [=](int m, int odd) { return load<float>(rows[m] + 8 * i + 4 * odd); }, sum);
+#endif
+  }
+};
+
+struct Fp32Step {
+  static constexpr int PER_STEP = 1, X_BYTES = 4;
+  static void encode(F x, uint8_t* to) { store(to, x); }
+
+  template <int N, int M>
+  static INLINE void add(const uint8_t* w, const uint8_t* const (&rows)[M], int i, F (&sum)[N][M]) {
+    add_fp32_products(w, [=](int m) { return load<float>(rows[m] + 4 * i); }, sum);
+  }
+};
+
+using Bf16 = FloatFormat<Bf16Step>;
+using Fp32 = FloatFormat<Fp32Step>;
 
 // Integer weights with one scale per G k of a row; integer activations with one scale per X
 // elements of a token and per sixteen elements of h. Weights are stored unsigned, with a zero point

@@ -11,6 +11,7 @@ extern "C" int32_t CONCAT(run_experts_, COTERIE_ISA)(const ExpertsArgs& args) {
   using namespace COTERIE_ISA;
   switch (args.format) {
     case BF16: return run<Bf16>(args);
+    case FP32: return run<Fp32>(args);
     case INT8: return run<Int8>(args);
     default: return run<Int4>(args);
   }

@@ -25,8 +25,8 @@ from coterie.errors import ConfigError
 from coterie.ops.cpu.build import LIBRARY_PATH
 from coterie.ops.packed_layout import LAYOUT_VERSION
 
-ABI_VERSION = 9
-FORMAT_IDS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2}
+ABI_VERSION = 10
+FORMAT_IDS: Mapping[str, int] = {"bf16": 0, "int8": 1, "int4": 2, "fp32": 3}
 ACTIVATIONS = ("silu", "gelu-tanh")  # in the order of their ids
 ISA_VARIABLE = "COTERIE_ISA"
 ERROR_MESSAGES = {

@@ -41,15 +41,7 @@ struct Fp32Matrix {
 
   template <int N, int M>
   static INLINE void step(const uint8_t* w, const uint8_t* x, F (&sum)[N][M]) {
-    F weights[N];
-    UNROLL
-    for (int p = 0; p < N; p++) weights[p] = load<F>(w + 64 * p);
-    UNROLL
-    for (int m = 0; m < M; m++) {
-      float one = load<float>(x + 4 * m);
-      UNROLL
-      for (int p = 0; p < N; p++) sum[p][m] += weights[p] * one;
-    }
+    add_fp32_products(w, [=](int m) { return load<float>(x + 4 * m); }, sum);
   }
 };
 

@@ -28,6 +28,7 @@ struct Bf16Rows {
 };
 
 struct Fp32Rows {
+  using Format = Fp32;
   static constexpr bool SCALED = false;
   static constexpr int STEPS = 32;
   const float* row;
@@ -35,7 +36,7 @@ struct Fp32Rows {
 
   static size_t step_at(int step) { return size_t(step) * STEP; }
   static int steps(int k) { return k; }
-  static size_t pair_bytes(int k) { return size_t(k) * STEP; }
+  static size_t pair_bytes(int k) { return Format::panel_bytes(k); }
   static uint32_t zero_word() { return 0; }
   Fp32Rows at(int64_t n) const { return {row + n * k, k}; }
   uint32_t word(int step) const { return load<uint32_t>(row + step); }
@@ -159,11 +160,13 @@ int32_t coterie_group_size(int32_t format) {
 
 size_t coterie_expert_bytes(int32_t format, int32_t hidden, int32_t width) {
   if (format == BF16) return bytes<Bf16>(hidden, width);
+  if (format == FP32) return bytes<Fp32>(hidden, width);
   return format == INT8 ? bytes<Int8>(hidden, width) : bytes<Int4>(hidden, width);
 }
 
 void coterie_pack(const PackArgs* p) {
   if (p->format == BF16) return pack_all<Bf16Rows>(*p);
+  if (p->format == FP32) return pack_all<Fp32Rows>(*p);
   if (p->format == INT8) return pack_all<IntRows<Int8, 8>>(*p);
   pack_all<IntRows<Int4, 4>>(*p);
 }

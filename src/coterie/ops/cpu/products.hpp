@@ -66,6 +66,20 @@ static INLINE void add_bf16_products(const uint8_t* w, const Activations& x, F (
 #endif
 }
 
+// Adds one k of `N` panels of fp32 weights; x(m) is one number.
+template <int N, int M, class Activations>
+static INLINE void add_fp32_products(const uint8_t* w, const Activations& x, F (&sum)[N][M]) {
+  F weights[N];
+  UNROLL
+  for (int p = 0; p < N; p++) weights[p] = load<F>(w + 64 * p);
+  UNROLL
+  for (int m = 0; m < M; m++) {
+    float one = x(m);
+    UNROLL
+    for (int p = 0; p < N; p++) sum[p][m] += weights[p] * one;
+  }
+}
+
 // Dot products of four bytes in each lane: unsigned weights and signed activations, of which all
 // lanes have the same four. A sum goes from `start` over `add` to `total`, which includes `offset`.
 #if defined(__AVX512VNNI__)
