@@ -40,9 +40,8 @@ VoteKind: TypeAlias = Literal["topk-prob", "weight", "count", "full", "margin", 
 VOTE_KINDS: tuple[VoteKind, ...] = get_args(VoteKind)  # in the order of their ids in the kernels
 PackedFormat: TypeAlias = Literal["fp32", "bf16", "int8", "int4"]
 PACKED_FORMATS: tuple[PackedFormat, ...] = get_args(PackedFormat)
-STORAGE_DTYPES: Mapping[PackedFormat, torch.dtype] = {
-    "fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8
-}  # fmt: skip
+FORMAT_DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)  # that store them
+STORAGE_DTYPES = dict(zip(PACKED_FORMATS, FORMAT_DTYPES, strict=True))
 
 MAX_EXPERTS = 2**16 - 1
 """The index of an expert is the low 16 bits of a sort key."""

@@ -64,5 +64,5 @@ def test_each_count_is_a_line_of_json(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="COTERIE_COUNTS"):
+    with pytest.raises(ConfigError, match=f"{tmp_path.name}: cannot be written"):
         append_counts(tmp_path, COUNTS)

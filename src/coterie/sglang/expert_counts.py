@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coterie.errors import ConfigError
+from coterie.files import LockedFile
 from coterie.telemetry import routing_stats
 from coterie.values import Routing, Scores, expert_mask
 
@@ -79,8 +79,5 @@ def summarize(counts: list[LayerCounts]) -> str:
 
 def append_counts(file: Path, counts: list[LayerCounts]) -> None:
     """Adds one line to a file. Raises ConfigError that names a file that cannot be written."""
-    try:
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"layers": [asdict(each) for each in counts]}) + "\n")
-    except OSError as error:
-        raise ConfigError(f"COTERIE_COUNTS: {file}: {error.strerror}") from None
+    with LockedFile(file) as lines:
+        lines.append(json.dumps({"layers": [asdict(each) for each in counts]}).encode() + b"\n")

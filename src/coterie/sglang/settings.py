@@ -42,8 +42,10 @@ OTHER_VARIABLES = {
     "COTERIE_DATA",
     "COTERIE_DEBUG",
     "COTERIE_ISA",
+    "COTERIE_PEERS",
+    "COTERIE_PYTHON",
 }
-"""Variables of the rest of the package, which the plug-in permits."""
+"""Variables of the rest of the project, which the plug-in permits."""
 
 
 @dataclass(frozen=True)
