@@ -59,3 +59,11 @@ def test_options_without_effect_are_refused(
     assert run(["eval", *words]) == 2
     err = capsys.readouterr().err
     assert all(part in err for part in message.split(".*"))
+
+
+def test_the_text_model_predicts_source_code(capsys: Capture) -> None:
+    """Even odds for each of its 4,096 tokens would cost 12 bits."""
+    command = ["eval", "--task", "text", "--model", "text", "--data", __file__, "--json"]
+    assert run(command) == 0
+    (vanilla,) = json.loads(capsys.readouterr().out)["policies"]
+    assert vanilla["bits_per_token"]["value"] < 9
